@@ -1,0 +1,63 @@
+"""Fixtures, and the rule that no test leaves anything behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import sys
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+import xai_pool_patch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if sys.version_info < (3, 11):
+        # Python 3.10 says this of every TLS connection that the peer ended.
+        unclosed = "ignore:unclosed transport <asyncio.sslproto:ResourceWarning"
+        config.addinivalue_line("filterwarnings", unclosed)
+
+
+@pytest.fixture
+def patched() -> Iterator[None]:
+    """The patch with its default options."""
+    xai_pool_patch.install()
+    yield
+    xai_pool_patch.uninstall()
+
+
+@pytest.fixture(autouse=True)
+def not_installed_afterwards() -> Iterator[None]:
+    yield
+    assert not xai_pool_patch.is_installed(), "the test left the patch installed"
+
+
+class _Complaints(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def nothing_to_complain() -> Iterator[None]:
+    """No "Task was destroyed", no unclosed session, no exception that nobody retrieved."""
+    complaints = _Complaints()
+    logging.getLogger("asyncio").addHandler(complaints)
+    yield
+    gc.collect()
+    logging.getLogger("asyncio").removeHandler(complaints)
+    assert complaints.messages == []
+
+
+@pytest.fixture
+async def no_tasks_left() -> AsyncIterator[None]:
+    """For tests that close all they opened: nothing of it may go on in the background."""
+    before = asyncio.all_tasks()
+    yield
+    left = asyncio.all_tasks() - before - {asyncio.current_task()}
+    assert left == set()

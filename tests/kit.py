@@ -1,0 +1,84 @@
+"""What the live tests share: the real plugin, spoken to over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+from livekit.agents import APIConnectOptions
+from livekit.plugins import xai
+
+from xai_pool_patch.demo.standin import Behaviour, StandIn
+
+API_KEY = "stand-in-key"
+ONCE = APIConnectOptions(max_retry=0, timeout=5.0)
+
+
+def quick(**faults: Any) -> Behaviour:
+    """A server that speaks a sentence in a few hundredths of a second."""
+    times = {"generation": 0.01, "pace": 1000.0, "speech_per_character": 0.01}
+    return Behaviour(**{**times, **faults})
+
+
+@dataclass
+class Heard:
+    """What one utterance sounded like to the caller."""
+
+    samples: set[int] = field(default_factory=set)
+    seconds: float = 0.0
+    first_audio: float | None = None
+    error: Exception | None = None
+
+
+async def speak(
+    tts: xai.TTS, text: str, conn_options: APIConnectOptions = ONCE, *, heard: Heard | None = None
+) -> Heard:
+    """One turn, as an agent takes it. An error ends it and is part of what is returned."""
+    heard = heard if heard is not None else Heard()
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    async with tts.stream(conn_options=conn_options) as stream:
+        stream.push_text(text)
+        stream.end_input()
+        try:
+            async for event in stream:
+                if heard.first_audio is None:
+                    heard.first_audio = loop.time() - began
+                heard.samples.update(event.frame.data)
+                heard.seconds += event.frame.duration
+        except Exception as error:
+            heard.error = error
+    return heard
+
+
+@dataclass
+class Line:
+    """A stand-in, the HTTP session that leads to it, and what the TTS instances reported."""
+
+    server: StandIn
+    http: aiohttp.ClientSession
+    metrics: list[Any] = field(default_factory=list)
+    errors: list[Any] = field(default_factory=list)
+
+    def tts(self, **kwargs: Any) -> xai.TTS:
+        tts = xai.TTS(**{"api_key": API_KEY, "http_session": self.http, **kwargs})
+        tts.on("metrics_collected", self.metrics.append)
+        tts.on("error", self.errors.append)
+        return tts
+
+
+@asynccontextmanager
+async def line_to(
+    behaviour: Behaviour | None = None, round_trip: float = 0.0
+) -> AsyncIterator[Line]:
+    stand_in = StandIn(round_trip=round_trip, behaviour=behaviour or quick())
+    async with stand_in as server, server.client_session() as http:
+        yield Line(server, http)
+
+
+async def all_closed(server: StandIn) -> None:
+    await server.wait_for(lambda s: s.open_count == 0)

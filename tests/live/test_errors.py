@@ -1,0 +1,155 @@
+"""P8: what goes wrong on the way to the server reaches the application as without the patch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from livekit.agents import APIConnectionError, APIConnectOptions, APIError, APIStatusError
+
+import xai_pool_patch
+from tests.kit import Line, line_to, quick, speak
+
+IMPATIENT = APIConnectOptions(max_retry=0, timeout=0.2)
+RETRYING = APIConnectOptions(max_retry=1, retry_interval=0.01, timeout=0.2)
+
+
+@dataclass
+class Outcome:
+    """All that an application can see of a turn that failed, and what the server saw."""
+
+    error: str
+    status: int | None
+    retryable: bool | None
+    cause: str
+    events: list[tuple[str, bool]]
+    dials: int
+
+    @classmethod
+    def of(cls, line: Line, error: Exception | None) -> Outcome:
+        return cls(
+            error=f"{type(error).__name__}: {getattr(error, 'message', error)}",
+            status=error.status_code if isinstance(error, APIStatusError) else None,
+            retryable=error.retryable if isinstance(error, APIError) else None,
+            cause=type(error.__cause__).__name__ if error is not None else "",
+            events=[(type(event.error).__name__, event.recoverable) for event in line.errors],
+            dials=line.server.link.accepted,
+        )
+
+
+def refuse(status: int) -> Callable[[Line], dict[str, Any]]:
+    def prepare(line: Line) -> dict[str, Any]:
+        line.server.behaviour.refuse = status
+        return {}
+
+    return prepare
+
+
+def wrong_key(line: Line) -> dict[str, Any]:
+    return {"api_key": "wrong"}
+
+
+def unknown_voice(line: Line) -> dict[str, Any]:
+    line.server.behaviour.voices = {"ara"}
+    return {"voice": "nobody"}
+
+
+def refused_connection(line: Line) -> dict[str, Any]:
+    line.server.link.refuse = True
+    return {}
+
+
+def stalled_dial(line: Line) -> dict[str, Any]:
+    line.server.link.stall_new = True
+    return {}
+
+
+CASES = {
+    "400 for an unknown voice": unknown_voice,
+    "401": wrong_key,
+    "404": refuse(404),
+    "429": refuse(429),
+    "503": refuse(503),
+    "connection refused": refused_connection,
+    "the caller's timeout": stalled_dial,
+}
+
+
+async def outcome(prepare: Callable[[Line], dict[str, Any]], options: APIConnectOptions) -> Outcome:
+    async with line_to() as line:
+        tts = line.tts(**prepare(line))
+        heard = await speak(tts, "Hello.", options)
+        seen = Outcome.of(line, heard.error)
+        await tts.aclose()
+        return seen
+
+
+@pytest.mark.parametrize("options", [IMPATIENT, RETRYING], ids=["once", "with a retry"])
+@pytest.mark.parametrize("case", CASES)
+async def test_the_same_error_as_without_the_patch(case: str, options: APIConnectOptions) -> None:
+    """The same exception, status, events and number of dials, with and without retries."""
+    before = await outcome(CASES[case], options)
+    assert before.error != "NoneType: None", "nothing went wrong"
+    xai_pool_patch.install()
+    try:
+        after = await outcome(CASES[case], options)
+    finally:
+        xai_pool_patch.uninstall()
+    assert after == before
+
+
+async def test_the_timeout_covers_the_wait_for_somebody_elses_dial(patched: None) -> None:
+    """A caller who relies on a standby that hangs fails when it said, not when the dial does."""
+    async with line_to() as line:
+        line.server.link.stall_new = True
+        tts = line.tts()
+        tts.prewarm()
+        await line.server.wait_for(lambda server: server.link.accepted == 1)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        heard = await speak(tts, "Hello.", IMPATIENT)
+        assert loop.time() - began < 5.0
+        assert isinstance(heard.error, APIConnectionError)
+        await tts.aclose()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [{"error_on_text": "no such thing"}, {"raw_before_audio": ["{not json"]}],
+    ids=["error frame", "malformed JSON"],
+)
+async def test_errors_of_the_utterance_pass_unchanged(fault: dict[str, Any]) -> None:
+    """What the server says on a fresh connection reaches the plugin as it is."""
+
+    async def once() -> Outcome:
+        async with line_to(quick(**fault)) as line:
+            tts = line.tts()
+            heard = await speak(tts, "Hello.")
+            seen = Outcome.of(line, heard.error)
+            await tts.aclose()
+            seen.dials = len(line.server.utterances)
+            return seen
+
+    before = await once()
+    assert before.error != "NoneType: None", "nothing went wrong"
+    xai_pool_patch.install()
+    try:
+        after = await once()
+    finally:
+        xai_pool_patch.uninstall()
+    assert after == before
+
+
+async def test_a_failed_utterance_is_not_followed_on_its_connection(patched: None) -> None:
+    """L2: after an error frame nobody knows what may still come."""
+    async with line_to(quick(error_on_text="no")) as line:
+        tts = line.tts()
+        await speak(tts, "First.")
+        line.server.behaviour.error_on_text = None
+        heard = await speak(tts, "Second.")
+        assert heard.samples == {line.server.utterance_for("Second.").number}
+        assert line.server.utterances[0].connection != line.server.utterances[-1].connection
+        await tts.aclose()

@@ -1,0 +1,244 @@
+"""P4, P10, P11: no turn waits for a handshake that could have been made earlier."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+
+import pytest
+from livekit.plugins import xai
+
+import xai_pool_patch
+from tests.kit import Line, all_closed, line_to, quick, speak
+from xai_pool_patch import PoolOptions
+
+VOICES = ("ara", "eve")
+
+
+async def reused(line: Line, tts: xai.TTS, text: str) -> bool:
+    """Speaks a turn and tells whether its connection was there when asked for."""
+    heard = await speak(tts, text)
+    assert heard.error is None
+    assert heard.samples == {line.server.utterance_for(text).number}
+    flag: bool = line.metrics[-1].connection_reused
+    return flag
+
+
+async def ready(line: Line, count: int) -> None:
+    """Until that many connections were made and none is being dialled."""
+    await line.server.wait_for(lambda s: len(s.connections) >= count)
+    while xai_pool_patch.stats()["dialling"]:
+        await asyncio.sleep(0)
+
+
+async def interrupted(line: Line, tts: xai.TTS) -> None:
+    async with tts.stream() as stream:
+        stream.push_text("This is a long sentence.")
+        stream.end_input()
+        await stream.__anext__()
+
+
+async def test_after_an_interruption_a_connection_is_there(patched: None) -> None:
+    """The replacement is dialled while the user speaks; at no time are there two to spare."""
+    async with line_to(quick(pace=5.0, speech_per_character=0.02), round_trip=0.01) as line:
+        tts = line.tts()
+        tts.prewarm()
+        await ready(line, 1)
+        for number in range(5):
+            await interrupted(line, tts)
+            await ready(line, number + 2)
+            assert await reused(line, tts, f"Turn {number}.")
+        assert line.server.peak_open <= 2, "one closing, one new"
+        await tts.aclose()
+        await all_closed(line.server)
+
+
+async def test_switching_voices_costs_nothing(patched: None) -> None:
+    """P11: the new voice is dialled at once, and the old one stays for when it is wanted again."""
+    async with line_to(round_trip=0.01) as line:
+        tts = line.tts(voice=VOICES[0])
+        tts.prewarm()
+        await ready(line, 1)
+        for number in range(6):
+            tts.update_options(voice=VOICES[number % 2])
+            await ready(line, min(number + 1, 2))
+            text = f"Turn {number}."
+            assert await reused(line, tts, text)
+            spoken = line.server.utterance_for(text)
+            query = line.server.connections[spoken.connection - 1].query
+            assert query["voice"] == VOICES[number % 2]
+        assert len(line.server.connections) == 2
+        await tts.aclose()
+        await all_closed(line.server)
+
+
+async def test_a_voice_left_behind_is_closed_after_max_idle_time() -> None:
+    """P6: it holds one of the team's sessions for that long, and no longer."""
+    xai_pool_patch.install(PoolOptions(max_idle_time=0.1))
+    async with line_to() as line:
+        tts = line.tts(voice="ara")
+        await speak(tts, "Hello.")
+        tts.update_options(voice="eve")
+        await line.server.wait_for(
+            lambda s: [c.query["voice"] for c in s.connections if c.is_open] == ["eve"]
+        )
+        await tts.aclose()
+    xai_pool_patch.uninstall()
+
+
+async def test_a_running_utterance_keeps_its_connection(patched: None) -> None:
+    """P11: a change of voice in mid-sentence is for the next one."""
+    async with line_to(quick(pace=10.0, speech_per_character=0.05)) as line:
+        tts = line.tts(voice="ara")
+        async with tts.stream() as stream:
+            stream.push_text("A sentence of some length.")
+            stream.end_input()
+            await stream.__anext__()
+            tts.update_options(voice="eve")
+            samples = {sample async for event in stream for sample in event.frame.data}
+        spoken = line.server.utterances[0]
+        assert spoken.finished
+        assert samples == {spoken.number}
+        await tts.aclose()
+
+
+async def test_a_dial_for_old_options_never_serves_new_ones(patched: None) -> None:
+    """P11: the voice is that of the moment of asking, also when it changes during the dial."""
+    async with line_to(round_trip=0.02) as line:
+        tts = line.tts(voice="ara")
+        first = asyncio.create_task(speak(tts, "First."))
+        await line.server.wait_for(lambda s: s.link.accepted == 1)
+        tts.update_options(voice="eve")
+        await asyncio.gather(first, speak(tts, "Second."))
+        voices = {
+            text: line.server.connections[line.server.utterance_for(text).connection - 1].query
+            for text in ("First.", "Second.")
+        }
+        assert voices["First."]["voice"] == "ara"
+        assert voices["Second."]["voice"] == "eve"
+        await tts.aclose()
+
+
+async def test_rotation_before_the_servers_deadline() -> None:
+    """P5: turns go on over connections that are replaced in time, and none meets the deadline."""
+    xai_pool_patch.install(PoolOptions(max_age=0.5))
+    async with line_to(quick(deadline=0.7)) as line:
+        tts = line.tts()
+        tts.prewarm()
+        await ready(line, 1)
+        while len(line.server.connections) < 5:
+            assert await reused(line, tts, "One more turn.")
+            await asyncio.sleep(0.01)
+        assert line.errors == []
+        await tts.aclose()
+    xai_pool_patch.uninstall()
+
+
+async def test_what_a_burst_left_behind_is_trimmed() -> None:
+    """P6: ten at once, and a moment later only what the conversation uses."""
+    xai_pool_patch.install(PoolOptions(max_idle_time=0.2))
+    async with line_to() as line:
+        tts = line.tts()
+        await asyncio.gather(*(speak(tts, f"Stream {n}.") for n in range(10)))
+        assert line.server.peak_open == 10
+        await line.server.wait_for(lambda s: s.open_count == 1)
+        assert await reused(line, tts, "Afterwards.")
+        await tts.aclose()
+    xai_pool_patch.uninstall()
+
+
+async def test_agents_that_share_a_key_share_the_connection(patched: None) -> None:
+    """P10: the second agent's first word needs no handshake; the last to go ends the pool."""
+    async with line_to() as line:
+        first, second = line.tts(), line.tts()
+        await speak(first, "I hand you over.")
+        assert await reused(line, second, "I take over.")
+        await first.aclose()
+        assert await reused(line, second, "Still here.")
+        assert len(line.server.connections) == 1
+        line.metrics.clear()
+        del second
+        gc.collect()
+        await all_closed(line.server)
+
+
+async def test_other_options_have_a_pool_of_their_own(patched: None) -> None:
+    """P9: two agents with two voices never share."""
+    async with line_to() as line:
+        ttss = [line.tts(voice="ara"), line.tts(voice="eve"), line.tts(language="fr")]
+        for tts in ttss:
+            assert not await reused(line, tts, f"Voice {tts._opts.voice} {tts._opts.language}.")
+        assert len(line.server.connections) == 3
+        for tts in ttss:
+            await tts.aclose()
+
+
+async def test_min_size_zero_keeps_nothing_but_reuses() -> None:
+    """P4: for those who count every session: reuse yes, standby no."""
+    xai_pool_patch.install(PoolOptions(min_size=0, max_idle_time=0.1))
+    async with line_to() as line:
+        tts = line.tts()
+        assert not await reused(line, tts, "First.")
+        assert await reused(line, tts, "Second.")
+        await all_closed(line.server)
+        assert not await reused(line, tts, "Third.")
+        await tts.aclose()
+    xai_pool_patch.uninstall()
+
+
+async def test_a_server_that_comes_back_is_found(patched: None) -> None:
+    """P4: after an outage the standby is dialled again with backoff, before anybody asks."""
+    async with line_to() as line:
+        tts = line.tts()
+        await speak(tts, "Before.")
+        line.server.behaviour.refuse_next = [503, 503]
+        line.server.reset_all()
+        await ready(line, 2)
+        assert [h.status for h in line.server.handshakes] == [101, 503, 503, 101]
+        assert await reused(line, tts, "After.")
+        await tts.aclose()
+
+
+def test_worker_threads_never_meet(patched: None) -> None:
+    """P9: each thread has its loop, and each loop its pools."""
+    made: list[int] = []
+    barrier = threading.Barrier(3, timeout=30)
+
+    async def job() -> None:
+        async with line_to() as line:
+            tts = line.tts()
+            await speak(tts, "Hello.")
+            await asyncio.get_running_loop().run_in_executor(None, barrier.wait)
+            assert await reused(line, tts, "Hello again.")
+            made.append(len(line.server.connections))
+            await tts.aclose()
+
+    threads = [threading.Thread(target=asyncio.run, args=(job(),)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [1, 1, 1]
+    assert xai_pool_patch.stats()["connections_made"] == 3
+    assert xai_pool_patch.stats()["connections_reused"] == 3
+
+
+@pytest.mark.parametrize("when", ["idle", "leased", "dialling"])
+async def test_stats_of_what_there_is(patched: None, when: str) -> None:
+    """A snapshot tells where the connections are."""
+    behaviour = quick(pace=5.0, speech_per_character=0.1)
+    async with line_to(behaviour, round_trip=0.01) as line:
+        tts = line.tts()
+        turn = asyncio.create_task(speak(tts, "Hello."))
+        if when == "dialling":
+            await line.server.wait_for(lambda s: s.link.accepted == 1)
+        elif when == "leased":
+            await line.server.wait_for(lambda s: len(s.utterances) == 1)
+        else:
+            await turn
+        stats = xai_pool_patch.stats()
+        counts = {key: stats[key] for key in ("idle", "leased", "dialling")}  # type: ignore[literal-required]
+        assert counts == {"idle": 0, "leased": 0, "dialling": 0, when: 1}
+        await turn
+        await tts.aclose()

@@ -1,0 +1,305 @@
+"""Any sequence of events, found by hypothesis, against the promises of the pool.
+
+The real `LoopPools`, `Pool` and `Connection` in virtual time; only the WebSocket is a plain object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import aiohttp
+from aiohttp import WSMsgType
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from tests.virtual import VirtualLoop
+from xai_pool_patch.connection import Connection
+from xai_pool_patch.options import PoolOptions
+from xai_pool_patch.pool import AcquireTimeoutError, DialFailedError, Pool, Reason
+from xai_pool_patch.shared import Endpoint, Key, LoopPools
+
+T = TypeVar("T")
+
+HANDSHAKE = 0.4
+MAX_AGE = 1800.0
+VOICES = st.sampled_from(["ara", "eve", "rex"])
+
+
+class Session:
+    closed = False
+
+
+class TTS:
+    voice = "ara"
+
+
+class Socket:
+    """A WebSocket of which nobody but the pool is on the other side."""
+
+    def __init__(self, voice: str) -> None:
+        self.voice = voice
+        self.made_at = asyncio.get_running_loop().time()
+        self.is_open = True
+        self.close_code: int | None = None
+        self._messages: asyncio.Queue[aiohttp.WSMessage] = asyncio.Queue()
+
+    async def receive(self) -> aiohttp.WSMessage:
+        return await self._messages.get()
+
+    async def close(self) -> None:
+        self.is_open = False
+        self._messages.put_nowait(aiohttp.WSMessage(WSMsgType.CLOSING, None, None))
+
+    def end_by_peer(self) -> None:
+        self.is_open = False
+        self._messages.put_nowait(aiohttp.WSMessage(WSMsgType.CLOSE, 1000, ""))
+
+
+class RefusedError(Exception):
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+
+@dataclass
+class World:
+    """What the pools dial into."""
+
+    sockets: list[Socket] = field(default_factory=list)
+    next_dials: list[int | str] = field(default_factory=list)
+    session: Session = field(default_factory=Session)
+
+    def endpoint(self, voice: str) -> Endpoint:
+        async def connect(timeout: float) -> Any:
+            fate = self.next_dials.pop(0) if self.next_dials else "accepted"
+            await asyncio.wait_for(asyncio.sleep(1e9 if fate == "hangs" else HANDSHAKE), timeout)
+            if isinstance(fate, int):
+                raise RefusedError(fate)
+            self.sockets.append(Socket(voice))
+            return self.sockets[-1]
+
+        session: Any = self.session
+        return Endpoint(Key("key", session, (("voice", voice),)), connect)
+
+    @property
+    def open(self) -> list[Socket]:
+        return [socket for socket in self.sockets if socket.is_open]
+
+
+@dataclass(eq=False)
+class Turn:
+    pool: Pool[Connection]
+    task: asyncio.Task[Connection]
+
+    @property
+    def connection(self) -> Connection | None:
+        done = self.task.done() and not self.task.cancelled() and not self.task.exception()
+        return self.task.result() if done else None
+
+
+class Agents(RuleBasedStateMachine):
+    @initialize(min_size=st.integers(0, 2))
+    def begin(self, min_size: int) -> None:
+        self.loop = VirtualLoop()
+        self.complaints: list[Any] = []
+        self.loop.set_exception_handler(lambda _, context: self.complaints.append(context))
+        self.options = PoolOptions(min_size=min_size, max_age=MAX_AGE)
+        self.world = World()
+        self.ttss = [TTS()]
+        self.turns: list[Turn] = []
+
+        async def make() -> LoopPools:
+            return LoopPools(self.options)
+
+        self.pools = self.loop.run_until_complete(make())
+        self.pools._jitter.seed(1)
+
+    def let(self, seconds: float = 0.0) -> None:
+        self.loop.run_until_complete(asyncio.sleep(seconds))
+
+    def inside(self, function: Any, *args: Any) -> Any:
+        """Calls it as from a callback of the loop."""
+
+        async def call() -> Any:
+            return function(*args)
+
+        return self.loop.run_until_complete(call())
+
+    def pick(self, data: st.DataObject, things: list[T]) -> T:
+        """By number: hypothesis keeps what it drew, and a TTS must be free to be collected."""
+        return things[data.draw(st.integers(0, len(things) - 1))]
+
+    @property
+    def speaking(self) -> list[Turn]:
+        return [turn for turn in self.turns if turn.connection is not None]
+
+    @property
+    def waiting(self) -> list[Turn]:
+        return [turn for turn in self.turns if not turn.task.done()]
+
+    # What agents do
+
+    @rule(voice=VOICES)
+    def another_tts(self, voice: str) -> None:
+        if len(self.ttss) < 4:
+            self.ttss.append(TTS())
+            self.ttss[-1].voice = voice
+
+    @precondition(lambda self: self.ttss)
+    @rule(data=st.data(), timeout=st.sampled_from([0.1, 2.0, 10.0]), settle=st.booleans())
+    def ask(self, data: st.DataObject, timeout: float, settle: bool) -> None:
+        tts = self.pick(data, self.ttss)
+
+        async def acquire(pool: Pool[Connection], voice: str) -> Connection:
+            connection = (await pool.acquire(timeout)).connection
+            socket: Any = connection.ws
+            assert connection.is_reusable
+            assert socket.voice == voice
+            assert self.loop.time() - socket.made_at < MAX_AGE
+            return connection
+
+        def begin() -> None:
+            pool = self.pools.use(tts, self.world.endpoint(tts.voice))
+            self.turns.append(Turn(pool, self.loop.create_task(acquire(pool, tts.voice))))
+
+        self.inside(begin)
+        if settle:
+            self.let()
+
+    @precondition(lambda self: self.speaking)
+    @rule(data=st.data(), completed=st.booleans())
+    def end_turn(self, data: st.DataObject, completed: bool) -> None:
+        turn = self.pick(data, self.speaking)
+        self.turns.remove(turn)
+        if completed:
+            self.inside(turn.pool.release, turn.connection)
+        else:
+            self.inside(turn.pool.discard, turn.connection, Reason.INTERRUPTED)
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def give_up(self, data: st.DataObject) -> None:
+        self.pick(data, self.waiting).task.cancel()
+
+    @precondition(lambda self: self.speaking and self.waiting)
+    @rule(data=st.data())
+    def give_up_in_the_moment_of_a_release(self, data: st.DataObject) -> None:
+        turn = self.pick(data, self.speaking)
+        waiting = self.pick(data, self.waiting)
+        self.turns.remove(turn)
+
+        def at_once() -> None:
+            turn.pool.release(turn.connection)
+            waiting.task.cancel()
+
+        self.inside(at_once)
+
+    @precondition(lambda self: self.ttss)
+    @rule(data=st.data(), voice=VOICES)
+    def change_voice(self, data: st.DataObject, voice: str) -> None:
+        tts = self.pick(data, self.ttss)
+        tts.voice = voice
+        if self.pools.knows(tts):
+            self.inside(self.pools.use, tts, self.world.endpoint(voice))
+
+    @precondition(lambda self: self.ttss)
+    @rule(data=st.data(), collected=st.booleans())
+    def end_tts(self, data: st.DataObject, collected: bool) -> None:
+        tts = self.pick(data, self.ttss)
+        self.ttss.remove(tts)
+        if not collected:
+            self.inside(self.pools.leave, tts)
+        del tts
+        gc.collect(0)
+        self.let()
+
+    # What the world does
+
+    @rule(fates=st.lists(st.sampled_from([400, 401, 429, 503, "hangs", "accepted"]), max_size=3))
+    def prepare_dials(self, fates: list[int | str]) -> None:
+        self.world.next_dials = fates
+
+    @precondition(lambda self: self.world.open)
+    @rule(data=st.data())
+    def lose(self, data: st.DataObject) -> None:
+        self.inside(self.pick(data, self.world.open).end_by_peer)
+        self.let()
+
+    @rule(seconds=st.sampled_from([0.0, 0.1, 0.39, 0.4, 1.0, 11.0, 61.0, 1700.0, 4000.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.let(seconds)
+
+    @rule()
+    def rest(self) -> None:
+        """Nothing fails for a while: then everything is as it should be."""
+        self.world.next_dials = []
+        self.let(120.0)
+        assert self.waiting == [], "a caller was forgotten"
+        for key, pool in self.pools.pools.items():
+            used = any(
+                tts.voice == dict(key.options)["voice"] and self.pools.knows(tts)
+                for tts in self.ttss
+            )
+            least = self.options.min_size if used else 0
+            assert pool.dialling == 0
+            assert pool.leased + pool.idle <= max(least, pool.leased), "holds more than it uses"
+
+    # What holds at all times
+
+    @invariant()
+    def every_caller_has_a_connection_of_its_own(self) -> None:
+        connections = [turn.connection for turn in self.speaking]
+        assert len(set(map(id, connections))) == len(connections)
+
+    @invariant()
+    def a_connection_in_use_is_not_closed_by_the_pool(self) -> None:
+        for turn in self.speaking:
+            state = turn.connection.state.value  # type: ignore[union-attr]
+            assert state in ("open", "lost"), state
+
+    @invariant()
+    def failures_are_those_that_callers_know(self) -> None:
+        for turn in [turn for turn in self.turns if turn.task.done()]:
+            error = None if turn.task.cancelled() else turn.task.exception()
+            assert error is None or isinstance(error, (DialFailedError, AcquireTimeoutError))
+            if turn.connection is None:
+                self.turns.remove(turn)
+
+    @invariant()
+    def no_more_sessions_than_asked_for(self) -> None:
+        """One a turn, those kept, what a burst left, and one a pool during rotation."""
+        dialling = sum(pool.dialling for pool in self.pools.pools.values())
+        assert len(self.world.open) + dialling <= 60
+
+    def teardown(self) -> None:
+        if not hasattr(self, "pools"):
+            return
+        for turn in self.turns:
+            turn.task.cancel()
+            if turn.connection is not None:
+                self.inside(turn.pool.release, turn.connection)
+        self.inside(self.pools.close)
+        self.let(30.0)
+        assert self.world.open == [], "left open"
+        tasks = asyncio.all_tasks(self.loop)
+        assert not tasks, f"left behind: {tasks}"
+        assert not self.complaints, self.complaints
+        self.loop.close()
+
+
+TestAgents = Agents.TestCase
+TestAgents.settings = settings(
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)

@@ -1,0 +1,63 @@
+"""PoolOptions takes what makes sense and names the field where something does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from xai_pool_patch import InvalidOptionError, PoolOptions, XaiPoolPatchError
+
+SECONDS = ["max_age", "max_idle_time", "close_timeout", "heartbeat"]
+
+
+def test_defaults() -> None:
+    """The defaults are those that the documentation gives."""
+    assert dataclasses.asdict(PoolOptions()) == {
+        "min_size": 1,
+        "max_age": 1800.0,
+        "max_idle_time": 60.0,
+        "close_timeout": 5.0,
+        "heartbeat": 20.0,
+    }
+
+
+@pytest.mark.parametrize("name", SECONDS)
+@pytest.mark.parametrize("value", [0, -1, -0.5, math.nan, math.inf, "5", None, True, [1]])
+def test_nonsense_seconds(name: str, value: object) -> None:
+    """Durations are finite numbers above zero."""
+    with pytest.raises(InvalidOptionError, match=rf"^{name} must be a number of seconds above 0"):
+        PoolOptions(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [-1, 51, 1.0, "1", None, True, math.nan])
+def test_nonsense_min_size(value: object) -> None:
+    """min_size is a count between none and what xAI allows a team."""
+    with pytest.raises(InvalidOptionError, match=r"^min_size must be a whole number from 0 to 50"):
+        PoolOptions(min_size=value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", SECONDS)
+def test_whole_numbers_are_seconds_too(name: str) -> None:
+    """Nobody has to write 30.0."""
+    assert getattr(PoolOptions(**{name: 30}), name) == 30
+
+
+def test_min_size_takes_its_bounds() -> None:
+    """Both ends of the range are values to choose."""
+    assert [PoolOptions(min_size=n).min_size for n in (0, 50)] == [0, 50]
+
+
+def test_options_are_frozen_and_named() -> None:
+    """What was installed cannot change behind the pools' backs."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PoolOptions().min_size = 2  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        PoolOptions(1)  # type: ignore[misc]
+
+
+def test_errors_can_be_caught_as_one() -> None:
+    """Every error of this package has a common base, and a standard type beside it."""
+    assert issubclass(InvalidOptionError, XaiPoolPatchError)
+    assert issubclass(InvalidOptionError, ValueError)

@@ -1,0 +1,675 @@
+"""The policy of the pool, with plain objects and in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from tests.unit.pool_kit import HANDSHAKE, Network, RefusedError, Wire, make_pool
+from tests.virtual import run
+from xai_pool_patch.backoff import Account, Setback
+from xai_pool_patch.options import PoolOptions
+from xai_pool_patch.pool import (
+    PATIENCE,
+    AcquireTimeoutError,
+    DialFailedError,
+    Pool,
+    PoolClosedError,
+    Reason,
+)
+
+Scenario = Callable[[Network, Pool[Wire]], Coroutine[Any, Any, None]]
+
+
+def play(scenario: Scenario, options: PoolOptions | None = None) -> None:
+    """Runs a scenario on a pool, and holds the pool to leaving nothing behind."""
+
+    async def whole() -> None:
+        network = Network()
+        pool = make_pool(network, options)
+        await scenario(network, pool)
+        pool.close()
+        for wire in network.open:
+            pool.discard(wire, Reason.INTERRUPTED)
+        await pool.aclose()
+        assert pool.is_empty, pool
+        assert network.open == []
+
+    run(whole())
+
+
+async def leased(pool: Pool[Wire]) -> Wire:
+    return (await pool.acquire(10.0)).connection
+
+
+async def idle(pool: Pool[Wire], count: int) -> list[Wire]:
+    wires = list(await asyncio.gather(*(leased(pool) for _ in range(count))))
+    for wire in wires:
+        pool.release(wire)
+    return wires
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+# Acquire and release
+
+
+def test_an_idle_connection_is_handed_out_without_waiting() -> None:
+    """P1: with an idle connection, acquire() does not even yield to the event loop."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        [wire] = await idle(pool, 1)
+        with pytest.raises(StopIteration) as finished:
+            pool.acquire(10.0).send(None)
+        acquired = finished.value.value
+        assert (acquired.connection, acquired.waited, acquired.reused) == (wire, 0.0, True)
+        pool.release(wire)
+
+    play(scenario)
+
+
+def test_last_in_first_out() -> None:
+    """P1: the connection used last is used next, so that the others can grow old and go."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        wires = await idle(pool, 3)
+        assert [await leased(pool) for _ in wires] == wires[::-1]
+
+    play(scenario)
+
+
+def test_a_cold_caller_waits_for_its_dial_and_is_told_so() -> None:
+    """P2: the first connection is not reused, and the wait is the handshake."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        acquired = await pool.acquire(10.0)
+        assert acquired.waited == pytest.approx(HANDSHAKE)
+        assert not acquired.reused
+
+    play(scenario)
+
+
+def test_ten_cold_callers_wait_for_one_handshake() -> None:
+    """P2: dials run side by side."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        began = now()
+        wires = await asyncio.gather(*(leased(pool) for _ in range(10)))
+        assert now() - began == pytest.approx(HANDSHAKE)
+        assert len(set(wires)) == 10
+
+    play(scenario)
+
+
+def test_a_connection_given_back_serves_whoever_asked_first() -> None:
+    """P2: hand-off is faster than a dial, and first come is first served."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        first, second = await asyncio.gather(leased(pool), leased(pool))
+        earlier = asyncio.create_task(leased(pool))
+        later = asyncio.create_task(leased(pool))
+        await asyncio.sleep(HANDSHAKE / 2)
+        pool.release(first)
+        assert await earlier is first
+        assert not later.done()
+        pool.release(second)
+        assert await later is second
+
+    play(scenario)
+
+
+def test_a_dial_serves_the_first_in_line_and_its_caller_the_next() -> None:
+    """P2: callers are served in the order of asking, whosever dial comes first."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        network.handshake = 0.9
+        slow = asyncio.create_task(leased(pool))
+        await asyncio.sleep(0.1)
+        network.handshake = 0.2
+        quick = asyncio.create_task(leased(pool))
+        await asyncio.sleep(0.25)
+        assert slow.done()
+        assert not quick.done()
+        await quick
+        assert now() - network.dialled_at[0] == pytest.approx(0.9)
+
+    play(scenario)
+
+
+def test_release_of_a_connection_that_is_not_reusable_discards_it() -> None:
+    """A connection that broke while it was leased never becomes idle."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        wire = await leased(pool)
+        wire.is_reusable = False
+        pool.release(wire)
+        assert (pool.idle, pool.leased) == (0, 0)
+
+    play(scenario)
+
+
+def test_a_connection_is_given_back_once() -> None:
+    """A second release or a discard after a release of the same loan changes nothing."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        wire = await leased(pool)
+        pool.discard(wire, Reason.ERROR)
+        pool.discard(wire, Reason.ERROR)
+        pool.release(wire)
+        assert (pool.idle, pool.leased) == (0, 0)
+
+    play(scenario)
+
+
+# Callers that vanish, fail or run out of time
+
+
+def test_an_abandoned_dial_is_there_for_the_next_turn() -> None:
+    """P3: a caller that gives up does not stop its dial."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        caller = asyncio.create_task(leased(pool))
+        await asyncio.sleep(0.1)
+        caller.cancel()
+        await asyncio.sleep(HANDSHAKE)
+        acquired = await pool.acquire(10.0)
+        assert acquired.reused
+        assert len(network.dialled_at) == 1
+
+    play(scenario)
+
+
+def test_the_next_caller_takes_over_an_abandoned_dial() -> None:
+    """P3: the turn after an interruption waits for what is left of the handshake only."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        caller = asyncio.create_task(leased(pool))
+        await asyncio.sleep(0.3)
+        caller.cancel()
+        acquired = await pool.acquire(10.0)
+        assert acquired.waited == pytest.approx(HANDSHAKE - 0.3)
+        assert len(network.dialled_at) == 1
+
+    play(scenario)
+
+
+def test_cancelled_in_the_moment_of_the_hand_off() -> None:
+    """A caller that vanishes with a connection in its hand passes it to the next in line."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        wire = await leased(pool)
+        vanishing = asyncio.create_task(leased(pool))
+        next_in_line = asyncio.create_task(leased(pool))
+        await asyncio.sleep(0.1)
+        pool.release(wire)
+        vanishing.cancel()
+        assert await next_in_line is wire
+        assert vanishing.cancelled()
+
+    play(scenario)
+
+
+def test_the_timeout_covers_the_whole_wait() -> None:
+    """P8: a caller waits as long as it said, not longer, and its dial goes on."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        network.handshake = 3.0
+        began = now()
+        with pytest.raises((AcquireTimeoutError, DialFailedError)):
+            await pool.acquire(2.0)
+        assert now() - began == pytest.approx(2.0)
+
+    play(scenario)
+
+
+def test_the_timeout_covers_the_wait_for_somebody_elses_dial() -> None:
+    """P8: also while the caller relies on a standby."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        network.hang_next = 1
+        pool.keep(1)
+        await asyncio.sleep(0.1)
+        began = now()
+        with pytest.raises(AcquireTimeoutError):
+            await pool.acquire(0.2)
+        assert now() - began == pytest.approx(0.2)
+
+    play(scenario)
+
+
+def test_four_callers_of_a_dead_endpoint_fail_together() -> None:
+    """P8: nobody waits for the time-out of somebody else."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        network.hang_next = 4
+        began = now()
+        outcomes = await asyncio.gather(
+            *(pool.acquire(2.0) for _ in range(4)), return_exceptions=True
+        )
+        assert all(isinstance(o, (AcquireTimeoutError, DialFailedError)) for o in outcomes)
+        assert now() - began == pytest.approx(2.0)
+
+    play(scenario)
+
+
+def test_the_error_of_a_callers_own_dial_reaches_it() -> None:
+    """P8: what the dial failed with is what the caller gets."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        network.refuse = [Setback.REFUSED]
+        with pytest.raises(DialFailedError) as failure:
+            await pool.acquire(10.0)
+        assert isinstance(failure.value.error, RefusedError)
+
+    play(scenario)
+
+
+def test_a_failed_standby_is_not_the_callers_failure() -> None:
+    """P4: a caller who relied on a standby's dial gets one of its own when that fails."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        network.refuse = [Setback.PASSING]
+        pool.keep(1)
+        await asyncio.sleep(0.1)
+        wire = await leased(pool)
+        assert wire.number == 1
+        assert len(network.dialled_at) == 2
+
+    play(scenario)
+
+
+def test_a_hanging_standby_holds_a_caller_up_for_a_moment_only() -> None:
+    """P4: a dial that takes longer than a handshake should is no longer relied on."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        network.hang_next = 1
+        pool.keep(1)
+        await asyncio.sleep(0.1)
+        acquired = await pool.acquire(10.0)
+        assert acquired.waited == pytest.approx(PATIENCE - 0.1 + HANDSHAKE)
+
+    play(scenario)
+
+
+def test_whoever_lost_its_dial_to_another_gets_a_new_one() -> None:
+    """P2: a caller whose dial served somebody else does not inherit that one's failure."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        network.handshake = 0.9
+        network.refuse = [Setback.PASSING]
+        first = asyncio.create_task(leased(pool))
+        await asyncio.sleep(0.1)
+        network.handshake = 0.2
+        second = asyncio.create_task(leased(pool))
+        assert (await first).number == 1
+        assert (await second).number == 2
+
+    play(scenario)
+
+
+# Standby
+
+
+def test_a_replacement_is_dialled_at_once_after_a_discard() -> None:
+    """P4: half a second after an interruption the next turn finds a connection."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        wire = await leased(pool)
+        pool.discard(wire, Reason.INTERRUPTED)
+        assert pool.dialling == 1
+        await asyncio.sleep(HANDSHAKE + 0.01)
+        assert (await pool.acquire(10.0)).reused
+
+    play(scenario)
+
+
+def test_a_replacement_is_dialled_at_once_after_a_loss() -> None:
+    """C3, P4: a peer that ends an idle connection takes it out of the pool at that moment."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        [wire] = await idle(pool, 1)
+        wire.break_off()
+        assert (pool.idle, pool.dialling) == (0, 1)
+
+    play(scenario)
+
+
+def test_leased_connections_count_as_kept() -> None:
+    """P4: a conversation never holds more sessions than it uses."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        await leased(pool)
+        await asyncio.sleep(3600.0)
+        assert len(network.dialled_at) == 1
+
+    play(scenario)
+
+
+def test_nothing_is_dialled_in_the_background_when_nothing_is_kept() -> None:
+    """P4: a pool that no TTS uses at present is left alone."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        wire = await leased(pool)
+        pool.discard(wire, Reason.INTERRUPTED)
+        await asyncio.sleep(3600.0)
+        assert len(network.dialled_at) == 1
+
+    play(scenario)
+
+
+def test_prewarm_dials_one_where_none_is_kept() -> None:
+    """prewarm() is a wish of its own, and one connection is enough for it."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.prewarm()
+        pool.prewarm()
+        await asyncio.sleep(1.0)
+        pool.prewarm()
+        assert (pool.idle, len(network.dialled_at)) == (1, 1)
+
+    play(scenario, PoolOptions(min_size=0))
+
+
+def test_background_failures_back_off() -> None:
+    """P4: 0.5 s, doubling to 30 s, each shortened by up to a fifth."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        network.handshake = 0.0
+        network.refuse = [Setback.PASSING] * 12
+        pool.keep(1)
+        await asyncio.sleep(300.0)
+        gaps = [b - a for a, b in zip(network.dialled_at, network.dialled_at[1:], strict=False)]
+        expected = [0.5, 1, 2, 4, 8, 16, 30, 30, 30, 30, 30, 30]
+        assert len(gaps) == len(expected)
+        assert all(0.8 * e <= gap <= e + 1e-6 for gap, e in zip(gaps, expected, strict=True))
+        assert pool.idle == 1
+
+    play(scenario)
+
+
+def test_backoff_never_delays_a_caller() -> None:
+    """P4: in the middle of a backoff, acquire() dials immediately."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        network.refuse = [Setback.PASSING] * 6
+        pool.keep(1)
+        while network.refuse:
+            await asyncio.sleep(1.0)
+        assert (await pool.acquire(10.0)).waited == pytest.approx(HANDSHAKE)
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("calls_first", [True, False])
+def test_a_refusal_stops_the_background_until_a_callers_dial_succeeds(calls_first: bool) -> None:
+    """P4, A6: a bad key costs one dial, not one every thirty seconds."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        network.refuse = [Setback.REFUSED]
+        if calls_first:
+            with pytest.raises(DialFailedError):
+                await pool.acquire(10.0)
+        pool.keep(1)
+        await asyncio.sleep(3600.0)
+        assert len(network.dialled_at) == 1
+        pool.discard(await leased(pool), Reason.INTERRUPTED)
+        await asyncio.sleep(1.0)
+        assert pool.idle == 1
+
+    play(scenario)
+
+
+def test_too_many_sessions_pause_every_pool_of_the_api_key() -> None:
+    """P4: a 429 for one voice keeps the others of the same API key from adding to it."""
+
+    async def whole() -> None:
+        account = Account()
+        full, other, foreign = Network(), Network(), Network()
+        pools = [make_pool(full, account=account), make_pool(other, account=account)]
+        pools.append(make_pool(foreign))
+        full.refuse = [Setback.OVER_LIMIT]
+        full.handshake = 0.01
+        pools[0].keep(1)
+        await asyncio.sleep(0.1)
+        pools[1].keep(1)
+        pools[2].keep(1)
+        await asyncio.sleep(0.2)
+        assert len(other.dialled_at) == 0
+        assert len(foreign.dialled_at) == 1
+        await asyncio.sleep(1.0)
+        assert (pools[0].idle, pools[1].idle) == (1, 1)
+        for pool in pools:
+            await pool.aclose()
+
+    run(whole())
+
+
+def test_a_server_that_ends_fresh_connections_is_dialled_with_backoff() -> None:
+    """P4: accept and drop is a failure too, else the pool would dial without a pause."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        for _ in range(200):
+            await asyncio.sleep(0.5)
+            for wire in network.open:
+                wire.break_off()
+        assert len(network.dialled_at) <= 10
+
+    play(scenario)
+
+
+# Growing old
+
+
+def test_no_connection_is_handed_out_beyond_max_age() -> None:
+    """P5: at checkout age is judged again, whatever the timers did."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        [wire] = await idle(pool, 1)
+        loop = asyncio.get_running_loop()
+        loop._virtual.now += 1800.0  # type: ignore[attr-defined]
+        acquired = await pool.acquire(10.0)
+        assert acquired.connection is not wire
+        assert not acquired.reused
+
+    play(scenario)
+
+
+def test_an_old_idle_connection_is_replaced_first_and_closed_then() -> None:
+    """P5: at every moment of many hours there is a connection young enough to be handed out."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        await asyncio.sleep(1.0)
+        for _ in range(6 * 3600):
+            await asyncio.sleep(1.0)
+            assert pool.idle >= 1
+            assert len(network.open) <= 2
+            assert all(now() - wire.made_at <= 1800.0 for wire in network.open)
+        lifetimes = [w.closed_at - w.made_at for w in network.wires if w.closed_at is not None]
+        assert len(lifetimes) >= 12
+        assert min(lifetimes) >= 1800.0 * 0.85
+        assert len({round(lifetime) for lifetime in lifetimes}) > 3, "no jitter"
+
+    play(scenario)
+
+
+def test_an_old_connection_serves_until_its_replacement_is_there() -> None:
+    """P5: while the replacement cannot be dialled the old one is handed out up to its end."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        [wire] = await idle(pool, 1)
+        network.refuse = [Setback.PASSING] * 1000
+        while len(network.dialled_at) < 2:
+            await asyncio.sleep(1.0)
+        assert await leased(pool) is wire
+        pool.release(wire)
+        await asyncio.sleep(200.0)
+        assert not wire.is_open
+
+    play(scenario)
+
+
+def test_a_connection_that_grew_old_during_its_loan_is_not_kept() -> None:
+    """P5: what comes back beyond max_age is closed and replaced."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        wire = await leased(pool)
+        await asyncio.sleep(1900.0)
+        assert wire.is_open
+        pool.release(wire)
+        assert not wire.is_open
+        assert pool.dialling == 1
+
+    play(scenario)
+
+
+def test_what_a_burst_left_behind_is_trimmed() -> None:
+    """P6: idle connections above what is kept close after max_idle_time, not before."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        await idle(pool, 5)
+        await asyncio.sleep(59.0)
+        assert pool.idle == 5
+        await asyncio.sleep(2.0)
+        assert pool.idle == 1
+
+    play(scenario)
+
+
+def test_the_idle_time_begins_with_the_last_use() -> None:
+    """P6: a spare connection in steady use stays."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        await idle(pool, 2)
+        for _ in range(10):
+            await asyncio.sleep(50.0)
+            await idle(pool, 2)
+        assert len(network.dialled_at) == 2
+
+    play(scenario)
+
+
+def test_a_pool_that_is_no_longer_kept_empties() -> None:
+    """P11, P6: the voice left behind costs a session for max_idle_time, and no longer."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        await idle(pool, 1)
+        pool.keep(0)
+        assert pool.idle == 1
+        await asyncio.sleep(61.0)
+        assert pool.is_empty
+
+    play(scenario)
+
+
+# Closing
+
+
+def test_closing_is_never_awaited_by_discard() -> None:
+    """P7: discard() is synchronous, and the close happens afterwards."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        wire = await leased(pool)
+        pool.discard(wire, Reason.INTERRUPTED)
+        assert wire.closed_at == now()
+
+    play(scenario)
+
+
+def test_a_closed_pool_hands_out_nothing() -> None:
+    """After its end acquire() says so instead of waiting for ever."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        await pool.aclose()
+        with pytest.raises(PoolClosedError):
+            await pool.acquire(10.0)
+
+    play(scenario)
+
+
+def test_closing_lets_waiters_have_their_dials_and_takes_nothing_back() -> None:
+    """No turn falls silent because its pool ends; what comes back afterwards is closed."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        caller = asyncio.create_task(leased(pool))
+        await asyncio.sleep(0.1)
+        pool.close()
+        wire = await caller
+        assert wire.is_open
+        pool.release(wire)
+        assert not wire.is_open
+        await asyncio.sleep(100.0)
+        assert len(network.dialled_at) == 1
+
+    play(scenario)
+
+
+def test_aclose_during_a_dial_that_hangs() -> None:
+    """aclose() waits close_timeout for it, then nobody waits any more."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        network.hang_next = 1
+        caller = asyncio.create_task(leased(pool))
+        await asyncio.sleep(0.1)
+        began = now()
+        await pool.aclose()
+        assert now() - began <= 5.1
+        with pytest.raises(PoolClosedError):
+            await caller
+
+    play(scenario)
+
+
+def test_aclose_during_a_standbys_dial_closes_what_it_brings() -> None:
+    """A handshake under way is brought to its end, so that the server gets a Close frame."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        await asyncio.sleep(0.1)
+        await pool.aclose()
+        assert len(network.wires) == 1
+        assert not network.wires[0].is_open
+
+    play(scenario)
+
+
+def test_a_session_that_is_gone_ends_the_pool_quietly(caplog: pytest.LogCaptureFixture) -> None:
+    """P9: no redial and no warning when what the pool dials with was closed."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        [wire] = await idle(pool, 1)
+        network.is_gone = True
+        wire.break_off()
+        await asyncio.sleep(3600.0)
+        assert pool.is_closed
+        assert len(network.dialled_at) == 1
+
+    play(scenario)
+    assert [r for r in caplog.records if r.levelname == "WARNING"] == []
+
+
+def test_repr_tells_the_whole_state() -> None:
+    """A failing test, or an operator with a debugger, sees what there is."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        await leased(pool)
+        assert repr(pool) == "<Pool open idle=0 leased=1 dialling=0 waiting=0 closing=0 kept=1>"
+
+    play(scenario)

@@ -1,0 +1,30 @@
+"""Warm WebSocket connections for livekit-plugins-xai.
+
+import xai_pool_patch
+
+xai_pool_patch.install()
+"""
+
+from .errors import (
+    AlreadyInstalledError,
+    InvalidOptionError,
+    UnsupportedPluginError,
+    XaiPoolPatchError,
+)
+from .options import PoolOptions
+from .patch import install, is_installed, stats, uninstall
+from .telemetry import Stats
+
+__all__ = [
+    "AlreadyInstalledError",
+    "InvalidOptionError",
+    "PoolOptions",
+    "Stats",
+    "UnsupportedPluginError",
+    "XaiPoolPatchError",
+    "install",
+    "is_installed",
+    "stats",
+    "uninstall",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,725 @@
+"""A stand-in for xAI's streaming TTS: the real wire protocol, made-up audio, faults on demand.
+
+Clients reach it as `wss://api.x.ai/v1/tts` through `StandIn.client_session()`, over real sockets
+and real TLS, by way of the simulated network of `link`. Everything runs on 127.0.0.1 and in the
+event loop of the caller, who may look at the records at any time. All times are loop times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import enum
+import functools
+import json
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import aiohttp
+import trustme
+from aiohttp import WSMsgType, web
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+from .link import HOST, Line, Link, reset_transport
+
+SERVER_NAME = "api.x.ai"
+PATH = "/v1/tts"
+SAMPLE_RATE = 24_000
+BYTES_PER_SECOND = 2 * SAMPLE_RATE
+HIGHEST_SAMPLE = 32_766
+SWITCHING_PROTOCOLS = 101
+CLOSE_TIMEOUT = 1.0
+"""Seconds the server waits for the answer to its Close frame before it drops the connection."""
+
+
+class End(enum.Enum):
+    """How a connection ended."""
+
+    CLIENT_CLOSE = "the client sent a Close frame"
+    CLIENT_DROPPED = "EOF or reset by the client, without a Close frame"
+    SERVER_CLOSE = "the server sent a Close frame"
+    SERVER_RESET = "the server reset it"
+    SERVER_SILENT = "the server is gone and the client was not told"
+    PING_TIMEOUT = "the client did not answer a PING, and was reset"
+    SHUTDOWN = "the stand-in stopped"
+
+
+class Ending(enum.Enum):
+    """How the server is to end a connection."""
+
+    CLOSE = End.SERVER_CLOSE
+    RESET = End.SERVER_RESET
+    SILENT = End.SERVER_SILENT
+
+
+class Outcome(enum.Enum):
+    """What became of an utterance."""
+
+    UNDER_WAY = "under way"
+    FINISHED = "audio.done was sent"
+    CLEARED = "cancelled by text.clear"
+    FAILED = "answered with an error frame"
+    CUT_OFF = "the connection ended first"
+
+
+@dataclass
+class Behaviour:
+    """How the server behaves; every field may be changed while it runs, with effect at once."""
+
+    generation: float = 0.31
+    """Seconds from an utterance's first message to its first audio.delta."""
+    pace: float = 5.0
+    """Seconds of audio sent per second."""
+    speech_per_character: float = 0.06
+    """Seconds of audio per character of text."""
+    chunk: float = 0.1
+    """Seconds of audio per audio.delta, at most; rounded to an odd number of bytes."""
+
+    api_key: str = field(default="stand-in-key", repr=False)
+    """The key that is accepted; any other gets 401."""
+    voices: set[str] | None = None
+    """The voices that are accepted, any other gets 400; None accepts all."""
+    max_sessions: int | None = None
+    """Open connections above which a handshake gets 429."""
+    refuse: int | None = None
+    """The HTTP status that every handshake gets."""
+    refuse_next: list[int] = field(default_factory=list)
+    """The HTTP statuses that the next handshakes get, one each: `[503] * 3` refuses three."""
+    handshake_delay: float = 0.0
+    """Seconds before a handshake is answered, refused ones included."""
+
+    answer_pings: bool = True
+    """Whether the client's PINGs are answered."""
+    answer_close: bool = True
+    """Whether the client's Close is answered. If not, the connection stays until it is dropped."""
+    ping_interval: float | None = None
+    """Seconds between PINGs; a client that has not answered one by the next is reset."""
+    idle_limit: float | None = None
+    """Seconds without an utterance under way after which `ending` is done to a connection."""
+    ending: Ending = Ending.CLOSE
+    """How `idle_limit` ends a connection."""
+    deadline: float | None = None
+    """Seconds after connecting when an error frame comes; texts are read but not answered then."""
+
+    mute: bool = False
+    """Utterances that begin now are read but not answered, and neither is text.clear."""
+    error_on_text: str | None = None
+    """The error message that answers an utterance's first text."""
+    raw_before_audio: list[str | bytes] = field(default_factory=list, repr=False)
+    """Text and binary frames sent verbatim before an utterance's first audio.delta."""
+    end_before_audio: Ending | None = None
+    """Ends the connection when the first audio.delta of an utterance is due, in its place."""
+    end_after_audio: Ending | None = None
+    """Ends the connection after the first audio.delta of an utterance."""
+    late_audio: float | None = None
+    """Seconds after audio.done when one more audio.delta of the same utterance comes."""
+    stray_done: bool = False
+    """Sends an audio.done when a connection opens."""
+
+    _on_change: Callable[[], None] | None = field(default=None, init=False, repr=False)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if self._on_change is not None:
+            self._on_change()
+
+
+@dataclass(eq=False)
+class Handshake:
+    """One attempt to connect, refused ones included.
+
+    `status` is the HTTP status of the answer, 101 if accepted; None while there is none, or
+    when the client left before.
+    """
+
+    number: int
+    at: float
+    query: dict[str, str]
+    status: int | None = None
+
+
+@dataclass(eq=False)
+class Utterance:
+    """One round: text up, audio down. Every sample of its audio has the value `number`."""
+
+    number: int
+    connection: int
+    first_text_at: float
+    text: str = ""
+    text_done: bool = False
+    first_audio_at: float | None = None
+    outcome: Outcome = Outcome.UNDER_WAY
+    audio_bytes: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """True when its audio.done was sent."""
+        return self.outcome is Outcome.FINISHED
+
+    @property
+    def cut_off(self) -> bool:
+        """True when the connection ended first."""
+        return self.outcome is Outcome.CUT_OFF
+
+
+@dataclass(eq=False)
+class Connection:
+    """One accepted WebSocket. `line` is its way through the link, for faults of the network."""
+
+    number: int
+    opened_at: float
+    query: dict[str, str]
+    line: Line = field(repr=False)
+    utterances: list[Utterance] = field(default_factory=list, repr=False)
+    ended: End | None = None
+    ended_at: float | None = None
+    close_code: int | None = None
+    pings_received: int = 0
+    pongs_received: int = 0
+    violations: list[str] = field(default_factory=list)
+
+    @property
+    def is_open(self) -> bool:
+        """True until either side has ended it."""
+        return self.ended is None
+
+
+class StandIn:
+    """The server, with its link in front; an async context manager.
+
+    Args:
+        round_trip: seconds of the link; `link.round_trip` changes it later.
+        behaviour: what the server does, `Behaviour()` by default.
+
+    Attributes:
+        behaviour: change its fields to change what the server does.
+        link: the network in front of the server.
+        handshakes: every attempt to connect, in order.
+        connections: every connection that was accepted, in order.
+        utterances: every utterance of all connections, in order.
+        peak_open: the highest number of connections open at a time.
+    """
+
+    link: Link
+
+    def __init__(self, *, round_trip: float = 0.0, behaviour: Behaviour | None = None) -> None:
+        self.behaviour = behaviour if behaviour is not None else Behaviour()
+        self.handshakes: list[Handshake] = []
+        self.connections: list[Connection] = []
+        self.utterances: list[Utterance] = []
+        self.peak_open = 0
+        self._round_trip = round_trip
+        self._sessions: set[_Session] = set()
+        self._handlers: set[asyncio.Task[Any]] = set()
+
+    def __repr__(self) -> str:
+        """All records, one a line."""
+        records = [*self.handshakes, *self.connections, *self.utterances]
+        summary = f"<StandIn open={self.open_count} peak_open={self.peak_open}>"
+        return "\n  ".join([summary, *map(repr, records)])
+
+    async def __aenter__(self) -> StandIn:
+        self._next_change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.behaviour._on_change = self.note_change
+        app = web.Application()
+        app.router.add_get(PATH, self._handle)
+        self._runner = web.AppRunner(app, access_log=None)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, HOST, 0, ssl_context=_server_context()).start()
+        self.link = Link(
+            self._runner.addresses[0][1], round_trip=self._round_trip, on_change=self.note_change
+        )
+        await self.link.open()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for session in list(self._sessions):
+            session.end(End.SHUTDOWN)
+        handlers = list(self._handlers)
+        for handler in handlers:
+            handler.cancel()
+        await asyncio.gather(*handlers, return_exceptions=True)
+        await self.link.close()
+        await self._runner.cleanup()
+        self.behaviour._on_change = None
+
+    @property
+    def url(self) -> str:
+        """What the plugin connects to, without the query."""
+        return f"wss://{SERVER_NAME}{PATH}"
+
+    @property
+    def ssl_context(self) -> ssl.SSLContext:
+        """A client's context that trusts the stand-in's certificate."""
+        context = ssl.create_default_context()
+        _authority().configure_trust(context)
+        return context
+
+    @property
+    def open_count(self) -> int:
+        """Connections that are open now."""
+        return sum(connection.is_open for connection in self.connections)
+
+    def client_session(self, **kwargs: Any) -> aiohttp.ClientSession:
+        """An HTTP session for which every host name leads here; the caller closes it."""
+        connector = aiohttp.TCPConnector(resolver=_Resolver(self.link.port), ssl=self.ssl_context)
+        return aiohttp.ClientSession(connector=connector, **kwargs)
+
+    def utterance_for(self, text: str) -> Utterance:
+        """The newest utterance that contains `text`; white space does not count.
+
+        Raises:
+            LookupError: there is none.
+        """
+        wanted = _without_space(text)
+        for utterance in reversed(self.utterances):
+            if wanted in _without_space(utterance.text):
+                return utterance
+        raise LookupError(f"no utterance with {text!r} in\n{self!r}")
+
+    async def wait_for(self, predicate: Callable[[StandIn], object], timeout: float = 5.0) -> None:
+        """Waits until `predicate(self)` is true; it is looked at after every change.
+
+        Raises:
+            TimeoutError: it was not true within `timeout` seconds. The message has all records.
+        """
+        give_up_at = _now() + timeout
+        while not predicate(self):
+            if _now() >= give_up_at:
+                raise TimeoutError(f"not so within {timeout} s:\n{self!r}")
+            await self.wait_for_change(until=give_up_at)
+
+    async def close_all(self, code: int = 1000) -> None:
+        """Sends a Close frame to every open connection; does not wait for the answers."""
+        for session in list(self._sessions):
+            session.end(End.SERVER_CLOSE, code)
+
+    def reset_all(self) -> None:
+        """Resets every open connection."""
+        for session in list(self._sessions):
+            session.end(End.SERVER_RESET)
+
+    def freeze_all(self) -> None:
+        """Makes every connection half-open: neither side hears of the other any more."""
+        self.link.freeze()
+
+    async def broadcast(self, frame: str) -> None:
+        """Sends a text frame on every open connection."""
+        for session in list(self._sessions):
+            await session.send(frame)
+
+    def note_change(self) -> None:
+        """Wakes everybody who waits for a change of the records or of the behaviour."""
+        self._next_change.set_result(None)
+        self._next_change = asyncio.get_running_loop().create_future()
+
+    async def wait_for_change(self, until: float | None = None) -> None:
+        """Waits for the next change, at the longest until the loop time `until`."""
+        timeout = None if until is None else until - _now()
+        await asyncio.wait([self._next_change], timeout=timeout)
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        handler = asyncio.current_task()
+        assert handler is not None
+        self._handlers.add(handler)
+        try:
+            return await self._shake_hands(request)
+        finally:
+            self._handlers.discard(handler)
+
+    async def _shake_hands(self, request: web.Request) -> web.StreamResponse:
+        handshake = Handshake(len(self.handshakes) + 1, _now(), dict(request.query))
+        self.handshakes.append(handshake)
+        self.note_change()
+        await asyncio.sleep(self.behaviour.handshake_delay)
+        transport = request.transport
+        line = self._line_of(transport) if transport is not None else None
+        if transport is None or line is None:  # the client has left meanwhile
+            return web.Response(status=400)
+        handshake.status = self._judge(request)
+        self.note_change()
+        if handshake.status != SWITCHING_PROTOCOLS:
+            return web.Response(status=handshake.status)
+        ws = web.WebSocketResponse(timeout=CLOSE_TIMEOUT, autoping=False, autoclose=False)
+        await ws.prepare(request)
+        connection = Connection(len(self.connections) + 1, _now(), dict(request.query), line)
+        await self._serve(_Session(self, ws, transport, connection), connection)
+        return ws
+
+    def _line_of(self, transport: asyncio.Transport) -> Line | None:
+        return self.link.line_from(transport.get_extra_info("peername")[1])
+
+    def _judge(self, request: web.Request) -> int:
+        """The HTTP status that answers a handshake."""
+        behaviour = self.behaviour
+        if behaviour.refuse_next:
+            return behaviour.refuse_next.pop(0)
+        if behaviour.refuse is not None:
+            return behaviour.refuse
+        if request.headers.get("Authorization") != f"Bearer {behaviour.api_key}":
+            return 401
+        if behaviour.voices is not None and request.query.get("voice") not in behaviour.voices:
+            return 400
+        if behaviour.max_sessions is not None and self.open_count >= behaviour.max_sessions:
+            return 429
+        return SWITCHING_PROTOCOLS
+
+    async def _serve(self, session: _Session, connection: Connection) -> None:
+        self._sessions.add(session)
+        self.connections.append(connection)
+        self.peak_open = max(self.peak_open, self.open_count)
+        self.note_change()
+        try:
+            await session.run()
+        finally:
+            self._sessions.discard(session)
+
+
+class _Session:
+    """One open connection: reads the client, speaks the utterance under way, minds the time."""
+
+    def __init__(
+        self,
+        server: StandIn,
+        ws: web.WebSocketResponse,
+        transport: asyncio.Transport,
+        connection: Connection,
+    ) -> None:
+        self._server = server
+        self._ws = ws
+        self._transport = transport
+        self._connection = connection
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._reader = self._start(self._read())
+        self._speaker: asyncio.Task[None] | None = None
+        self._current: Utterance | None = None
+        self._idle_since = connection.opened_at
+        self._pinged_at = connection.opened_at
+        self._pong_due = False
+        self._expired = False
+
+    async def run(self) -> None:
+        """Serves the connection to its end."""
+        try:
+            self._start(self._mind_the_time())
+            if self._server.behaviour.stray_done:
+                await self._say("audio.done", trace_id="stray")
+            await asyncio.wait([self._reader])
+            if self._connection.ended is End.SERVER_CLOSE:
+                await self._ws.close(code=self._connection.close_code or 1000)
+        finally:
+            self._note_end(End.CLIENT_DROPPED)
+            tasks = list(self._tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def end(self, end: End, code: int = 1000) -> None:
+        """Ends the connection from the server's side, unless it has ended."""
+        if not self._connection.is_open:
+            return
+        self._note_end(end)
+        if end is End.SERVER_CLOSE:
+            self._connection.close_code = code
+            # run() goes on to close: aiohttp waits for the client's answer only when nobody is
+            # inside receive().
+            self._reader.cancel()
+            return
+        if end is End.SERVER_SILENT:
+            self._connection.line.half_open_at_end()
+        reset_transport(self._transport)
+
+    async def send(self, frame: str | bytes) -> None:
+        """Sends a text or binary frame, if the connection is open."""
+        if not self._connection.is_open:
+            return
+        with contextlib.suppress(ConnectionError):  # the reader sees it too
+            if isinstance(frame, str):
+                await self._ws.send_str(frame)
+            else:
+                await self._ws.send_bytes(frame)
+
+    async def _say(self, kind: str, **fields: str) -> None:
+        await self.send(json.dumps({"type": kind, **fields}))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _note_end(self, end: End) -> None:
+        if not self._connection.is_open:
+            return
+        self._connection.ended = end
+        self._connection.ended_at = _now()
+        self._stop_speaker()
+        if self._current is not None and self._current.outcome is Outcome.UNDER_WAY:
+            self._current.outcome = Outcome.CUT_OFF
+        self._server.note_change()
+
+    # What the client says.
+
+    async def _read(self) -> None:
+        """Reads until the client has closed or is gone."""
+        while True:
+            frame = await self._ws.receive()
+            if frame.type is WSMsgType.TEXT:
+                await self._on_message(frame.data)
+            elif frame.type is WSMsgType.BINARY:
+                await self._object("binary frame")
+            elif frame.type is WSMsgType.PING:
+                await self._on_ping(frame.data)
+            elif frame.type is WSMsgType.PONG:
+                self._connection.pongs_received += 1
+                self._pong_due = False
+            elif frame.type is WSMsgType.CLOSE:
+                await self._on_close(frame.data)
+                return
+            else:
+                return  # the connection is gone
+            self._server.note_change()
+
+    async def _on_ping(self, data: bytes) -> None:
+        self._connection.pings_received += 1
+        if self._server.behaviour.answer_pings:
+            with contextlib.suppress(ConnectionError):
+                await self._ws.pong(data)
+
+    async def _on_close(self, code: int) -> None:
+        self._connection.close_code = code
+        self._server.note_change()
+        if not self._server.behaviour.answer_close:
+            # After a Close aiohttp reads no more; the link knows when the client drops it.
+            await self._connection.line.client_left.wait()
+        self._note_end(End.CLIENT_CLOSE)
+        await self._ws.close(code=code or 1000)
+
+    async def _on_message(self, data: str) -> None:
+        match _parsed(data):
+            case {"type": "text.delta", "delta": str(text)}:
+                await self._on_text(text, done=False)
+            case {"type": "text.done"}:
+                await self._on_text("", done=True)
+            case {"type": "text.clear"}:
+                await self._on_clear()
+            case _:
+                await self._object(f"unknown message: {data[:80]}")
+
+    async def _on_text(self, text: str, *, done: bool) -> None:
+        utterance = self._current
+        if utterance is None:
+            utterance = self._begin()
+        elif utterance.text_done:
+            await self._object("text after text.done and before audio.done")
+            return
+        utterance.text += text
+        utterance.text_done = done
+        if done and utterance.outcome is Outcome.FAILED:
+            self._conclude(utterance, Outcome.FAILED)
+
+    async def _on_clear(self) -> None:
+        if self._is_mute:
+            return
+        if self._current is not None:
+            self._stop_speaker()
+            self._conclude(self._current, Outcome.CLEARED)
+        await self._say("audio.clear")
+
+    async def _object(self, violation: str) -> None:
+        self._connection.violations.append(violation)
+        if not self._is_mute:
+            await self._say("error", message=violation)
+
+    # The utterance under way.
+
+    @property
+    def _is_mute(self) -> bool:
+        return self._expired or self._server.behaviour.mute
+
+    def _begin(self) -> Utterance:
+        count = len(self._server.utterances)
+        utterance = Utterance(count % HIGHEST_SAMPLE + 1, self._connection.number, _now())
+        self._server.utterances.append(utterance)
+        self._connection.utterances.append(utterance)
+        self._current = utterance
+        if not self._is_mute:
+            self._speaker = self._start(self._answer(utterance))
+        return utterance
+
+    def _conclude(self, utterance: Utterance, outcome: Outcome) -> None:
+        utterance.outcome = outcome
+        if outcome is Outcome.FAILED and not utterance.text_done:
+            return  # the rest of its text is still to come
+        self._current = None
+        self._idle_since = _now()
+        self._server.note_change()
+
+    def _stop_speaker(self) -> None:
+        if self._speaker is not None:
+            self._speaker.cancel()
+
+    async def _answer(self, utterance: Utterance) -> None:
+        behaviour = self._server.behaviour
+        if behaviour.error_on_text is not None:
+            self._conclude(utterance, Outcome.FAILED)
+            await self._say("error", message=behaviour.error_on_text)
+            return
+        await _sleep_until(utterance.first_text_at + behaviour.generation)
+        for frame in behaviour.raw_before_audio:
+            await self.send(frame)
+        if behaviour.end_before_audio is not None:
+            self.end(behaviour.end_before_audio.value)
+            return
+        await self._speak(utterance)
+        self._conclude(utterance, Outcome.FINISHED)
+        await self._say("audio.done", trace_id=f"trace-{utterance.number}")
+        if behaviour.late_audio is not None:
+            await asyncio.sleep(behaviour.late_audio)
+            await self._say_audio(utterance, self._chunk_size)
+
+    async def _speak(self, utterance: Utterance) -> None:
+        """Sends the audio at its pace while text arrives, until all of it is spoken."""
+        behaviour = self._server.behaviour
+        due = _now()
+        while size := await self._next_size(utterance):
+            due = max(due, _now())
+            await _sleep_until(due)
+            due += size / BYTES_PER_SECOND / behaviour.pace
+            await self._say_audio(utterance, size)
+            if utterance.first_audio_at is None:
+                utterance.first_audio_at = _now()
+                self._server.note_change()
+                if behaviour.end_after_audio is not None:
+                    self.end(behaviour.end_after_audio.value)
+        await _sleep_until(due)
+
+    async def _next_size(self, utterance: Utterance) -> int:
+        """Bytes of the next audio.delta, once there is text for it; 0 when all is spoken."""
+        while True:
+            seconds = len(utterance.text) * self._server.behaviour.speech_per_character
+            unsaid = 2 * round(seconds * SAMPLE_RATE) - utterance.audio_bytes
+            if unsaid > 0:
+                return min(unsaid, self._chunk_size)
+            if utterance.text_done:
+                return 0
+            await self._server.wait_for_change()
+
+    @property
+    def _chunk_size(self) -> int:
+        """Bytes, an odd number."""
+        return int(self._server.behaviour.chunk * BYTES_PER_SECOND) | 1
+
+    async def _say_audio(self, utterance: Utterance, size: int) -> None:
+        pcm = utterance.number.to_bytes(2, "little") * (size // 2 + 2)
+        start = utterance.audio_bytes % 2
+        utterance.audio_bytes += size
+        await self._say("audio.delta", delta=base64.b64encode(pcm[start : start + size]).decode())
+
+    # What time brings.
+
+    async def _mind_the_time(self) -> None:
+        """Does what the clock says; a change of the behaviour may change what that is."""
+        while self._connection.is_open:
+            appointments = self._appointments()
+            deed = min(appointments, key=appointments.__getitem__, default=None)
+            if deed is None:
+                await self._server.wait_for_change()
+            elif appointments[deed] > _now():
+                await self._server.wait_for_change(until=appointments[deed])
+            else:
+                await deed()
+
+    def _appointments(self) -> dict[Callable[[], Awaitable[None]], float]:
+        behaviour = self._server.behaviour
+        due: dict[Callable[[], Awaitable[None]], float] = {}
+        if behaviour.ping_interval is not None:
+            due[self._ping] = self._pinged_at + behaviour.ping_interval
+        if behaviour.idle_limit is not None and self._current is None:
+            due[self._end_idle] = self._idle_since + behaviour.idle_limit
+        if behaviour.deadline is not None and not self._expired:
+            due[self._expire] = self._connection.opened_at + behaviour.deadline
+        return due
+
+    async def _ping(self) -> None:
+        if self._pong_due:
+            self.end(End.PING_TIMEOUT)
+            return
+        self._pong_due = True
+        self._pinged_at = _now()
+        with contextlib.suppress(ConnectionError):
+            await self._ws.ping()
+
+    async def _end_idle(self) -> None:
+        self.end(self._server.behaviour.ending.value)
+
+    async def _expire(self) -> None:
+        self._expired = True
+        self._stop_speaker()
+        if self._current is not None:
+            self._conclude(self._current, Outcome.FAILED)
+        age = _now() - self._connection.opened_at
+        await self._say(
+            "error", message=f"TTS pipeline timed out after {age:.0f}s: Deadline expired"
+        )
+
+
+class _Resolver(AbstractResolver):
+    """Sends every host name to one port of this machine."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        return [
+            ResolveResult(
+                hostname=host, host=HOST, port=self._port, family=socket.AF_INET, proto=0, flags=0
+            )
+        ]
+
+    async def close(self) -> None:
+        """Holds nothing."""
+
+
+@functools.cache
+def _authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@functools.cache
+def _server_context() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3  # its handshake takes one round trip
+    _authority().issue_cert(SERVER_NAME, "localhost").configure_cert(context)
+    return context
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def _sleep_until(when: float) -> None:
+    await asyncio.sleep(max(0.0, when - _now()))
+
+
+def _parsed(data: str) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError:
+        return None
+
+
+def _without_space(text: str) -> str:
+    return "".join(text.split())

@@ -1,0 +1,26 @@
+"""The errors an application can meet. All of them derive from `XaiPoolPatchError`."""
+
+from __future__ import annotations
+
+
+class XaiPoolPatchError(Exception):
+    """Base of every error that `xai_pool_patch` raises on its own account.
+
+    Errors of the network are not among them: those reach the application as they would
+    without the patch, as LiveKit's `APIConnectionError`, `APIStatusError` and so on.
+    """
+
+
+class InvalidOptionError(XaiPoolPatchError, ValueError):
+    """A value in `PoolOptions` makes no sense. The message names the field and what would do."""
+
+
+class AlreadyInstalledError(XaiPoolPatchError, RuntimeError):
+    """`install()` was called again with other options. The message says how to change them."""
+
+
+class UnsupportedPluginError(XaiPoolPatchError, RuntimeError):
+    """The installed livekit-plugins-xai is not one this package can patch safely.
+
+    The message says what was found and what is supported.
+    """

@@ -1,0 +1,63 @@
+"""What can be set, what it is set to, and why."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from .errors import InvalidOptionError
+
+MAX_SESSIONS = 50
+"""Concurrent sessions that xAI allows a team (xAI's documentation)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolOptions:
+    """How the pool of warm connections behaves. Times are in seconds.
+
+    Raises:
+        InvalidOptionError: a value is of the wrong type or makes no sense.
+    """
+
+    min_size: int = 1
+    """Connections kept per voice in use, whether idle, leased or being dialled. One conversation
+    speaks one utterance at a time, so one is what it needs. 0 keeps none: connections are still
+    reused, but a replacement is dialled only when a turn asks for it."""
+
+    max_age: float = 1800.0
+    """Oldest connection that is handed out. xAI was seen to end connections about 2,100 s after
+    they were opened; the 300 s in between are room for an utterance that begins last of all,
+    enough for 25 minutes of speech at the five times real time at which its audio comes."""
+
+    max_idle_time: float = 60.0
+    """Idle time after which a connection above `min_size` is closed. xAI counts it among the
+    team's 50 sessions, so what a burst left behind should not stay for long."""
+
+    close_timeout: float = 5.0
+    """Time the server has to answer a Close frame before the socket is aborted. Always spent in
+    the background. Without a Close frame xAI may count the session for up to 600 s more."""
+
+    heartbeat: float = 20.0
+    """Interval of WebSocket PINGs. Keeps NATs and load balancers from forgetting the connection
+    and finds a vanished peer within 1.5 times this."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "min_size":
+                _check_count(field.name, value)
+            else:
+                _check_seconds(field.name, value)
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_SESSIONS:
+        raise InvalidOptionError(
+            f"{name} must be a whole number from 0 to {MAX_SESSIONS}, not {value!r}"
+        )
+
+
+def _check_seconds(name: str, value: object) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type,operator]
+        raise InvalidOptionError(f"{name} must be a number of seconds above 0, not {value!r}")

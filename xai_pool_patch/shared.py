@@ -1,0 +1,206 @@
+"""Which pools exist, by event loop and key, and which TTS instances use them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import threading
+import weakref
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import aiohttp
+
+from .backoff import Account, Backoff, Setback
+from .connection import Connection
+from .options import PoolOptions
+from .pool import Pool
+from .telemetry import Counters, Stats, stats_of
+
+STANDBY_TIMEOUT = 10.0
+"""Seconds a background dial may take: what LiveKit allows a caller's (`APIConnectOptions`)."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """What makes two connections interchangeable."""
+
+    api_key: str = field(repr=False)
+    session: aiohttp.ClientSession = field(repr=False)
+    options: tuple[tuple[str, object], ...]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a TTS speaks to, and how to get there without holding on to that TTS."""
+
+    key: Key
+    connect: Callable[[float], Awaitable[aiohttp.ClientWebSocketResponse]]
+
+
+@dataclass(eq=False)
+class _User:
+    """One TTS instance, without a reference to it."""
+
+    current: Key | None = None
+    visited: set[Key] = field(default_factory=set)
+
+
+class LoopPools:
+    """The pools of one event loop. Everything here happens in that loop's thread."""
+
+    def __init__(self, options: PoolOptions) -> None:
+        self.counters = Counters()
+        self.pools: dict[Key, Pool[Connection]] = {}
+        self._options = options
+        self._loop = asyncio.get_running_loop()
+        self._users: weakref.WeakKeyDictionary[object, _User] = weakref.WeakKeyDictionary()
+        self._accounts: dict[str, Account] = {}
+        self._jitter = random.Random()
+
+    def knows(self, tts: object) -> bool:
+        return tts in self._users
+
+    def use(self, tts: object, endpoint: Endpoint) -> Pool[Connection]:
+        """The pool of that endpoint, kept warm for this TTS until it moves on or goes."""
+        pool = self.visit(tts, endpoint)
+        user = self._users[tts]
+        if user.current != endpoint.key:
+            left, user.current = user.current, endpoint.key
+            self._keep_if_used(left)
+            self._keep_if_used(endpoint.key)
+            self._forget_empty(user)
+        return pool
+
+    def visit(self, tts: object, endpoint: Endpoint) -> Pool[Connection]:
+        """The pool of that endpoint, for one utterance with other options than the current."""
+        user = self._users.get(tts) or self._join(tts)
+        user.visited.add(endpoint.key)
+        pool = self.pools.get(endpoint.key)
+        if pool is None or pool.is_closed:
+            pool = self.pools[endpoint.key] = self._make(endpoint)
+            self._keep_if_used(endpoint.key)
+        return pool
+
+    def leave(self, tts: object) -> list[Pool[Connection]]:
+        """The TTS is closed. Ends the pools that nobody else uses, and returns them."""
+        user = self._users.pop(tts, None)
+        return self._depart(user) if user is not None else []
+
+    def close(self) -> None:
+        for pool in self.pools.values():
+            pool.close()
+        self.pools.clear()
+        self._users.clear()
+
+    def _join(self, tts: object) -> _User:
+        user = self._users[tts] = _User()
+        weakref.finalize(tts, self._collected, user).atexit = False
+        return user
+
+    def _collected(self, user: _User) -> None:
+        # The garbage collector may run in any thread, and in the middle of anything.
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and its pools with it
+            self._loop.call_soon_threadsafe(self._depart, user)
+
+    def _depart(self, user: _User) -> list[Pool[Connection]]:
+        visited, user.visited, user.current = user.visited, set(), None
+        still_visited = {key for other in self._users.values() for key in other.visited}
+        ended = []
+        for key in visited & self.pools.keys():
+            if key in still_visited:
+                self._keep_if_used(key)
+            else:
+                ended.append(self.pools.pop(key))
+        for pool in ended:
+            pool.close()
+        return ended
+
+    def _forget_empty(self, user: _User) -> None:
+        """An application may go through any number of options in the life of a TTS."""
+        in_use = {other.current for other in self._users.values()}
+        for key in [k for k in user.visited if k not in in_use]:
+            if key not in self.pools or self.pools[key].is_empty:
+                user.visited.discard(key)
+                self.pools.pop(key, None)
+
+    def _keep_if_used(self, key: Key | None) -> None:
+        if key in self.pools:
+            is_used = any(user.current == key for user in self._users.values())
+            self.pools[key].keep(self._options.min_size if is_used else 0)
+
+    def _make(self, endpoint: Endpoint) -> Pool[Connection]:
+        options = self._options
+
+        async def connect(timeout: float) -> Connection:
+            ws = await endpoint.connect(timeout)
+            return Connection(ws, close_timeout=options.close_timeout)
+
+        account = self._accounts.setdefault(endpoint.key.api_key, Account())
+        return Pool(
+            connect,
+            options,
+            standby_timeout=STANDBY_TIMEOUT,
+            backoff=Backoff(account, self._jitter),
+            counters=self.counters,
+            setback_of=setback_of,
+            is_defunct=lambda: endpoint.key.session.closed,
+            jitter=self._jitter,
+        )
+
+
+class Registry:
+    """The pools of one installation: those of every event loop in this process."""
+
+    def __init__(self, options: PoolOptions) -> None:
+        self.options = options
+        self._loops: dict[asyncio.AbstractEventLoop, LoopPools] = {}
+        self._ended = Counters()
+        self._lock = threading.Lock()  # worker threads have a loop each
+
+    def here(self) -> LoopPools:
+        """The pools of the running loop.
+
+        Raises:
+            RuntimeError: no loop is running.
+        """
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            if loop not in self._loops:
+                self._forget_closed_loops()
+                self._loops[loop] = LoopPools(self.options)
+            return self._loops[loop]
+
+    def close(self) -> None:
+        """Ends every pool, each in its own loop. Connections in use end when they come back."""
+        with self._lock:
+            self._forget_closed_loops()
+            loops = list(self._loops.items())
+        for loop, pools in loops:
+            with contextlib.suppress(RuntimeError):  # closed in this very moment
+                loop.call_soon_threadsafe(pools.close)
+
+    def stats(self) -> Stats:
+        with self._lock:
+            counters = Counters()
+            counters.add(self._ended)
+            pools = []
+            for loop_pools in self._loops.values():
+                counters.add(loop_pools.counters)
+                pools += list(loop_pools.pools.values())
+        return stats_of(pools, counters)
+
+    def _forget_closed_loops(self) -> None:
+        for loop in [loop for loop in self._loops if loop.is_closed()]:
+            self._ended.add(self._loops.pop(loop).counters)
+
+
+def setback_of(error: Exception) -> Setback:
+    """By the HTTP status, which aiohttp calls `status` and LiveKit `status_code`."""
+    status = getattr(error, "status", None) or getattr(error, "status_code", None)
+    if status == 429:
+        return Setback.OVER_LIMIT
+    if status in (400, 401, 403, 404):
+        return Setback.REFUSED
+    return Setback.PASSING

@@ -1,0 +1,198 @@
+"""What runs in place of the plugin's methods. `patch` decides where these are put."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import aiohttp
+from livekit.agents import APIConnectionError
+
+from .connection import Connection
+from .lease import Lease
+from .options import PoolOptions
+from .pool import AcquireTimeoutError, DialFailedError, Pool, Reason
+from .shared import Endpoint, Key, Registry
+from .telemetry import describe, log
+
+NOT_IN_THE_URL = {"tokenizer"}
+"""Options of the plugin that do not go to the server."""
+
+
+class Turn:
+    """One run of the plugin's `_run_ws`: one utterance on at most one lease."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._lease: Lease | None = None
+
+    def begin(self, lease: Lease, *, waited: float, reused: bool) -> None:
+        self._lease = lease
+        # Where livekit-agents takes them from for its TTSMetrics.
+        self._stream._acquire_time = waited
+        self._stream._connection_reused = reused
+
+    def end(self, cut_off: Reason | None = None) -> None:
+        if self._lease is not None:
+            with _fault_logged("giving back a connection"):
+                self._lease.end(cut_off)
+
+
+_turn: contextvars.ContextVar[Turn | None] = contextvars.ContextVar("xai_pool_patch", default=None)
+
+
+@contextlib.contextmanager
+def _turn_of(stream: Any) -> Iterator[None]:
+    turn = Turn(stream)
+    token = _turn.set(turn)
+    try:
+        yield
+    except Exception:
+        turn.end(Reason.ERROR)
+        raise
+    except BaseException:  # CancelledError above all
+        turn.end(Reason.INTERRUPTED)
+        raise
+    else:
+        turn.end()
+    finally:
+        _turn.reset(token)
+
+
+@contextlib.contextmanager
+def _fault_logged(deed: str) -> Iterator[None]:
+    """A fault of the pool's own must not become one of the agent's."""
+    try:
+        yield
+    except Exception as fault:
+        log().error("pool failed", deed=deed, error=describe(fault))
+
+
+def _has_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+class Wrappers:
+    """The wrappers of one installation.
+
+    There is none for `TTS._close_ws`: what it closes is the lease, which goes back to the pool
+    when `_run_ws` is left. Only then is it known whether the utterance was finished or cut off.
+
+    Args:
+        registry: the pools.
+        connect: the plugin's own `TTS._connect_ws`, as found in the class.
+    """
+
+    def __init__(self, registry: Registry, connect: Any) -> None:
+        self._registry = registry
+        self._connect = connect
+
+    async def run_ws(self, wrapped: Any, stream: Any, args: Any, kwargs: Any) -> Any:
+        with _turn_of(stream):
+            return await wrapped(*args, **kwargs)
+
+    async def connect_ws(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
+        turn = _turn.get()
+        if turn is None:
+            # Nobody would say how the utterance ended, so the connection could not be shared.
+            return await wrapped(*args, **kwargs)
+        try:
+            return await self._lease(turn, tts, *args, **kwargs)
+        except DialFailedError as failure:
+            raise failure.error from failure.error.__cause__
+        except AcquireTimeoutError as error:
+            raise APIConnectionError("failed to connect to xAI") from error
+        except Exception as fault:
+            log().error("pool failed, connecting without it", error=describe(fault))
+            return await wrapped(*args, **kwargs)
+
+    def prewarm(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
+        wrapped(*args, **kwargs)
+        if not _has_loop():
+            log().debug("prewarm skipped, no event loop is running")
+            return
+        with _fault_logged("prewarm"):
+            self._registry.here().use(tts, self._endpoint(tts, tts._opts)).prewarm()
+
+    def update_options(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
+        wrapped(*args, **kwargs)
+        if not _has_loop():
+            return
+        with _fault_logged("update_options"):
+            pools = self._registry.here()
+            if pools.knows(tts):
+                pools.use(tts, self._endpoint(tts, tts._opts))
+
+    async def aclose(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
+        # Before its streams are closed, lest each of them calls for a replacement; and again
+        # afterwards, for what they may have begun meanwhile.
+        ended = self._leave(tts)
+        try:
+            await wrapped(*args, **kwargs)
+        finally:
+            ended += self._leave(tts)
+        await asyncio.gather(*(pool.aclose() for pool in ended))
+
+    def _leave(self, tts: Any) -> list[Pool[Connection]]:
+        with _fault_logged("aclose"):
+            return self._registry.here().leave(tts)
+        return []
+
+    async def _lease(self, turn: Turn, tts: Any, timeout: float, opts: Any = None) -> Lease:
+        pools = self._registry.here()
+        pool = pools.use(tts, self._endpoint(tts, tts._opts))
+        if opts is not None:
+            pool = pools.visit(tts, self._endpoint(tts, opts))
+        acquired = await pool.acquire(timeout)
+        lease = Lease(pool, acquired.connection)
+        turn.begin(lease, waited=acquired.waited, reused=acquired.reused)
+        log().debug("acquired", reused=acquired.reused, waited_ms=round(acquired.waited * 1e3, 1))
+        return lease
+
+    def _endpoint(self, tts: Any, opts: Any) -> Endpoint:
+        session = tts._ensure_session()
+        view = _TTSView(tts._api_key, dataclasses.replace(opts), session, self._registry.options)
+        connect = self._connect.__get__(view, _TTSView)
+        in_url = [f.name for f in dataclasses.fields(opts) if f.name not in NOT_IN_THE_URL]
+        key = Key(tts._api_key, session, tuple((name, getattr(opts, name)) for name in in_url))
+        return Endpoint(key, connect)
+
+
+class _TTSView:
+    """What the plugin's `_connect_ws` sees as `self` when the pool dials.
+
+    It holds the options of the moment, so that a later change does not turn a dial for one voice
+    into a connection for another; and not the TTS, which may go while its pool serves others.
+    """
+
+    def __init__(
+        self, api_key: str, opts: Any, session: aiohttp.ClientSession, options: PoolOptions
+    ) -> None:
+        self._api_key = api_key
+        self._opts = opts
+        self._session = _SessionWithDefaults(session, autoping=False, heartbeat=options.heartbeat)
+
+    def _ensure_session(self) -> Any:
+        return self._session
+
+
+class _SessionWithDefaults:
+    """The plugin's HTTP session, with other defaults for the WebSockets it opens."""
+
+    def __init__(self, session: aiohttp.ClientSession, **defaults: Any) -> None:
+        self._session = session
+        self._defaults = defaults
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def ws_connect(self, url: Any, **kwargs: Any) -> Any:
+        return self._session.ws_connect(url, **{**self._defaults, **kwargs})
