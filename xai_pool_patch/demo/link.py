@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import socket
 import struct
@@ -209,7 +210,8 @@ class Line:
         if isinstance(item, bytes):
             end.transport.write(item)
         elif item is _Signal.EOF:
-            end.transport.write_eof()
+            with contextlib.suppress(OSError):  # reset, and not yet noticed
+                end.transport.write_eof()
             self._close_after_both_eofs()
         else:
             end.reset()

@@ -1,0 +1,233 @@
+"""The demo, through the real command; and the loudspeaker it listens with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from livekit import rtc
+
+from tests.virtual import run
+from xai_pool_patch.demo.conversation import Loudspeaker
+
+COMMAND = [sys.executable, "-m", "xai_pool_patch"]
+TIMEOUT = 60.0
+SAMPLE_RATE = 24_000
+
+REFUSING = """
+import functools
+from xai_pool_patch.__main__ import main
+from xai_pool_patch.demo import standin
+standin.Behaviour = functools.partial(standin.Behaviour, refuse=401)
+main()
+"""
+
+
+def environment(**changes: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name != "XAI_API_KEY"}
+    return {**kept, **changes}
+
+
+def command(
+    *args: str, program: list[str] = COMMAND, **changes: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*program, *args],
+        env=environment(**changes),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=TIMEOUT,
+    )
+
+
+def refused(done: subprocess.CompletedProcess[str], code: int) -> str:
+    """The one line it left on stderr, after checking that there is nothing else."""
+    assert (done.returncode, done.stdout) == (code, "")
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+@pytest.fixture(scope="module")
+def report() -> Any:
+    """What --json prints of two turns, the first of them interrupted."""
+    done = command("demo", "--turns", "2", "--interrupt", "0.5", "--rtt", "20", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout)
+
+
+def test_json_tells_both_runs(report: Any) -> None:
+    """Every turn, unpatched over new connections, patched over a warm one."""
+    unpatched, patched = report["unpatched"], report["patched"]
+    assert [turn["number"] for turn in unpatched["turns"]] == [1, 2]
+    assert [turn["interrupted"] for turn in unpatched["turns"]] == [True, False]
+    assert [turn["interrupted"] for turn in patched["turns"]] == [True, False]
+    assert unpatched["turns"][1]["connection_reused"] is False
+    assert patched["turns"][1]["connection_reused"] is True
+    assert patched["turns"][1]["acquire_time_ms"] == 0.0
+    assert (unpatched["turns_reused"], patched["turns_reused"]) == (0, 1)
+
+
+def test_json_counts_connections(report: Any) -> None:
+    """Unpatched one each, patched the one that was cut off and its standby."""
+    assert report["unpatched"]["connections_made"] == 2
+    assert report["patched"]["connections_made"] <= 2
+
+
+def test_no_turn_is_faster_than_the_floor(report: Any) -> None:
+    """Unpatched it costs the handshake's three round trips on top."""
+    assert report["floor_ms"] == 330.0
+    for name, least in (("unpatched", 330.0 + 60.0), ("patched", 330.0)):
+        for turn in report[name]["turns"]:
+            assert turn["time_to_first_audio_ms"] >= least
+
+
+def test_shows_tables_without_a_terminal() -> None:
+    """Piped, there is a line per turn, no colour and no cursor movement."""
+    done = command("demo", "--turns", "1", "--interrupt", "0", "--rtt", "20", COLUMNS="80")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\x1b" not in done.stdout
+    assert max(len(line) for line in done.stdout.splitlines()) <= 80
+    for part in ("turn  1 of 1", "floor, 330 ms", "turns reused", "connections made"):
+        assert part in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "right"),
+    [
+        ("--turns", "0", "1 or more"),
+        ("--turns", "-1", "1 or more"),
+        ("--turns", "many", "integer"),
+        ("--rtt", "-5", "from 0 to 1000"),
+        ("--rtt", "nan", "from 0 to 1000"),
+        ("--rtt", "inf", "from 0 to 1000"),
+        ("--interrupt", "2", "from 0 (no turn) to 1 (all)"),
+        ("--interrupt", "nan", "from 0 (no turn) to 1 (all)"),
+    ],
+)
+def test_refuses_nonsense(option: str, value: str, right: str) -> None:
+    """One line that names the option and what would be right."""
+    line = refused(command("demo", option, value), 2)
+    assert option in line
+    assert right in line
+
+
+@pytest.mark.parametrize("key", ["", "  "])
+def test_live_needs_a_key(key: str) -> None:
+    """Said before anything else happens."""
+    line = refused(command("demo", "--live", XAI_API_KEY=key), 2)
+    assert "--live" in line
+    assert "XAI_API_KEY" in line
+
+
+def test_refuses_an_unsupported_plugin(tmp_path: Path) -> None:
+    """Before the first run, with the words of the error."""
+    info = tmp_path / "livekit_plugins_xai-9.9.9.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: livekit-plugins-xai\n")
+    with (info / "METADATA").open("a") as metadata:
+        metadata.write("Version: 9.9.9\n")
+    line = refused(command("demo", PYTHONPATH=str(tmp_path)), 1)
+    assert "found livekit-plugins-xai 9.9.9" in line
+
+
+@pytest.mark.parametrize("name", ["rich", "trustme", "typer"])
+def test_says_how_to_get_what_is_missing(tmp_path: Path, name: str) -> None:
+    """A plain installation has the command, but not what it needs."""
+    (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})")
+    line = refused(command("demo", PYTHONPATH=str(tmp_path)), 2)
+    assert line == f'{name} is missing: pip install "xai_pool_patch[demo]"'
+
+
+def test_has_nothing_to_compare_when_switched_off() -> None:
+    """Two unpatched runs would look like a patch without effect."""
+    done = command("demo", "--turns", "1", XAI_POOL_PATCH="off")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "XAI_POOL_PATCH=off" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("options", [["--json"], []])
+def test_a_failed_turn_is_no_result(options: list[str]) -> None:
+    """The reason instead of a report, and no traceback."""
+    program = [sys.executable, "-c", REFUSING]
+    done = command("demo", "--turns", "2", "--rtt", "0", *options, program=program)
+    assert done.returncode == 1
+    assert "p95" not in done.stdout
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("xai-pool-patch: turn 1 failed:")
+    assert "401" in last
+
+
+def test_ends_cleanly_when_interrupted() -> None:
+    """Ctrl-C in the middle of a conversation."""
+    process = subprocess.Popen(
+        [*COMMAND, "demo", "--turns", "3", "--rtt", "0"],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        # Whoever runs the tests in the background may have had SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None
+    while "turn  1 of 3" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, complaints = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, complaints) == (130, "")
+
+
+def test_is_a_command_group() -> None:
+    """Without a command it explains itself; --version says which it is."""
+    assert "demo" in command().stdout
+    assert command("--version").stdout.startswith("xai_pool_patch ")
+
+
+def silence(seconds: float, value: int = 0) -> rtc.AudioFrame:
+    count = int(seconds * SAMPLE_RATE)
+    return rtc.AudioFrame(value.to_bytes(2, "little") * count, SAMPLE_RATE, 1, count)
+
+
+def test_loudspeaker_plays_to_the_end() -> None:
+    """At its speed, counting from the last underrun."""
+
+    async def scenario() -> None:
+        loudspeaker = Loudspeaker(speed=2.0, keep_samples=True)
+        first = loudspeaker.next_playback()
+        await loudspeaker.capture_frame(silence(0.5, value=7))
+        await loudspeaker.capture_frame(silence(0.5, value=7))
+        loudspeaker.flush()
+        event = await loudspeaker.wait_for_playout()
+        (playback,) = loudspeaker.playbacks
+        assert first.result() is playback
+        assert playback.ends_at - playback.began_at == pytest.approx(0.5)
+        assert (event.interrupted, event.playback_position) == (False, pytest.approx(1.0))
+        assert set(playback.samples) == {7}
+        assert len(playback.samples) == SAMPLE_RATE
+
+    run(scenario())
+
+
+def test_loudspeaker_is_cut_off() -> None:
+    """What was not played by then is not counted; the next utterance is a new one."""
+
+    async def scenario() -> None:
+        loudspeaker = Loudspeaker()
+        await loudspeaker.capture_frame(silence(1.0))
+        loudspeaker.flush()
+        loudspeaker.clear_buffer()
+        event = await loudspeaker.wait_for_playout()
+        assert (event.interrupted, event.playback_position) == (True, pytest.approx(0.0))
+        await loudspeaker.capture_frame(silence(1.0))
+        loudspeaker.flush()
+        event = await loudspeaker.wait_for_playout()
+        assert (event.interrupted, event.playback_position) == (False, pytest.approx(1.0))
+        assert [playback.interrupted for playback in loudspeaker.playbacks] == [True, False]
+
+    run(scenario())

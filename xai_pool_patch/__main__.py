@@ -1,0 +1,213 @@
+"""The command line, `xai-pool-patch`."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib
+import json
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import xai_pool_patch
+
+from .errors import UnsupportedPluginError
+from .patch import OFF_SWITCH
+from .plugin import MODULE, check_version
+from .telemetry import describe
+
+try:
+    import trustme  # noqa: F401  (the stand-in's; missed here rather than in mid-way)
+    import typer
+    from rich.console import Console
+except ModuleNotFoundError as error:
+    print(f'{error.name} is missing: pip install "xai_pool_patch[demo]"', file=sys.stderr)
+    raise SystemExit(2) from None
+
+if TYPE_CHECKING:
+    from .demo.conversation import OpenLine, Setting
+
+KEY_VARIABLE = "XAI_API_KEY"
+
+LONGEST_ROUND_TRIP = 1000
+"""Milliseconds. Much more, and a handshake does not fit the plugin's timeout of 10 s."""
+
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+"""Exit codes."""
+
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+"""click's, which some versions of typer have a copy of, under no public name."""
+
+app = typer.Typer(
+    add_completion=False,
+    # Its tracebacks show local variables, and with them the API key.
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> NoReturn:
+    """The console script."""
+    logging.getLogger().addHandler(_OneLine(logging.WARNING))
+    try:
+        code = app(prog_name="xai-pool-patch", standalone_mode=False)
+    except UsageError as error:
+        code = _complain(error.format_message(), MISUSED)  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+def _complain(message: str, code: int) -> int:
+    _print_line(f"xai-pool-patch: {message}")
+    return code
+
+
+def _fail(message: str, code: int = FAILED) -> NoReturn:
+    raise typer.Exit(_complain(message, code))
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    """Warm WebSocket connections for livekit-plugins-xai."""
+    if version:
+        print(f"xai_pool_patch {xai_pool_patch.__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def _turns(value: int) -> int:
+    if value < 1:
+        raise typer.BadParameter(f"must be a whole number, 1 or more, not {value}")
+    return value
+
+
+def _milliseconds(value: float) -> float:
+    if not 0 <= value <= LONGEST_ROUND_TRIP:
+        raise typer.BadParameter(
+            f"must be a number of milliseconds from 0 to {LONGEST_ROUND_TRIP}, not {value:g}"
+        )
+    return value
+
+
+def _share(value: float) -> float:
+    if not 0 <= value <= 1:
+        raise typer.BadParameter(f"must be a number from 0 (no turn) to 1 (all), not {value:g}")
+    return value
+
+
+@app.command()
+def demo(
+    turns: Annotated[
+        int, typer.Option(metavar="N", help="Turns of the conversation.", callback=_turns)
+    ] = 12,
+    rtt: Annotated[
+        float,
+        typer.Option(
+            metavar="MS", help="Round trip to the stand-in, in ms.", callback=_milliseconds
+        ),
+    ] = 150.0,
+    interrupt: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE", help="Part of the turns that are interrupted.", callback=_share
+        ),
+    ] = 0.25,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document and nothing else.")
+    ] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help=f"Speak to api.x.ai, with the key in {KEY_VARIABLE}.")
+    ] = False,
+) -> None:
+    """Hold the same conversation with the plugin as it is and patched, and compare.
+
+    The agent and the plugin are real; the server is a stand-in, unless --live is given.
+    """
+    api_key = _api_key() if live else None
+    _check_plugin()
+    from .demo import conversation
+
+    pause = conversation.sufficient_pause(rtt / 1e3)
+    plan = conversation.Plan(turns=turns, interrupted_share=interrupt, pause=pause)
+    if api_key is None:
+        line = functools.partial(conversation.line_to_stand_in, rtt / 1e3)
+        _compare(conversation.Setting(plan, rtt / 1e3), line, as_json=as_json)
+    else:
+        line = functools.partial(conversation.line_to_xai, api_key)
+        _compare(conversation.Setting(plan, round_trip=None), line, as_json=as_json)
+
+
+def _api_key() -> str:
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not key:
+        _fail(f"--live needs an API key of xAI in {KEY_VARIABLE}, which is not set", MISUSED)
+    return key
+
+
+def _check_plugin() -> None:
+    """Ends the command if the plugin cannot be patched."""
+    try:
+        check_version()
+        importlib.import_module(MODULE)
+        xai_pool_patch.install()
+    except UnsupportedPluginError as error:
+        _fail(str(error))
+    if not xai_pool_patch.is_installed():
+        _fail(f"nothing to compare with: {OFF_SWITCH}=off keeps the patch out; unset it")
+    xai_pool_patch.uninstall()
+
+
+def _compare(setting: Setting, open_line: OpenLine, *, as_json: bool) -> None:
+    from .demo import conversation, report
+
+    console = Console(quiet=as_json, highlight=False)
+    report.announce(console, setting)
+    try:
+        with report.Progress(console, setting) as progress:
+            comparison = asyncio.run(conversation.compare(setting.plan, open_line, progress))
+    except conversation.TurnFailedError as error:
+        _fail(str(error))
+    if as_json:
+        print(json.dumps(report.as_json(comparison, setting), indent=2))
+    else:
+        report.show(console, comparison, setting)
+
+
+class _OneLine(logging.Handler):
+    """Shows a record of any logger as one line, without its traceback."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = record.levelname.lower()
+        _print_line(" ".join([f"{level}:", record.getMessage(), *_details(record)]))
+
+
+def _print_line(text: str) -> None:
+    """To stderr as it is at the moment, so that a live display is not torn.
+
+    Without the API key: asyncio quotes exceptions in full, and aiohttp's quote the headers.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if key:
+        text = text.replace(key, "***")
+    print(" ".join(text.split()), file=sys.stderr)
+
+
+def _details(record: logging.LogRecord) -> list[str]:
+    """What the pool adds to its messages, and the kind of an exception."""
+    details = []
+    if record.name == xai_pool_patch.__name__:
+        plain = vars(logging.makeLogRecord({}))
+        details = [f"{name}={value}" for name, value in vars(record).items() if name not in plain]
+    if record.exc_info and record.exc_info[1]:
+        details.append(f"({describe(record.exc_info[1])})")
+    return details
+
+
+if __name__ == "__main__":
+    main()
