@@ -11,10 +11,13 @@ from aiohttp import WSMsgType
 
 from .background import spawn
 from .telemetry import describe, log
-from .utterance import Stage, UtteranceTracker
+from .utterance import Stage, UtteranceTracker, type_of
 
-_ENDINGS = (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR)
+ENDINGS = (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR)
 CLOSED_MESSAGE = aiohttp.WSMessage(WSMsgType.CLOSED, None, None)
+
+Sink = Callable[[aiohttp.WSMessage, str], None]
+"""Takes what the reader read: the message, and the type that its JSON names."""
 
 
 class State(enum.Enum):
@@ -29,8 +32,12 @@ class Connection:
     """A WebSocket with one reader for its whole life.
 
     The reader answers PINGs and notices a peer that goes away, also while nobody uses the
-    connection. What it reads goes to the inbox of the current lease. The WebSocket must have been
-    opened with `autoping=False`, so that PINGs reach the reader.
+    connection. What it reads goes to whoever leases it. The WebSocket must have been opened with
+    `autoping=False`, so that PINGs and PONGs reach the reader.
+
+    Attributes:
+        last_heard: when anything came last, a PONG included; time of the event loop.
+        round_trip: seconds that the last PONG took; None while none has come.
     """
 
     def __init__(self, ws: aiohttp.ClientWebSocketResponse, *, close_timeout: float) -> None:
@@ -38,14 +45,17 @@ class Connection:
         self.utterance = UtteranceTracker()
         self.state = State.OPEN
         self.on_lost: Callable[[], None] | None = None
+        self.last_heard = asyncio.get_running_loop().time()
+        self.round_trip: float | None = None
+        self._pinged_at: dict[bytes, float] = {}
         self._close_timeout = close_timeout
-        self._inbox: asyncio.Queue[aiohttp.WSMessage] | None = None
+        self._sink: Sink | None = None
         self._closer: asyncio.Task[None] | None = None
         self._transport = _transport_of(ws)
         self._reader = spawn(self._read(), name="xai_pool_patch.reader")
 
     def __repr__(self) -> str:
-        use = "leased" if self._inbox is not None else "idle"
+        use = "leased" if self._sink is not None else "idle"
         return f"<Connection {self.state.value} {use} {self.utterance.stage.value}>"
 
     @property
@@ -54,16 +64,22 @@ class Connection:
 
     @property
     def is_over(self) -> bool:
-        """Nothing more will be put into the inbox."""
+        """Nothing more will be read."""
         return self._reader.done()
 
-    def attach(self) -> asyncio.Queue[aiohttp.WSMessage]:
-        """A fresh inbox for a new lease: nothing read before can be in it."""
-        self._inbox = asyncio.Queue()
-        return self._inbox
+    def attach(self, sink: Sink) -> None:
+        """From here on the sink gets what is read, and nothing that was read before."""
+        self._sink = sink
 
     def detach(self) -> None:
-        self._inbox = None
+        self._sink = None
+
+    async def ping(self) -> None:
+        """Asks for a sign of life; the PONG sets `last_heard` and `round_trip`."""
+        now = asyncio.get_running_loop().time()
+        token = repr(now).encode()
+        self._pinged_at = {token: now}
+        await self.ws.ping(token)
 
     async def send_str(self, frame: str, compress: int | None) -> None:
         self.utterance.sent(frame)
@@ -96,10 +112,11 @@ class Connection:
             # TLS layer waiting for its goodbye.
             if self._transport is not None:
                 self._transport.abort()
-            await asyncio.wait([self._reader])
+        await asyncio.wait([self._reader])
 
     async def _read(self) -> None:
         try:
+            await self.ping()  # so that the round trip is known before it matters
             while self.state is State.OPEN:
                 await self._handle(await self.ws.receive())
         except Exception as error:
@@ -113,25 +130,32 @@ class Connection:
             self._deliver(CLOSED_MESSAGE)
 
     async def _handle(self, message: aiohttp.WSMessage) -> None:
-        if message.type is WSMsgType.PING:
-            await self.ws.pong(message.data)
-        elif message.type in _ENDINGS:
+        if message.type in ENDINGS:
             self._deliver(message)
             self._lose()
-        elif message.type is not WSMsgType.PONG:
+            return
+        self.last_heard = asyncio.get_running_loop().time()
+        if message.type is WSMsgType.PING:
+            await self.ws.pong(message.data)
+        elif message.type is WSMsgType.PONG:
+            pinged_at = self._pinged_at.pop(bytes(message.data), None)
+            if pinged_at is not None:
+                self.round_trip = self.last_heard - pinged_at
+        else:
             self._take(message)
 
     def _take(self, message: aiohttp.WSMessage) -> None:
-        may_be_heard = self.utterance.received(message.data)
-        is_idle_and_spoiled = self._inbox is None and self.utterance.stage is Stage.SPOILED
+        type_ = type_of(message.data)
+        may_be_heard = self.utterance.received(type_)
+        is_idle_and_spoiled = self._sink is None and self.utterance.stage is Stage.SPOILED
         if not may_be_heard or is_idle_and_spoiled:
             self._lose()
         else:
-            self._deliver(message)
+            self._deliver(message, type_)
 
-    def _deliver(self, message: aiohttp.WSMessage) -> None:
-        if self._inbox is not None:
-            self._inbox.put_nowait(message)
+    def _deliver(self, message: aiohttp.WSMessage, type_: str = "") -> None:
+        if self._sink is not None:
+            self._sink(message, type_)
 
     def _lose(self) -> None:
         if self.state is State.OPEN:

@@ -1,4 +1,4 @@
-"""What the plugin sees as its WebSocket: the loan of one connection for one utterance."""
+"""What the plugin sees as its WebSocket, for one utterance."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import aiohttp
 from aiohttp import WSMsgType
 
-from .connection import CLOSED_MESSAGE, Connection
-from .pool import Pool, Reason
+from .connection import CLOSED_MESSAGE
+from .delivery import Delivery
+from .pool import Reason
 
 
 class Lease(aiohttp.ClientWebSocketResponse):
@@ -19,17 +20,15 @@ class Lease(aiohttp.ClientWebSocketResponse):
     iteration, `async with` …) is built on these and works as it is.
     """
 
-    def __init__(self, pool: Pool[Connection], connection: Connection) -> None:
+    def __init__(self, delivery: Delivery) -> None:
         # The base class would take over the socket, which has a reader already.
-        self._pool = pool
-        self._connection = connection
-        self._inbox = connection.attach()
+        self._delivery = delivery
         self._is_receiving = False
         self._is_closed = False
         self._is_ended = False
 
     def __repr__(self) -> str:
-        return f"<Lease {'ended' if self._is_ended else 'held'} {self._connection!r}>"
+        return f"<Lease {'ended' if self._is_ended else 'held'} {self._delivery!r}>"
 
     def end(self, cut_off: Reason | None) -> None:
         """Ends the loan. Once; never waits.
@@ -42,44 +41,44 @@ class Lease(aiohttp.ClientWebSocketResponse):
             return
         self._is_ended = True
         self._mark_closed()
-        self._connection.detach()
-        if cut_off is None:
-            self._pool.release(self._connection)
-        else:
-            self._pool.discard(self._connection, cut_off)
+        self._delivery.end(cut_off)
 
     async def receive(self, timeout: float | None = None) -> aiohttp.WSMessage:
         if self._is_receiving:
             raise RuntimeError("Concurrent call to receive() is not allowed")
-        if self._is_closed or (self._connection.is_over and self._inbox.empty()):
+        inbox = self._delivery.inbox
+        if self._is_closed or (self._delivery.is_over and inbox.empty()):
             return CLOSED_MESSAGE
         self._is_receiving = True
         try:
-            return await asyncio.wait_for(self._inbox.get(), timeout)
+            received = await asyncio.wait_for(inbox.get(), timeout)
         finally:
             self._is_receiving = False
+        if isinstance(received, Exception):
+            raise received
+        return received
 
     async def send_str(self, data: str, compress: int | None = None) -> None:
         self._check_open()
-        await self._connection.send_str(data, compress)
+        await self._delivery.send(lambda connection: connection.send_str(data, compress))
 
     async def send_bytes(self, data: bytes, compress: int | None = None) -> None:
         self._check_open()
-        await self._connection.send_bytes(data, compress)
+        await self._delivery.send(lambda connection: connection.send_bytes(data, compress))
 
     async def send_frame(
         self, message: bytes, opcode: WSMsgType, compress: int | None = None
     ) -> None:
         self._check_open()
-        await self._connection.send_frame(message, opcode, compress)
+        await self._delivery.send(lambda c: c.send_frame(message, opcode, compress))
 
     async def ping(self, message: bytes = b"") -> None:
         self._check_open()
-        await self._connection.ws.ping(message)
+        await self._delivery.connection.ws.ping(message)
 
     async def pong(self, message: bytes = b"") -> None:
         self._check_open()
-        await self._connection.ws.pong(message)
+        await self._delivery.connection.ws.pong(message)
 
     async def close(self, *, code: int = 1000, message: bytes = b"") -> bool:
         """Ends the use of the socket. Whether the socket itself goes is decided by `end`."""
@@ -89,29 +88,29 @@ class Lease(aiohttp.ClientWebSocketResponse):
 
     @property
     def closed(self) -> bool:
-        return self._is_closed or self._connection.ws.closed
+        return self._is_closed or self._delivery.connection.ws.closed
 
     @property
     def close_code(self) -> int | None:
-        return self._connection.ws.close_code
+        return self._delivery.connection.ws.close_code
 
     @property
     def protocol(self) -> str | None:
-        return self._connection.ws.protocol
+        return self._delivery.connection.ws.protocol
 
     @property
     def compress(self) -> int:
-        return self._connection.ws.compress
+        return self._delivery.connection.ws.compress
 
     @property
     def client_notakeover(self) -> bool:
-        return self._connection.ws.client_notakeover
+        return self._delivery.connection.ws.client_notakeover
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return self._connection.ws.get_extra_info(name, default)
+        return self._delivery.connection.ws.get_extra_info(name, default)
 
     def exception(self) -> BaseException | None:
-        return self._connection.ws.exception()
+        return self._delivery.connection.ws.exception()
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -120,4 +119,4 @@ class Lease(aiohttp.ClientWebSocketResponse):
     def _mark_closed(self) -> None:
         if not self._is_closed:
             self._is_closed = True
-            self._inbox.put_nowait(CLOSED_MESSAGE)
+            self._delivery.inbox.put_nowait(CLOSED_MESSAGE)

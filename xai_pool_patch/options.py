@@ -41,6 +41,11 @@ class PoolOptions:
     """Interval of WebSocket PINGs. Keeps NATs and load balancers from forgetting the connection
     and finds a vanished peer within 1.5 times this."""
 
+    first_audio_timeout: float = 5.0
+    """Time a reused connection has, from the end of an utterance's text, to say anything; after
+    that the utterance is sent again on a new one. An open socket is not a live session: xAI's
+    speech to text was seen to answer PINGs and do nothing else."""
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)

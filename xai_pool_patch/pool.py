@@ -100,13 +100,14 @@ class _Member(Generic[C]):
 @dataclass(eq=False)
 class _Waiter(Generic[C]):
     deadline: float
+    wants_fresh: bool
     future: asyncio.Future[_Member[C]] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
 
     def accept(self, member: _Member[C]) -> bool:
-        """Whether it still wanted one."""
-        if self.future.done():
+        """Whether it still wanted one, and this one."""
+        if self.future.done() or (self.wants_fresh and member.was_leased):
             return False
         self.future.set_result(member)
         return True
@@ -160,7 +161,7 @@ class Pool(Generic[C]):
         self._options = options
         self._standby_timeout = standby_timeout
         self._backoff = backoff
-        self._counters = counters
+        self.counters = counters
         self._setback_of = setback_of
         self._is_defunct = is_defunct
         self._jitter = jitter
@@ -199,11 +200,12 @@ class Pool(Generic[C]):
 
     # What callers do
 
-    async def acquire(self, timeout: float) -> Acquired[C]:
+    async def acquire(self, timeout: float, *, fresh: bool = False) -> Acquired[C]:
         """An idle connection at once, else the first that comes.
 
         Args:
             timeout: seconds the whole wait may take.
+            fresh: take none that has been used or has lain idle.
 
         Raises:
             DialFailedError: the dial made for this caller failed.
@@ -212,14 +214,14 @@ class Pool(Generic[C]):
         """
         if self.is_closed:
             raise PoolClosedError("acquire() on a pool that has ended")
-        member = self._take_idle()
+        member = None if fresh else self._take_idle()
         if member is not None:
-            self._counters.reused()
+            self.counters.reused()
             return Acquired(member.connection, waited=0.0, reused=True)
         asked = self._now()
-        member = await self._wait(asked + timeout)
+        member = await self._wait(_Waiter(asked + timeout, fresh))
         waited = self._now() - asked
-        self._counters.waited(waited)
+        self.counters.waited(waited)
         return Acquired(member.connection, waited=waited, reused=False)
 
     def release(self, connection: C) -> None:
@@ -243,6 +245,19 @@ class Pool(Generic[C]):
         if member is not None:
             self._remove(member, reason)
             self._settle()
+
+    def condemn(self, connection: C) -> None:
+        """Discards one that failed, and the idle ones of its age or older with it.
+
+        What ended it, a restart of the server or a network that forgot, most likely ended them.
+        """
+        failed = self._members.get(connection)
+        if failed is None:
+            return
+        for member in [m for m in self._idle if m.made_at <= failed.made_at]:
+            self._remove(member, Reason.STALE)
+        self._remove(failed, Reason.STALE)
+        self._settle()
 
     # What owners do
 
@@ -292,11 +307,10 @@ class Pool(Generic[C]):
 
     # Waiting
 
-    async def _wait(self, deadline: float) -> _Member[C]:
-        waiter: _Waiter[C] = _Waiter(deadline)
+    async def _wait(self, waiter: _Waiter[C]) -> _Member[C]:
         self._waiters.append(waiter)
         self._settle()
-        expiry = call_at(deadline, lambda: waiter.fail(AcquireTimeoutError()))
+        expiry = call_at(waiter.deadline, lambda: waiter.fail(AcquireTimeoutError()))
         try:
             return await waiter.future
         except asyncio.CancelledError:
@@ -327,8 +341,9 @@ class Pool(Generic[C]):
 
     def _offer(self, member: _Member[C]) -> None:
         """To whoever asked first, else to the idle ones."""
-        while self._waiters:
-            if self._waiters.popleft().accept(member):
+        for waiter in self._waiters:
+            if waiter.accept(member):
+                self._waiters.remove(waiter)
                 self._lend(member)
                 return
         if self.is_closed:
@@ -379,7 +394,7 @@ class Pool(Generic[C]):
 
     def _dial_succeeded(self, dial: _Dial[C], connection: C) -> None:
         now = self._now()
-        self._counters.connected(now - dial.began)
+        self.counters.connected(now - dial.began)
         log().info("connected", handshake_ms=round((now - dial.began) * 1e3, 1))
         if dial.waiter is not None:
             self._backoff.succeeded()
@@ -400,7 +415,7 @@ class Pool(Generic[C]):
         if dial.waiter is not None:
             dial.waiter.fail(DialFailedError(error))
         elif not self._is_defunct():
-            self._counters.standby_failed()
+            self.counters.standby_failed()
             delay = self._backoff.next_attempt - self._now()
             log().warning("standby failed", error=describe(error), retry_in_s=round(delay, 1))
         self._settle()
@@ -419,7 +434,7 @@ class Pool(Generic[C]):
         del self._members[member.connection]
         if member in self._idle:
             self._idle.remove(member)
-        self._counters.discarded(reason.value)
+        self.counters.discarded(reason.value)
         log().info("discarded", reason=reason.value)
         if not self._loop.is_closed():
             task = member.connection.close()

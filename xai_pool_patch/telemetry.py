@@ -54,6 +54,7 @@ class Totals(TypedDict):
     discarded_trimmed: int
     discarded_closed: int
     standby_failures: int
+    replays: int
     acquire_wait_ms_total: float
     acquire_wait_ms_max: float
     handshake_ms_total: float
@@ -91,6 +92,9 @@ class Counters:
 
     def standby_failed(self) -> None:
         self.totals["standby_failures"] += 1
+
+    def replayed(self) -> None:
+        self.totals["replays"] += 1
 
     def discarded(self, reason: str) -> None:
         totals = cast(dict[str, int], self.totals)

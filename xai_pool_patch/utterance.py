@@ -15,28 +15,41 @@ class Stage(enum.Enum):
 
     CLEAN = "clean"
     """Nothing: all that was asked for has been answered in full."""
+    ASKED = "asked"
+    """Audio for the text sent so far, of which none has come; more text may follow."""
     SPEAKING = "speaking"
-    """Audio for the text sent so far; more text may follow."""
+    """More of the audio that has begun to come; more text may follow."""
+    AWAITING = "awaiting"
+    """All of the audio and its `audio.done`."""
     FINISHING = "finishing"
     """The rest of the audio and its `audio.done`."""
+    EMPTY = "empty"
+    """An `audio.done` for an utterance without text."""
     SPOILED = "spoiled"
     """Nobody can tell any more. Such a connection never serves another utterance."""
 
 
 # What is not listed here is not part of one utterance after another: it spoils the connection.
+# So does an `audio.done` before any audio of an utterance with text, which is not that text's.
 _AFTER_SENDING = {
-    (Stage.CLEAN, "text.delta"): Stage.SPEAKING,
-    (Stage.CLEAN, "text.done"): Stage.FINISHING,
+    (Stage.CLEAN, "text.delta"): Stage.ASKED,
+    (Stage.CLEAN, "text.done"): Stage.EMPTY,
+    (Stage.ASKED, "text.delta"): Stage.ASKED,
+    (Stage.ASKED, "text.done"): Stage.AWAITING,
     (Stage.SPEAKING, "text.delta"): Stage.SPEAKING,
     (Stage.SPEAKING, "text.done"): Stage.FINISHING,
 }
 _AFTER_RECEIVING = {
+    (Stage.ASKED, "audio.delta"): Stage.SPEAKING,
     (Stage.SPEAKING, "audio.delta"): Stage.SPEAKING,
+    (Stage.AWAITING, "audio.delta"): Stage.FINISHING,
     (Stage.FINISHING, "audio.delta"): Stage.FINISHING,
     (Stage.FINISHING, "audio.done"): Stage.CLEAN,
+    (Stage.EMPTY, "audio.done"): Stage.CLEAN,
 }
 
-_UNREADABLE = "unreadable"
+UNREADABLE = "unreadable"
+"""The type of a frame that is not a JSON object with a type."""
 
 
 class UtteranceTracker:
@@ -54,24 +67,24 @@ class UtteranceTracker:
 
     def sent(self, frame: object) -> None:
         """To be told before the frame leaves: a send that is cancelled may have left."""
-        self.stage = _AFTER_SENDING.get((self.stage, _type_of(frame)), Stage.SPOILED)
+        self.stage = _AFTER_SENDING.get((self.stage, type_of(frame)), Stage.SPOILED)
 
-    def received(self, frame: object) -> bool:
-        """Whether the frame may be heard: audio that nobody asked for must not."""
-        type_ = _type_of(frame)
+    def received(self, type_: str) -> bool:
+        """Whether a frame of this type may be heard: audio that nobody asked for must not."""
         is_answer = type_.startswith("audio.")
         is_stale = is_answer and self.is_clean
-        if is_answer or type_ in ("error", _UNREADABLE):
+        if is_answer or type_ in ("error", UNREADABLE):
             self.stage = _AFTER_RECEIVING.get((self.stage, type_), Stage.SPOILED)
         return not is_stale
 
 
-def _type_of(frame: object) -> str:
+def type_of(frame: object) -> str:
+    """The type of a text frame, `UNREADABLE` if it has none."""
     if not isinstance(frame, str):
-        return _UNREADABLE
+        return UNREADABLE
     try:
         message = json.loads(frame)
     except (ValueError, RecursionError):
-        return _UNREADABLE
+        return UNREADABLE
     type_ = message.get("type") if isinstance(message, dict) else None
-    return type_ if isinstance(type_, str) else _UNREADABLE
+    return type_ if isinstance(type_, str) else UNREADABLE

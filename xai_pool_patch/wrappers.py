@@ -13,9 +13,10 @@ import aiohttp
 from livekit.agents import APIConnectionError
 
 from .connection import Connection
+from .delivery import Delivery
 from .lease import Lease
 from .options import PoolOptions
-from .pool import AcquireTimeoutError, DialFailedError, Pool, Reason
+from .pool import Acquired, AcquireTimeoutError, DialFailedError, Pool, Reason
 from .shared import Endpoint, Key, Registry
 from .telemetry import describe, log
 
@@ -30,9 +31,11 @@ class Turn:
         self._stream = stream
         self._lease: Lease | None = None
 
-    def begin(self, lease: Lease, *, waited: float, reused: bool) -> None:
+    def begin(self, lease: Lease) -> None:
         self._lease = lease
-        # Where livekit-agents takes them from for its TTSMetrics.
+
+    def note(self, waited: float, *, reused: bool = False) -> None:
+        """Where livekit-agents takes it from for its TTSMetrics."""
         self._stream._acquire_time = waited
         self._stream._connection_reused = reused
 
@@ -106,10 +109,9 @@ class Wrappers:
             return await wrapped(*args, **kwargs)
         try:
             return await self._lease(turn, tts, *args, **kwargs)
-        except DialFailedError as failure:
-            raise failure.error from failure.error.__cause__
-        except AcquireTimeoutError as error:
-            raise APIConnectionError("failed to connect to xAI") from error
+        except (DialFailedError, AcquireTimeoutError) as failure:
+            error = _as_without_the_patch(failure)
+            raise error from error.__cause__
         except Exception as fault:
             log().error("pool failed, connecting without it", error=describe(fault))
             return await wrapped(*args, **kwargs)
@@ -152,8 +154,17 @@ class Wrappers:
         if opts is not None:
             pool = pools.visit(tts, self._endpoint(tts, opts))
         acquired = await pool.acquire(timeout)
-        lease = Lease(pool, acquired.connection)
-        turn.begin(lease, waited=acquired.waited, reused=acquired.reused)
+        lease = Lease(
+            Delivery(
+                acquired,
+                pool,
+                redial=lambda: _redial(pool, timeout),
+                first_audio_timeout=self._registry.options.first_audio_timeout,
+                on_replaced=turn.note,
+            )
+        )
+        turn.begin(lease)
+        turn.note(acquired.waited, reused=acquired.reused)
         log().debug("acquired", reused=acquired.reused, waited_ms=round(acquired.waited * 1e3, 1))
         return lease
 
@@ -164,6 +175,23 @@ class Wrappers:
         in_url = [f.name for f in dataclasses.fields(opts) if f.name not in NOT_IN_THE_URL]
         key = Key(tts._api_key, session, tuple((name, getattr(opts, name)) for name in in_url))
         return Endpoint(key, connect)
+
+
+async def _redial(pool: Pool[Connection], timeout: float) -> Acquired[Connection]:
+    try:
+        return await pool.acquire(timeout, fresh=True)
+    except (DialFailedError, AcquireTimeoutError) as failure:
+        error = _as_without_the_patch(failure)
+        raise error from error.__cause__
+
+
+def _as_without_the_patch(failure: DialFailedError | AcquireTimeoutError) -> Exception:
+    """What the plugin's own connect would have raised."""
+    if isinstance(failure, DialFailedError):
+        return failure.error
+    error = APIConnectionError("failed to connect to xAI")
+    error.__cause__ = failure
+    return error
 
 
 class _TTSView:

@@ -56,6 +56,9 @@ class Socket:
     async def receive(self) -> aiohttp.WSMessage:
         return await self._messages.get()
 
+    async def ping(self, token: bytes) -> None:
+        self._messages.put_nowait(aiohttp.WSMessage(WSMsgType.PONG, token, None))
+
     async def close(self) -> None:
         self.is_open = False
         self._messages.put_nowait(aiohttp.WSMessage(WSMsgType.CLOSING, None, None))

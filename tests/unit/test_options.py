@@ -9,7 +9,7 @@ import pytest
 
 from xai_pool_patch import InvalidOptionError, PoolOptions, XaiPoolPatchError
 
-SECONDS = ["max_age", "max_idle_time", "close_timeout", "heartbeat"]
+SECONDS = ["max_age", "max_idle_time", "close_timeout", "heartbeat", "first_audio_timeout"]
 
 
 def test_defaults() -> None:
@@ -20,6 +20,7 @@ def test_defaults() -> None:
         "max_idle_time": 60.0,
         "close_timeout": 5.0,
         "heartbeat": 20.0,
+        "first_audio_timeout": 5.0,
     }
 
 

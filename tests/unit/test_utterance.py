@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from xai_pool_patch.utterance import Stage, UtteranceTracker
+from xai_pool_patch.utterance import Stage, UtteranceTracker, type_of
 
 TEXT, DONE = '{"type":"text.delta","delta":"Hello"}', '{"type":"text.done"}'
 AUDIO, AUDIO_DONE = '{"type":"audio.delta","delta":"AAAA"}', '{"type":"audio.done","trace_id":"t"}'
@@ -29,7 +29,7 @@ def after(steps: list[Step]) -> UtteranceTracker:
         if direction == "up":
             tracker.sent(frame)
         else:
-            tracker.received(frame)
+            tracker.received(type_of(frame))
     return tracker
 
 
@@ -40,13 +40,15 @@ ROUND = [*up(TEXT, TEXT), *down(AUDIO), *up(DONE), *down(AUDIO, AUDIO_DONE)]
     ("steps", "stage"),
     [
         ([], Stage.CLEAN),
-        (up(TEXT), Stage.SPEAKING),
-        (up(TEXT, DONE), Stage.FINISHING),
+        (up(TEXT), Stage.ASKED),
+        (up(TEXT) + down(AUDIO), Stage.SPEAKING),
+        (up(TEXT, DONE), Stage.AWAITING),
+        (up(DONE), Stage.EMPTY),
         (ROUND, Stage.CLEAN),
         (ROUND + ROUND, Stage.CLEAN),
         ([*up(DONE), *down(AUDIO_DONE)], Stage.CLEAN),
         (ROUND + down(NEWS), Stage.CLEAN),
-        (up(TEXT) + down(NEWS), Stage.SPEAKING),
+        (up(TEXT) + down(NEWS), Stage.ASKED),
         (ROUND[:-1], Stage.FINISHING),
     ],
 )
@@ -71,6 +73,9 @@ def test_whole_and_unfinished_rounds(steps: list[Step], stage: Stage) -> None:
         ROUND + down(AUDIO_DONE),
         ROUND + down('{"type":"audio.clear"}'),
         [*up(TEXT), *down(AUDIO_DONE), *up(DONE), *down(AUDIO_DONE)],
+        [*up(TEXT), *down(AUDIO, AUDIO_DONE), *up(DONE), *down(AUDIO_DONE)],
+        [*up(TEXT, DONE), *down(AUDIO_DONE)],
+        [*up(DONE), *down(AUDIO, AUDIO_DONE)],
         [*up(TEXT, DONE), *down(ERROR, AUDIO_DONE)],
         [*up(TEXT, DONE), *down(b"\x00", AUDIO_DONE)],
         [*up(TEXT, DONE, TEXT), *down(AUDIO_DONE)],
@@ -87,15 +92,15 @@ def test_whatever_else_happens_spoils_the_connection(steps: list[Step]) -> None:
 @pytest.mark.parametrize("steps", [[], ROUND])
 def test_audio_that_nobody_asked_for_must_not_be_heard(steps: list[Step]) -> None:
     """It belongs to an utterance that was cut off, or to nobody."""
-    assert after(steps).received(AUDIO) is False
+    assert after(steps).received(type_of(AUDIO)) is False
 
 
 @pytest.mark.parametrize("steps", [up(TEXT), up(TEXT, DONE), up(TEXT) + down(ERROR)])
 def test_audio_that_was_asked_for_may_be_heard(steps: list[Step]) -> None:
     """Also after an error frame, as it would be without the patch."""
-    assert after(steps).received(AUDIO) is True
+    assert after(steps).received(type_of(AUDIO)) is True
 
 
 def test_repr() -> None:
     """The stage is what there is to know."""
-    assert repr(after(up(TEXT))) == "<UtteranceTracker speaking>"
+    assert repr(after(up(TEXT))) == "<UtteranceTracker asked>"

@@ -1,0 +1,255 @@
+"""A dead or dying socket never costs a reply.
+
+Each fault befalls the second turn of a conversation, on a connection that the first one left idle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from livekit.agents import APIConnectOptions
+
+import xai_pool_patch
+from tests.kit import Heard, Line, line_to, quick, speak
+from xai_pool_patch import PoolOptions
+from xai_pool_patch.demo.standin import Ending, StandIn, Utterance
+
+ROUND_TRIP = 0.02
+SECONDS_PER_CHARACTER = 0.02
+TEXT = "This is the second turn."
+OPTIONS = PoolOptions(heartbeat=0.4, first_audio_timeout=0.3, close_timeout=0.5)
+FOUR_MIB = '{"type":"news","filler":"' + "x" * 4 * 1024 * 1024 + '"}'
+
+
+pytestmark = pytest.mark.usefixtures("patched")
+
+
+@pytest.fixture
+def patched() -> Iterator[None]:
+    xai_pool_patch.install(OPTIONS)
+    yield
+    xai_pool_patch.uninstall()
+
+
+@dataclass
+class Fault:
+    """What happens to the second turn, and what becomes of it."""
+
+    befall: Callable[[Line], Awaitable[None]]
+    replays: int = 1
+    errors: int = 0
+
+
+def behaving(**faults: Any) -> Callable[[Line], Awaitable[None]]:
+    """The server behaves so until it has dealt with the second turn's first text once."""
+
+    async def befall(line: Line) -> None:
+        behaviour = line.server.behaviour
+        usual = {name: getattr(behaviour, name) for name in faults}
+        for name, value in faults.items():
+            setattr(behaviour, name, value)
+        before = len(line.server.utterances)
+        await line.server.wait_for(lambda s: len(s.utterances) > before)
+        if "mute" not in faults:
+            await line.server.wait_for(lambda s: is_done_to(s, s.utterances[before]))
+        for name, value in usual.items():
+            setattr(behaviour, name, value)
+
+    return befall
+
+
+def is_done_to(server: StandIn, utterance: Utterance) -> bool:
+    """The fault has been done, or cannot be any more."""
+    connection = server.connections[utterance.connection - 1]
+    return not connection.is_open or utterance.first_audio_at is not None
+
+
+async def freeze(line: Line) -> None:
+    line.server.freeze_all()
+
+
+async def reset_in_flight(line: Line) -> None:
+    line.server.reset_all()
+
+
+async def close_in_flight(line: Line) -> None:
+    await line.server.close_all()
+
+
+async def error_in_flight(line: Line) -> None:
+    await line.server.broadcast('{"type":"error","message":"Deadline expired"}')
+
+
+async def stray_done_in_flight(line: Line) -> None:
+    await line.server.broadcast('{"type":"audio.done","trace_id":"stray"}')
+
+
+FAULTS = {
+    "reset as the turn begins": Fault(reset_in_flight),
+    "Close as the turn begins": Fault(close_in_flight),
+    "error frame as the turn begins": Fault(error_in_flight),
+    "audio.done that nobody asked for": Fault(stray_done_in_flight),
+    "half-open at checkout": Fault(freeze),
+    "error frame as the first answer": Fault(behaving(error_on_text="Deadline expired")),
+    "Close before the first audio": Fault(behaving(end_before_audio=Ending.CLOSE)),
+    "reset before the first audio": Fault(behaving(end_before_audio=Ending.RESET)),
+    "half-open before the first audio": Fault(behaving(end_before_audio=Ending.SILENT)),
+    "answers PINGs and nothing else": Fault(behaving(mute=True)),
+    "malformed JSON": Fault(behaving(raw_before_audio=["{not json"])),
+    "a frame of 4 MiB": Fault(behaving(raw_before_audio=[FOUR_MIB])),
+    "an unknown type": Fault(behaving(raw_before_audio=['{"type":"news"}']), replays=0),
+    "a binary frame": Fault(behaving(raw_before_audio=[b"\x00\x01"]), replays=0),
+    "answers no PING": Fault(behaving(answer_pings=False), replays=0),
+    "Close after the first audio": Fault(
+        behaving(end_after_audio=Ending.CLOSE), replays=0, errors=1
+    ),
+    "reset after the first audio": Fault(
+        behaving(end_after_audio=Ending.RESET), replays=0, errors=1
+    ),
+    "half-open after the first audio": Fault(
+        behaving(end_after_audio=Ending.SILENT), replays=0, errors=1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+async def test_faults_of_a_reused_connection(name: str) -> None:
+    """Nothing heard yet: another connection speaks, and no error is seen. Else it is told."""
+    fault = FAULTS[name]
+    async with line_to(
+        quick(pace=20.0, speech_per_character=SECONDS_PER_CHARACTER), ROUND_TRIP
+    ) as line:
+        tts = line.tts()
+        await speak(tts, "This is the first turn.")
+        await _until_round_trip_is_known()
+        heard = await _second_turn(line, tts, fault)
+        assert len(line.errors) == fault.errors
+        assert xai_pool_patch.stats()["replays"] == fault.replays
+        _check_samples(line, heard)
+        if not fault.errors:
+            whole = len(TEXT.replace(" ", "")) * SECONDS_PER_CHARACTER
+            # The framework may end a sentence with a hundredth of a second of silence.
+            assert heard.seconds == pytest.approx(whole, abs=0.011)
+            metric = line.metrics[-1]
+            assert metric.connection_reused == (fault.replays == 0)
+            assert (metric.acquire_time > 0) == (fault.replays > 0)
+            line.server.link.unfreeze()
+            after = await speak(tts, "And a third turn.")
+            assert after.samples == {line.server.utterance_for("And a third turn.").number}
+        await tts.aclose()
+
+
+async def _second_turn(line: Line, tts: Any, fault: Fault) -> Heard:
+    befalling = asyncio.create_task(_befall(line, fault))
+    heard = await speak(tts, TEXT, APIConnectOptions(max_retry=0, timeout=2.0))
+    await befalling
+    return heard
+
+
+async def _befall(line: Line, fault: Fault) -> None:
+    while not xai_pool_patch.stats()["leased"]:
+        await asyncio.sleep(0)
+    await fault.befall(line)
+
+
+async def _until_round_trip_is_known() -> None:
+    """The PONG to a connection's first PING comes a round trip after its handshake."""
+    await asyncio.sleep(2 * ROUND_TRIP)
+
+
+def _check_samples(line: Line, heard: Heard) -> None:
+    wanted = "".join(TEXT.split())
+    spoken = {u.number for u in line.server.utterances if wanted.startswith(u.text) and u.text}
+    assert len(heard.samples - {0}) <= 1
+    assert heard.samples - {0} <= spoken
+
+
+async def test_words_still_being_written_go_to_the_replacement() -> None:
+    """Text that the LLM writes during the redial arrives in order, nothing twice, nothing lost."""
+    words = [f"word{number} " for number in range(30)]
+    async with line_to(quick(), ROUND_TRIP) as line:
+        tts = line.tts()
+        await speak(tts, "First.")
+        await _until_round_trip_is_known()
+        line.server.freeze_all()
+        async with tts.stream() as stream:
+            for word in words:
+                stream.push_text(word)
+                await asyncio.sleep(0.01)
+            stream.end_input()
+            samples = {sample async for event in stream for sample in event.frame.data}
+        spoken = line.server.utterances[-1]
+        assert spoken.text == "".join("".join(words).split())
+        assert samples == {spoken.number}
+        assert line.errors == []
+        line.server.link.unfreeze()
+        await tts.aclose()
+
+
+@pytest.mark.parametrize("status", [401, 503])
+async def test_a_refused_redial_is_what_the_plugin_is_told(status: int) -> None:
+    """As if it had dialled in the first place, and in one more dial than that at the most."""
+    async with line_to(round_trip=ROUND_TRIP) as line:
+        tts = line.tts()
+        await speak(tts, "First.")
+        line.server.behaviour.refuse = status
+        heard = await _second_turn(line, tts, Fault(reset_in_flight))
+        assert getattr(heard.error, "status_code", None) == status
+        assert [type(event.error).__name__ for event in line.errors] == ["APIStatusError"]
+        assert len(line.server.handshakes) <= 3
+        await tts.aclose()
+
+
+async def test_its_contemporaries_go_too() -> None:
+    """A server that restarted ended all of them; each would cost the next turn a replay."""
+    async with line_to(quick(), ROUND_TRIP) as line:
+        tts = line.tts()
+        await asyncio.gather(*(speak(tts, f"Stream {n}.") for n in range(3)))
+        assert xai_pool_patch.stats()["idle"] == 3
+        befall = behaving(error_on_text="restarted")
+        heard = await _second_turn(line, tts, Fault(befall))
+        assert heard.error is None
+        assert [c.is_open for c in line.server.connections[:3]] == [False] * 3
+        await tts.aclose()
+
+
+async def test_a_fresh_connections_failure_is_the_plugins() -> None:
+    """L3: what was dialled for this very utterance and fails is not replaced."""
+    async with line_to(quick(end_before_audio=Ending.CLOSE)) as line:
+        tts = line.tts()
+        heard = await speak(tts, "First.")
+        assert len(line.errors) == 1
+        assert heard.error is not None
+        assert len(line.server.utterances) == 1
+        await tts.aclose()
+
+
+async def test_a_replacement_that_fails_is_the_plugins() -> None:
+    """L3: once. A server that is down is not dialled for ever by one turn."""
+    async with line_to(quick()) as line:
+        tts = line.tts()
+        await speak(tts, "First.")
+        line.server.behaviour.end_before_audio = Ending.CLOSE
+        await speak(tts, "Second.")
+        assert len(line.errors) == 1
+        assert len(line.server.utterances) == 3
+        await tts.aclose()
+
+
+async def test_interrupted_during_a_redial(no_tasks_left: None) -> None:
+    """What was dialled for it serves the next turn, and nothing is left behind."""
+    async with line_to(quick(), ROUND_TRIP) as line:
+        tts = line.tts()
+        await speak(tts, "First.")
+        line.server.reset_all()
+        turn = asyncio.create_task(speak(tts, "Never heard."))
+        await line.server.wait_for(lambda s: s.link.accepted == 2)
+        turn.cancel()
+        await asyncio.wait([turn])
+        heard = await speak(tts, "Heard.")
+        assert heard.samples == {line.server.utterance_for("Heard.").number}
+        await tts.aclose()

@@ -1,0 +1,253 @@
+"""One utterance on its way: which connections carry it, and what to do when one fails.
+
+A connection that lay idle may be dead without anybody knowing. As long as it has given nothing for
+this utterance, its failure is not the utterance's: a fresh one is dialled, what was sent is sent
+again, and whichever gives something first is the one that is heard. Once. What a fresh connection
+says, and everything after the first audio, goes to the plugin as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import aiohttp
+from aiohttp import WSMsgType
+
+from .background import call_at, spawn
+from .connection import ENDINGS, Connection
+from .pool import Acquired, Pool, Reason
+from .telemetry import describe, log
+from .utterance import UNREADABLE, Stage
+
+PROBE_ROUND_TRIPS = 4
+SHORTEST_PROBE = 0.25
+LONGEST_PROBE = 1.5
+"""Seconds. A PING leaves with an utterance's first text; nothing heard for four round trips,
+between these bounds, is no sign of life. The dial of a replacement begins after half of that:
+most of a handshake is over by the time it is known whether it is needed."""
+
+Frame = Callable[[Connection], Awaitable[None]]
+"""Sends one frame of the utterance on the given connection."""
+
+
+@dataclass(eq=False)
+class Attempt:
+    """One connection that carries the utterance."""
+
+    connection: Connection
+    is_fresh: bool
+    waited: float
+    """Seconds that the utterance waited for it."""
+    sent: int = 0
+    """How many of the utterance's frames have been sent on it."""
+    is_sending: bool = False
+
+
+class Delivery:
+    """Carries one utterance, over a second connection if the first, a reused one, fails.
+
+    Args:
+        acquired: the connection to begin with.
+        pool: where it came from, and goes back to.
+        redial: waits for a fresh connection.
+        first_audio_timeout: see `PoolOptions`.
+        on_replaced: is told the seconds waited when a replacement is the one that is heard.
+    """
+
+    def __init__(
+        self,
+        acquired: Acquired[Connection],
+        pool: Pool[Connection],
+        *,
+        redial: Callable[[], Awaitable[Acquired[Connection]]],
+        first_audio_timeout: float,
+        on_replaced: Callable[[float], None],
+    ) -> None:
+        self.inbox: asyncio.Queue[aiohttp.WSMessage | Exception] = asyncio.Queue()
+        self._pool = pool
+        self._redial = redial
+        self._first_audio_timeout = first_audio_timeout
+        self._on_replaced = on_replaced
+        self._frames: list[Frame] = []
+        self._attempts: list[Attempt] = []
+        self._heard: Attempt | None = None
+        """The one that is heard; while there is none, a failure can still be mended."""
+        self._redialling: asyncio.Task[None] | None = None
+        self._alarms: list[asyncio.TimerHandle] = []
+        first = self._begin(Attempt(acquired.connection, not acquired.reused, acquired.waited))
+        self.connection = first.connection
+        if first.is_fresh:
+            self._heard = first
+
+    def __repr__(self) -> str:
+        state = "heard" if self._heard else "unheard"
+        redialling = " redialling" if self._is_redialling else ""
+        return f"<Delivery {state}{redialling} {[a.connection for a in self._attempts]}>"
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing more will come into the inbox."""
+        return self._heard is not None and self._heard.connection.is_over
+
+    async def send(self, frame: Frame) -> None:
+        """Sends a frame, and remembers it for a replacement.
+
+        Raises:
+            OSError: as the WebSocket does, if there is no other way to send it.
+        """
+        self._frames.append(frame)
+        for attempt in list(self._attempts):
+            try:
+                await self._catch_up(attempt)
+            except OSError:
+                if not self._go_on_without(attempt):
+                    raise
+
+    def end(self, cut_off: Reason | None) -> None:
+        """Gives back what it holds. Never waits."""
+        self._stop_watching()
+        self._stop_redialling()
+        for attempt in self._attempts:
+            attempt.connection.detach()
+            if attempt is self._heard and cut_off is None:
+                self._pool.release(attempt.connection)
+            else:
+                self._pool.discard(attempt.connection, cut_off or Reason.ERROR)
+        self._attempts.clear()
+
+    # Sending
+
+    def _begin(self, attempt: Attempt) -> Attempt:
+        self._attempts.append(attempt)
+        attempt.connection.attach(lambda message, type_: self._hear(attempt, message, type_))
+        return attempt
+
+    async def _catch_up(self, attempt: Attempt) -> None:
+        """Sends what is not sent yet, in order, whoever calls it while it runs."""
+        if attempt.is_sending:
+            return
+        attempt.is_sending = True
+        try:
+            while attempt.sent < len(self._frames):
+                attempt.sent += 1
+                await self._frames[attempt.sent - 1](attempt.connection)
+                if self._heard is None and not attempt.is_fresh:
+                    await self._watch(attempt)
+        finally:
+            attempt.is_sending = False
+
+    async def _watch(self, attempt: Attempt) -> None:
+        """Sets the alarms for a reused connection that has given nothing yet."""
+        connection, now = attempt.connection, asyncio.get_running_loop().time()
+        if attempt.sent == 1 and connection.round_trip is not None:
+            patience = PROBE_ROUND_TRIPS * connection.round_trip
+            patience = min(LONGEST_PROBE, max(SHORTEST_PROBE, patience))
+            self._alarm(now + patience / 2, lambda: connection.last_heard <= now)
+            await connection.ping()
+        if connection.utterance.stage in (Stage.AWAITING, Stage.EMPTY):
+            self._alarm(now + self._first_audio_timeout, lambda: True)
+
+    def _alarm(self, when: float, is_silent: Callable[[], bool]) -> None:
+        def ring() -> None:
+            if self._heard is None and is_silent():
+                self._replace(is_silent)
+
+        self._alarms.append(call_at(when, ring))
+
+    # Hearing
+
+    def _hear(self, attempt: Attempt, message: aiohttp.WSMessage, type_: str) -> None:
+        if self._heard is None:
+            if _is_failure(attempt, message, type_):
+                if self._go_on_without(attempt):
+                    return
+                self._settle_on(attempt)
+            elif type_.startswith("audio."):
+                self._settle_on(attempt)
+        if self._heard in (attempt, None):
+            self.inbox.put_nowait(message)
+
+    def _settle_on(self, attempt: Attempt) -> None:
+        self._heard = attempt
+        self.connection = attempt.connection
+        self._stop_watching()
+        for other in [other for other in self._attempts if other is not attempt]:
+            self._drop(other)
+        if attempt.is_fresh:
+            self._on_replaced(attempt.waited)
+        else:
+            self._stop_redialling()
+
+    def _go_on_without(self, attempt: Attempt) -> bool:
+        """Whether something else will carry the utterance; else its failure is the plugin's."""
+        if self._heard is not None or attempt not in self._attempts:
+            return False
+        is_last = len(self._attempts) == 1
+        if is_last and (attempt.is_fresh or self._has_redialled):
+            return False
+        self._drop(attempt)
+        self._replace(lambda: True)
+        return True
+
+    def _drop(self, attempt: Attempt) -> None:
+        self._attempts.remove(attempt)
+        attempt.connection.detach()
+        if attempt.is_fresh:
+            self._pool.discard(attempt.connection, Reason.ERROR)
+        else:
+            self._pool.condemn(attempt.connection)
+
+    # Replacing
+
+    @property
+    def _is_redialling(self) -> bool:
+        return self._redialling is not None and not self._redialling.done()
+
+    @property
+    def _has_redialled(self) -> bool:
+        return self._redialling is not None and self._redialling.done()
+
+    def _replace(self, is_wanted: Callable[[], bool]) -> None:
+        """Begins to dial a replacement, if none has been dialled for this utterance."""
+        if self._redialling is None:
+            self._redialling = spawn(self._send_again(is_wanted), name="xai_pool_patch.redial")
+
+    async def _send_again(self, is_wanted: Callable[[], bool]) -> None:
+        try:
+            acquired = await self._redial()
+        except Exception as error:
+            log().warning("replacement failed", error=describe(error))
+            if not self._attempts:
+                self.inbox.put_nowait(error)
+            return
+        if self._attempts and not is_wanted():
+            # The first connection has shown life meanwhile.
+            self._redialling = None
+            self._pool.release(acquired.connection)
+            return
+        self._pool.counters.replayed()
+        log().info("replaced during an utterance", waited_ms=round(acquired.waited * 1e3, 1))
+        attempt = self._begin(Attempt(acquired.connection, is_fresh=True, waited=acquired.waited))
+        with contextlib.suppress(OSError):  # then its reader has heard of its end
+            await self._catch_up(attempt)
+
+    def _stop_watching(self) -> None:
+        for alarm in self._alarms:
+            alarm.cancel()
+        self._alarms.clear()
+
+    def _stop_redialling(self) -> None:
+        if self._redialling is not None:
+            self._redialling.cancel()
+
+
+def _is_failure(attempt: Attempt, message: aiohttp.WSMessage, type_: str) -> bool:
+    if message.type in ENDINGS:
+        return True
+    if type_ == "audio.done":
+        # Before any audio of an utterance with text: an answer to something else.
+        return attempt.connection.utterance.stage is Stage.SPOILED
+    return message.type is WSMsgType.TEXT and type_ in ("error", UNREADABLE)
