@@ -1,25 +1,30 @@
-# Both commands of the README, and what they need. Everything goes into .venv.
+# Both commands of the README, and what they need. Everything goes into a virtual environment.
 PYTHON ?= python3
-CONSTRAINTS ?= constraints/plugin-1.6.0.txt
-BIN := .venv/bin
+PLUGIN ?= 1.6.0
+CONSTRAINTS := constraints/plugin-$(PLUGIN).txt
+VENV := .venv$(PLUGIN:1.6.0=)
+BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test bench lint clean
 
-demo: .venv/ready
+demo: $(VENV)/ready
 	$(BIN)/xai-pool-patch demo
 
-test: .venv/ready
-	$(BIN)/python -m pytest
+test: $(VENV)/ready
+	$(BIN)/python -m pytest $(TESTS)
 
-lint: .venv/ready
+bench: $(VENV)/ready
+	$(BIN)/xai-pool-patch bench
+
+lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.venv/ready: pyproject.toml $(CONSTRAINTS)
-	$(PYTHON) -m venv --clear .venv
+$(VENV)/ready: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv --clear $(VENV)
 	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python -m pip install --quiet --editable ".[demo,dev]"
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv*

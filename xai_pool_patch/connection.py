@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 from collections.abc import Callable
 
@@ -35,17 +36,29 @@ class Connection:
     connection. What it reads goes to whoever leases it. The WebSocket must have been opened with
     `autoping=False`, so that PINGs and PONGs reach the reader.
 
+    Args:
+        close_timeout: seconds the peer has to answer a Close frame.
+        on_fault: is told what is wrong with the reader itself.
+
     Attributes:
         last_heard: when anything came last, a PONG included; time of the event loop.
         round_trip: seconds that the last PONG took; None while none has come.
     """
 
-    def __init__(self, ws: aiohttp.ClientWebSocketResponse, *, close_timeout: float) -> None:
+    def __init__(
+        self,
+        ws: aiohttp.ClientWebSocketResponse,
+        *,
+        close_timeout: float,
+        on_fault: Callable[[Exception], None],
+    ) -> None:
         self.ws = ws
+        self._on_fault = on_fault
         self.utterance = UtteranceTracker()
         self.state = State.OPEN
         self.on_lost: Callable[[], None] | None = None
-        self.last_heard = asyncio.get_running_loop().time()
+        self._loop = asyncio.get_running_loop()
+        self.last_heard = self._loop.time()
         self.round_trip: float | None = None
         self._pinged_at: dict[bytes, float] = {}
         self._close_timeout = close_timeout
@@ -76,7 +89,7 @@ class Connection:
 
     async def ping(self) -> None:
         """Asks for a sign of life; the PONG sets `last_heard` and `round_trip`."""
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         token = repr(now).encode()
         self._pinged_at = {token: now}
         await self.ws.ping(token)
@@ -93,48 +106,63 @@ class Connection:
         self.utterance.sent(data)
         await self.ws.send_frame(data, opcode, compress)
 
-    def close(self) -> asyncio.Task[None]:
-        """Closes in the background: a Close frame, `close_timeout` for the answer, then abort."""
-        if self._closer is None:
-            if self.state is State.OPEN:
-                self.state = State.CLOSING
+    def close(self) -> asyncio.Task[None] | None:
+        """Closes in the background: a Close frame, `close_timeout` for the answer, then abort.
+
+        Returns:
+            The task that does it; None if the peer has closed it already.
+        """
+        if self.state is State.OPEN:
+            self.state = State.CLOSING
+        if self.ws.closed:
+            self._abort()
+        elif self._closer is None:
             self._closer = spawn(self._shut(), name="xai_pool_patch.close")
         return self._closer
 
     async def _shut(self) -> None:
+        # Not wait_for(): before Python 3.12 it makes a task that a closing loop complains of.
+        closing = spawn(self.ws.close(), name="xai_pool_patch.close_frame")
         try:
-            await asyncio.wait_for(self.ws.close(), self._close_timeout)
-        except Exception as error:
-            # A time-out or a socket that broke meanwhile: the abort settles both.
-            log().debug("close cut short", error=describe(error))
+            done, _ = await asyncio.wait([closing], timeout=self._close_timeout)
         finally:
-            # A peer that answered has nothing more to say, and one that did not would keep the
-            # TLS layer waiting for its goodbye.
-            if self._transport is not None:
-                self._transport.abort()
+            if not self._loop.is_closed():
+                closing.cancel()
+                self._abort()
+        for task in done:
+            if not task.cancelled() and (error := task.exception()):
+                log().debug("close cut short", error=describe(error))
         await asyncio.wait([self._reader])
+
+    def _abort(self) -> None:
+        # A peer that answered has nothing more to say, and one that did not would keep the TLS
+        # layer waiting for its goodbye.
+        if self._transport is not None:
+            self._transport.abort()
 
     async def _read(self) -> None:
         try:
             await self.ping()  # so that the round trip is known before it matters
             while self.state is State.OPEN:
                 await self._handle(await self.ws.receive())
-        except Exception as error:
-            # A PONG into a socket that has just died; anything else would be a fault of ours.
-            log().debug("reader stopped", error=describe(error))
+        except OSError:  # a PING or PONG into a socket that has just died
+            self._lose()
+        except Exception as fault:
+            self._on_fault(fault)
             self._lose()
         finally:
             # Cancelled, the loop is ending: nobody is told, lest a new connection be dialled.
             if self.state is State.OPEN:
                 self.state = State.LOST
-            self._deliver(CLOSED_MESSAGE)
+            with contextlib.suppress(Exception):  # the sink may be what is at fault
+                self._deliver(CLOSED_MESSAGE)
 
     async def _handle(self, message: aiohttp.WSMessage) -> None:
         if message.type in ENDINGS:
             self._deliver(message)
             self._lose()
             return
-        self.last_heard = asyncio.get_running_loop().time()
+        self.last_heard = self._loop.time()
         if message.type is WSMsgType.PING:
             await self.ws.pong(message.data)
         elif message.type is WSMsgType.PONG:

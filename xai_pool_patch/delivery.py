@@ -121,8 +121,16 @@ class Delivery:
     # Sending
 
     def _begin(self, attempt: Attempt) -> Attempt:
+        def take(message: aiohttp.WSMessage, type_: str) -> None:
+            try:
+                self._hear(attempt, message, type_)
+            except Exception as fault:
+                # The plugin must not wait for what will never come; the reader tells the rest.
+                self.inbox.put_nowait(fault)
+                raise
+
         self._attempts.append(attempt)
-        attempt.connection.attach(lambda message, type_: self._hear(attempt, message, type_))
+        attempt.connection.attach(take)
         return attempt
 
     async def _catch_up(self, attempt: Attempt) -> None:

@@ -91,7 +91,7 @@ class Installation:
 
         check_module(module, self.shape)
         self.registry = Registry(self.options)
-        wrappers = Wrappers(self.registry, vars(module.TTS)["_connect_ws"])
+        wrappers = Wrappers(self.registry, self.shape, vars(module.TTS)["_connect_ws"])
         patches = [
             Patch(module.SynthesizeStream, "_run_ws", wrappers.run_ws),
             Patch(module.TTS, "_connect_ws", wrappers.connect_ws),

@@ -70,7 +70,7 @@ class Poolable(Protocol):
     @property
     def is_reusable(self) -> bool: ...
 
-    def close(self) -> asyncio.Task[None]: ...
+    def close(self) -> asyncio.Task[None] | None: ...
 
 
 C = TypeVar("C", bound=Poolable)
@@ -196,7 +196,7 @@ class Pool(Generic[C]):
 
     @property
     def is_empty(self) -> bool:
-        return not (self._members or self._dials or self._waiters)
+        return not (self._members or self._dials or self._waiters or self._closing)
 
     # What callers do
 
@@ -336,8 +336,9 @@ class Pool(Generic[C]):
         return None
 
     def _lend(self, member: _Member[C]) -> None:
+        if not member.was_leased and self._backoff.next_attempt < math.inf:
+            self._backoff.succeeded()
         member.was_leased = True
-        self._backoff.succeeded()
 
     def _offer(self, member: _Member[C]) -> None:
         """To whoever asked first, else to the idle ones."""
@@ -372,8 +373,8 @@ class Pool(Generic[C]):
     def _dial(self, waiter: _Waiter[C] | None, timeout: float) -> None:
         now = self._now()
         dial = _Dial(began=now, late_at=now + PATIENCE, waiter=waiter)
+        self._dials.add(dial)  # first: an eager task may end before spawn() returns
         dial.task = spawn(self._run_dial(dial, timeout), name="xai_pool_patch.dial")
-        self._dials.add(dial)
 
     async def _run_dial(self, dial: _Dial[C], timeout: float) -> None:
         try:
@@ -381,9 +382,9 @@ class Pool(Generic[C]):
         except asyncio.CancelledError:
             # By aclose() or by the end of the loop: either way nobody should dial again.
             self._dials.discard(dial)
-            self.close()
             if dial.waiter is not None:
                 dial.waiter.fail(PoolClosedError("the pool ended during the dial"))
+            self.close()
             raise
         except Exception as error:
             self._dials.discard(dial)
@@ -438,8 +439,9 @@ class Pool(Generic[C]):
         log().info("discarded", reason=reason.value)
         if not self._loop.is_closed():
             task = member.connection.close()
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+            if task is not None:
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
 
     # What follows from the state
 

@@ -16,7 +16,7 @@ from .backoff import Account, Backoff, Setback
 from .connection import Connection
 from .options import PoolOptions
 from .pool import Pool
-from .telemetry import Counters, Stats, stats_of
+from .telemetry import Counters, Stats, describe, log, stats_of
 
 STANDBY_TIMEOUT = 10.0
 """Seconds a background dial may take: what LiveKit allows a caller's (`APIConnectOptions`)."""
@@ -43,6 +43,7 @@ class Endpoint:
 class _User:
     """One TTS instance, without a reference to it."""
 
+    finalizer: weakref.finalize[..., object] | None = None
     current: Key | None = None
     visited: set[Key] = field(default_factory=set)
 
@@ -50,8 +51,11 @@ class _User:
 class LoopPools:
     """The pools of one event loop. Everything here happens in that loop's thread."""
 
-    def __init__(self, options: PoolOptions) -> None:
+    def __init__(
+        self, options: PoolOptions, on_fault: Callable[[str, Exception], None] = lambda *_: None
+    ) -> None:
         self.counters = Counters()
+        self._on_fault = on_fault
         self.pools: dict[Key, Pool[Connection]] = {}
         self._options = options
         self._loop = asyncio.get_running_loop()
@@ -91,12 +95,15 @@ class LoopPools:
     def close(self) -> None:
         for pool in self.pools.values():
             pool.close()
+        for user in list(self._users.values()):
+            self._depart(user)
         self.pools.clear()
         self._users.clear()
 
     def _join(self, tts: object) -> _User:
         user = self._users[tts] = _User()
-        weakref.finalize(tts, self._collected, user).atexit = False
+        user.finalizer = weakref.finalize(tts, self._collected, user)
+        user.finalizer.atexit = False
         return user
 
     def _collected(self, user: _User) -> None:
@@ -105,6 +112,8 @@ class LoopPools:
             self._loop.call_soon_threadsafe(self._depart, user)
 
     def _depart(self, user: _User) -> list[Pool[Connection]]:
+        if user.finalizer is not None:
+            user.finalizer.detach()
         visited, user.visited, user.current = user.visited, set(), None
         still_visited = {key for other in self._users.values() for key in other.visited}
         ended = []
@@ -135,7 +144,15 @@ class LoopPools:
 
         async def connect(timeout: float) -> Connection:
             ws = await endpoint.connect(timeout)
-            return Connection(ws, close_timeout=options.close_timeout)
+            try:
+                return Connection(
+                    ws,
+                    close_timeout=options.close_timeout,
+                    on_fault=lambda fault: self._on_fault("reading", fault),
+                )
+            except Exception:
+                await ws.close()
+                raise
 
         account = self._accounts.setdefault(endpoint.key.api_key, Account())
         return Pool(
@@ -151,10 +168,15 @@ class LoopPools:
 
 
 class Registry:
-    """The pools of one installation: those of every event loop in this process."""
+    """The pools of one installation: those of every event loop in this process.
+
+    Attributes:
+        has_failed: the pools are not to be trusted, after a fault of their own.
+    """
 
     def __init__(self, options: PoolOptions) -> None:
         self.options = options
+        self.has_failed = False
         self._loops: dict[asyncio.AbstractEventLoop, LoopPools] = {}
         self._ended = Counters()
         self._lock = threading.Lock()  # worker threads have a loop each
@@ -169,8 +191,14 @@ class Registry:
         with self._lock:
             if loop not in self._loops:
                 self._forget_closed_loops()
-                self._loops[loop] = LoopPools(self.options)
+                self._loops[loop] = LoopPools(self.options, self.fail)
             return self._loops[loop]
+
+    def fail(self, deed: str, fault: Exception) -> None:
+        """A fault of the pools' own. From here on the plugin connects by itself."""
+        tell = log().debug if self.has_failed else log().error
+        self.has_failed = True
+        tell("pool failed, the plugin connects by itself", deed=deed, error=describe(fault))
 
     def close(self) -> None:
         """Ends every pool, each in its own loop. Connections in use end when they come back."""

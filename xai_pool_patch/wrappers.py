@@ -6,32 +6,45 @@ import asyncio
 import contextlib
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import aiohttp
-from livekit.agents import APIConnectionError
+from livekit.agents import APIConnectionError, APIError
 
 from .connection import Connection
 from .delivery import Delivery
 from .lease import Lease
 from .options import PoolOptions
-from .pool import Acquired, AcquireTimeoutError, DialFailedError, Pool, Reason
+from .plugin import Shape
+from .pool import (
+    Acquired,
+    AcquireTimeoutError,
+    DialFailedError,
+    Pool,
+    PoolClosedError,
+    Reason,
+)
 from .shared import Endpoint, Key, Registry
-from .telemetry import describe, log
+from .telemetry import log
+
+NETWORK_ERRORS = (aiohttp.ClientError, APIError, OSError, asyncio.TimeoutError)
+"""What the plugin's connect raises when the network or the server is at fault."""
 
 NOT_IN_THE_URL = {"tokenizer"}
 """Options of the plugin that do not go to the server."""
 
 
 class Turn:
-    """One run of the plugin's `_run_ws`: one utterance on at most one lease."""
+    """One run of the plugin's `_run_ws`: one utterance, on one lease at a time."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._lease: Lease | None = None
 
     def begin(self, lease: Lease) -> None:
+        self.end(Reason.ERROR)  # of a subclass that connects more than once
         self._lease = lease
 
     def note(self, waited: float, *, reused: bool = False) -> None:
@@ -39,40 +52,12 @@ class Turn:
         self._stream._acquire_time = waited
         self._stream._connection_reused = reused
 
-    def end(self, cut_off: Reason | None = None) -> None:
+    def end(self, cut_off: Reason | None) -> None:
         if self._lease is not None:
-            with _fault_logged("giving back a connection"):
-                self._lease.end(cut_off)
+            self._lease.end(cut_off)
 
 
 _turn: contextvars.ContextVar[Turn | None] = contextvars.ContextVar("xai_pool_patch", default=None)
-
-
-@contextlib.contextmanager
-def _turn_of(stream: Any) -> Iterator[None]:
-    turn = Turn(stream)
-    token = _turn.set(turn)
-    try:
-        yield
-    except Exception:
-        turn.end(Reason.ERROR)
-        raise
-    except BaseException:  # CancelledError above all
-        turn.end(Reason.INTERRUPTED)
-        raise
-    else:
-        turn.end()
-    finally:
-        _turn.reset(token)
-
-
-@contextlib.contextmanager
-def _fault_logged(deed: str) -> Iterator[None]:
-    """A fault of the pool's own must not become one of the agent's."""
-    try:
-        yield
-    except Exception as fault:
-        log().error("pool failed", deed=deed, error=describe(fault))
 
 
 def _has_loop() -> bool:
@@ -91,44 +76,56 @@ class Wrappers:
 
     Args:
         registry: the pools.
+        shape: how `TTS._connect_ws` is told what to connect for.
         connect: the plugin's own `TTS._connect_ws`, as found in the class.
     """
 
-    def __init__(self, registry: Registry, connect: Any) -> None:
+    def __init__(self, registry: Registry, shape: Shape, connect: Any) -> None:
         self._registry = registry
+        self._shape = shape
         self._connect = connect
 
     async def run_ws(self, wrapped: Any, stream: Any, args: Any, kwargs: Any) -> Any:
-        with _turn_of(stream):
+        with self._turn_of(stream):
             return await wrapped(*args, **kwargs)
 
     async def connect_ws(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
         turn = _turn.get()
-        if turn is None:
-            # Nobody would say how the utterance ended, so the connection could not be shared.
+        # Without a turn nobody would say how the utterance ended.
+        if turn is None or self._registry.has_failed:
             return await wrapped(*args, **kwargs)
         try:
             return await self._lease(turn, tts, *args, **kwargs)
-        except (DialFailedError, AcquireTimeoutError) as failure:
-            error = _as_without_the_patch(failure)
-            raise error from error.__cause__
-        except Exception as fault:
-            log().error("pool failed, connecting without it", error=describe(fault))
-            return await wrapped(*args, **kwargs)
+        except NETWORK_ERRORS:
+            raise
+        except Exception as error:
+            fault = error
+        began = asyncio.get_running_loop().time()
+        ws = await wrapped(*args, **kwargs)
+        turn.note(asyncio.get_running_loop().time() - began)
+        # Had the plugin failed as well, the fault would not be the pool's.
+        if not isinstance(fault, PoolClosedError):
+            self._registry.fail("connecting", fault)
+        return ws
 
     def prewarm(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
         wrapped(*args, **kwargs)
         if not _has_loop():
             log().debug("prewarm skipped, no event loop is running")
             return
-        with _fault_logged("prewarm"):
+        try:
+            tts._ensure_session()
+        except RuntimeError:
+            log().debug("prewarm skipped, there is no HTTP session outside a job")
+            return
+        with self._guarded("prewarm"):
             self._registry.here().use(tts, self._endpoint(tts, tts._opts)).prewarm()
 
     def update_options(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
         wrapped(*args, **kwargs)
         if not _has_loop():
             return
-        with _fault_logged("update_options"):
+        with self._guarded("update_options"):
             pools = self._registry.here()
             if pools.knows(tts):
                 pools.use(tts, self._endpoint(tts, tts._opts))
@@ -144,21 +141,45 @@ class Wrappers:
         await asyncio.gather(*(pool.aclose() for pool in ended))
 
     def _leave(self, tts: Any) -> list[Pool[Connection]]:
-        with _fault_logged("aclose"):
+        with self._guarded("aclose"):
             return self._registry.here().leave(tts)
         return []
+
+    @contextlib.contextmanager
+    def _turn_of(self, stream: Any) -> Iterator[None]:
+        turn = Turn(stream)
+        token = _turn.set(turn)
+        cut_off: Reason | None = Reason.ERROR
+        try:
+            yield
+            cut_off = None
+        except asyncio.CancelledError:
+            cut_off = Reason.INTERRUPTED
+            raise
+        finally:
+            _turn.reset(token)
+            with self._guarded("giving back"):
+                turn.end(cut_off)
+
+    @contextlib.contextmanager
+    def _guarded(self, deed: str) -> Iterator[None]:
+        """A fault of the pool's own must not become one of the agent's."""
+        try:
+            yield
+        except Exception as fault:
+            self._registry.fail(deed, fault)
 
     async def _lease(self, turn: Turn, tts: Any, timeout: float, opts: Any = None) -> Lease:
         pools = self._registry.here()
         pool = pools.use(tts, self._endpoint(tts, tts._opts))
         if opts is not None:
             pool = pools.visit(tts, self._endpoint(tts, opts))
-        acquired = await pool.acquire(timeout)
+        acquired = await _acquire(pool, timeout)
         lease = Lease(
             Delivery(
                 acquired,
                 pool,
-                redial=lambda: _redial(pool, timeout),
+                redial=lambda: _acquire(pool, timeout, fresh=True),
                 first_audio_timeout=self._registry.options.first_audio_timeout,
                 on_replaced=turn.note,
             )
@@ -172,26 +193,23 @@ class Wrappers:
         session = tts._ensure_session()
         view = _TTSView(tts._api_key, dataclasses.replace(opts), session, self._registry.options)
         connect = self._connect.__get__(view, _TTSView)
+        if self._shape is Shape.TAKES_OPTIONS:
+            connect = functools.partial(connect, opts=view._opts)
         in_url = [f.name for f in dataclasses.fields(opts) if f.name not in NOT_IN_THE_URL]
         key = Key(tts._api_key, session, tuple((name, getattr(opts, name)) for name in in_url))
         return Endpoint(key, connect)
 
 
-async def _redial(pool: Pool[Connection], timeout: float) -> Acquired[Connection]:
+async def _acquire(
+    pool: Pool[Connection], timeout: float, *, fresh: bool = False
+) -> Acquired[Connection]:
+    """Raises what the plugin's own connect would have raised."""
     try:
-        return await pool.acquire(timeout, fresh=True)
-    except (DialFailedError, AcquireTimeoutError) as failure:
-        error = _as_without_the_patch(failure)
-        raise error from error.__cause__
-
-
-def _as_without_the_patch(failure: DialFailedError | AcquireTimeoutError) -> Exception:
-    """What the plugin's own connect would have raised."""
-    if isinstance(failure, DialFailedError):
-        return failure.error
-    error = APIConnectionError("failed to connect to xAI")
-    error.__cause__ = failure
-    return error
+        return await pool.acquire(timeout, fresh=fresh)
+    except DialFailedError as failure:
+        raise failure.error from failure.error.__cause__
+    except AcquireTimeoutError as error:
+        raise APIConnectionError("failed to connect to xAI") from error
 
 
 class _TTSView:

@@ -95,6 +95,24 @@ async def test_a_closed_session_ends_its_pool_quietly(
     assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
 
+def test_a_session_closed_just_before_its_loop() -> None:
+    """P9: no task is begun that the loop would not live to see."""
+
+    async def begin() -> None:
+        context = line_to(quick(answer_close=False))
+        line = await context.__aenter__()
+        tts = line.tts()
+        await asyncio.gather(speak(tts, "One."), speak(tts, "Two."))
+        await line.http.close()
+        await context.__aexit__(None, None, None)
+
+    xai_pool_patch.install()
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(begin())
+    loop.close()
+    xai_pool_patch.uninstall()
+
+
 @pytest.mark.parametrize("when", ["idle", "dialling"])
 def test_a_loop_that_just_stops(
     when: str, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from typing import Any
 
 import pytest
 from livekit.plugins import xai
@@ -179,17 +180,21 @@ async def test_interrupted_while_dialling(patched: None, no_tasks_left: None) ->
         await all_closed(line.server)
 
 
-@pytest.mark.parametrize("stray", ["stray_done", "late_audio"])
-async def test_audio_out_of_turn_condemns_the_connection(patched: None, stray: str) -> None:
+@pytest.mark.parametrize("stray", [{"stray_done": True}, {"late_audio": 0.01}], ids=str)
+async def test_audio_out_of_turn_condemns_the_connection(
+    patched: None, stray: dict[str, Any]
+) -> None:
     """C1: audio that nobody asked for is not heard, and neither is anything after it."""
-    faults = {"stray_done": {"stray_done": True}, "late_audio": {"late_audio": 0.01}}
-    async with line_to(quick(**faults[stray])) as line:
+    async with line_to(quick(**stray)) as line:
         tts = line.tts()
-        await speak(tts, "First.")
-        await line.server.wait_for(lambda s: not s.connections[0].is_open)
+        first = asyncio.create_task(speak(tts, "First."))
+        await line.server.wait_for(lambda s: len(s.utterances) == 1)
         line.server.behaviour.stray_done = False
+        await first
+        await line.server.wait_for(lambda s: not s.connections[0].is_open)
         line.server.behaviour.late_audio = None
         heard = await speak(tts, "Second.")
+        assert heard.error is None
         assert heard.samples == {line.server.utterance_for("Second.").number}
         await tts.aclose()
 

@@ -50,7 +50,7 @@ class Socket:
         self.voice = voice
         self.made_at = asyncio.get_running_loop().time()
         self.is_open = True
-        self.close_code: int | None = None
+        self.closed = False
         self._messages: asyncio.Queue[aiohttp.WSMessage] = asyncio.Queue()
 
     async def receive(self) -> aiohttp.WSMessage:
@@ -60,11 +60,11 @@ class Socket:
         self._messages.put_nowait(aiohttp.WSMessage(WSMsgType.PONG, token, None))
 
     async def close(self) -> None:
-        self.is_open = False
+        self.is_open, self.closed = False, True
         self._messages.put_nowait(aiohttp.WSMessage(WSMsgType.CLOSING, None, None))
 
     def end_by_peer(self) -> None:
-        self.is_open = False
+        self.is_open, self.closed = False, True
         self._messages.put_nowait(aiohttp.WSMessage(WSMsgType.CLOSE, 1000, ""))
 
 

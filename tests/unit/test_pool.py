@@ -141,6 +141,35 @@ def test_a_dial_serves_the_first_in_line_and_its_caller_the_next() -> None:
     play(scenario)
 
 
+def test_a_fresh_connection_is_one_that_nobody_has_used() -> None:
+    """L3: a replacement is neither taken from the idle ones nor from those given back."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        [used] = await idle(pool, 1)
+        wanting = asyncio.create_task(pool.acquire(10.0, fresh=True))
+        await asyncio.sleep(0.1)
+        pool.release(await leased(pool))
+        assert (await wanting).connection is not used
+        assert pool.idle == 1
+
+    play(scenario)
+
+
+def test_condemning_one_takes_its_elders_along() -> None:
+    """L3: the idle connections of the same age or older go, the younger ones stay."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        elders = await asyncio.gather(*(leased(pool) for _ in range(3)))
+        await asyncio.sleep(1.0)
+        younger = await leased(pool)
+        for wire in [*elders[:2], younger]:
+            pool.release(wire)
+        pool.condemn(elders[2])
+        assert network.open == [younger]
+
+    play(scenario)
+
+
 def test_release_of_a_connection_that_is_not_reusable_discards_it() -> None:
     """A connection that broke while it was leased never becomes idle."""
 
@@ -427,6 +456,23 @@ def test_a_refusal_stops_the_background_until_a_callers_dial_succeeds(calls_firs
     play(scenario)
 
 
+def test_lending_an_old_connection_proves_nothing() -> None:
+    """P4: a refused standby is not dialled again with every turn on another connection."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(2)
+        await asyncio.sleep(1.0)
+        network.refuse = [Setback.REFUSED] * 100
+        network.open[0].break_off()
+        for _ in range(10):
+            wire = await leased(pool)
+            await asyncio.sleep(1.0)
+            pool.release(wire)
+        assert len(network.dialled_at) == 3
+
+    play(scenario)
+
+
 def test_too_many_sessions_pause_every_pool_of_the_api_key() -> None:
     """P4: a 429 for one voice keeps the others of the same API key from adding to it."""
 
@@ -534,6 +580,20 @@ def test_a_connection_that_grew_old_during_its_loan_is_not_kept() -> None:
     play(scenario)
 
 
+def test_an_old_connection_given_back_is_not_handed_on() -> None:
+    """P5: whoever waits gets a young one, even if it takes longer."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        wire = await leased(pool)
+        await asyncio.sleep(1900.0)
+        waiting = asyncio.create_task(leased(pool))
+        await asyncio.sleep(0.1)
+        pool.release(wire)
+        assert await waiting is not wire
+
+    play(scenario)
+
+
 def test_what_a_burst_left_behind_is_trimmed() -> None:
     """P6: idle connections above what is kept close after max_idle_time, not before."""
 
@@ -629,6 +689,7 @@ def test_aclose_during_a_dial_that_hangs() -> None:
         began = now()
         await pool.aclose()
         assert now() - began <= 5.1
+        assert len(network.dialled_at) == 1, "dialled again for a pool that has ended"
         with pytest.raises(PoolClosedError):
             await caller
 

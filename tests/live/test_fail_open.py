@@ -1,0 +1,121 @@
+"""A4: a fault of the patch itself never silences the agent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from livekit.agents import APIConnectOptions
+from livekit.plugins import xai
+
+from tests.kit import API_KEY, all_closed, line_to, speak
+
+pytestmark = pytest.mark.usefixtures("patched")
+
+RETRYING = APIConnectOptions(max_retry=1, retry_interval=0.01, timeout=2.0)
+
+BEFORE_THE_UTTERANCE = [
+    "connection.Connection.attach",
+    "shared.Registry.here",
+    "shared.LoopPools.use",
+    "wrappers.Wrappers._endpoint",
+    "wrappers.Turn.begin",
+    "pool.Pool.acquire",
+    "pool.Pool._take_idle",
+    "delivery.Delivery.__init__",
+    "lease.Lease.__init__",
+]
+DURING_THE_UTTERANCE = [
+    "connection.Connection._take",
+    "utterance.UtteranceTracker.received",
+    "delivery.Delivery._hear",
+]
+AFTER_THE_UTTERANCE = ["lease.Lease.end", "pool.Pool.release", "pool.Pool._offer"]
+
+
+class BugError(Exception):
+    def __init__(self) -> None:
+        super().__init__("a bug of ours, with a secret in its message")
+
+
+def break_(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise BugError
+
+    monkeypatch.setattr(f"xai_pool_patch.{part}", broken)
+
+
+def check_log(caplog: pytest.LogCaptureFixture, part: str) -> None:
+    """Once, at ERROR, with the place and without the message."""
+    [record] = [r for r in caplog.records if r.name == "xai_pool_patch" and r.levelname == "ERROR"]
+    assert record.getMessage() == "pool failed, the plugin connects by itself"
+    assert record.error.startswith("BugError at broken:")  # type: ignore[attr-defined]
+    assert "secret" not in str(vars(record))
+
+
+@pytest.mark.parametrize("part", [*BEFORE_THE_UTTERANCE, *AFTER_THE_UTTERANCE])
+async def test_faults_around_an_utterance(
+    part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every turn is spoken, none with an error, and the fault is logged once."""
+    async with line_to() as line:
+        tts = line.tts()
+        await speak(tts, "Zero.")
+        break_(monkeypatch, part)
+        for text in ("First.", "Second."):
+            heard = await speak(tts, text)
+            assert heard.samples == {line.server.utterance_for(text).number}
+        assert line.errors == []
+        check_log(caplog, part)
+        monkeypatch.undo()
+        await tts.aclose()
+
+
+@pytest.mark.parametrize("part", DURING_THE_UTTERANCE)
+async def test_faults_during_an_utterance(
+    part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The framework retries, and the retry is spoken over the plugin's own connection."""
+    async with line_to() as line:
+        tts = line.tts()
+        await speak(tts, "Zero.")
+        break_(monkeypatch, part)
+        for text in ("First.", "Second."):
+            heard = await speak(tts, text, RETRYING)
+            assert heard.error is None
+            assert heard.samples == {line.server.utterance_for(text).number}
+        check_log(caplog, part)
+        monkeypatch.undo()
+        await tts.aclose()
+
+
+async def test_a_fault_in_the_dial(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The turn is spoken, and the socket that was opened in vain is closed."""
+    break_(monkeypatch, "shared.Connection")
+    async with line_to() as line:
+        tts = line.tts()
+        heard = await speak(tts, "Hello.")
+        assert heard.samples == {line.server.utterance_for("Hello.").number}
+        assert line.errors == []
+        check_log(caplog, "shared.Connection")
+        await all_closed(line.server)
+        await tts.aclose()
+
+
+async def test_a_subclass_that_connects_twice() -> None:
+    """What it does not use is closed, not forgotten."""
+
+    class Twice(xai.TTS):
+        async def _connect_ws(self, *args: Any, **kwargs: Any) -> Any:
+            await super()._connect_ws(*args, **kwargs)
+            return await super()._connect_ws(*args, **kwargs)
+
+    async with line_to() as line:
+        tts = Twice(api_key=API_KEY, http_session=line.http)
+        for text in ("First.", "Second."):
+            heard = await speak(tts, text)
+            assert heard.samples == {line.server.utterance_for(text).number}
+        await tts.aclose()
+        await all_closed(line.server)
