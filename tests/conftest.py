@@ -13,6 +13,12 @@ import pytest
 import xai_pool_patch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--soak-turns", type=int, default=2000, help="turns of tests/live/test_soak.py"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if sys.version_info < (3, 11):
         # Python 3.10 says this of every TLS connection that the peer ended.

@@ -1,0 +1,129 @@
+"""Thousands of turns with faults and interruptions at random, the same ones at every run."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import random
+import tracemalloc
+from dataclasses import dataclass, field
+
+import pytest
+from livekit.agents import APIConnectOptions
+from livekit.plugins import xai
+
+import xai_pool_patch
+from tests.kit import Heard, Line, all_closed, line_to, quick, speak
+from xai_pool_patch import PoolOptions
+from xai_pool_patch.demo.standin import Ending
+
+CONVERSATIONS = 4
+OPTIONS = PoolOptions(
+    heartbeat=0.3, first_audio_timeout=0.3, close_timeout=0.3, max_age=3.0, max_idle_time=0.5
+)
+FLAT = 1_500_000
+"""Bytes: what caches hold, however many turns there were. 2,000 leases would be several times
+that."""
+RETRYING = APIConnectOptions(max_retry=2, retry_interval=0.01, timeout=2.0)
+ENDINGS = [Ending.CLOSE, Ending.RESET]
+
+
+@dataclass
+class Conversation:
+    """One agent, and what chance has in store for it."""
+
+    line: Line
+    tts: xai.TTS
+    chance: random.Random
+    turns: int
+    silent: list[str] = field(default_factory=list)
+
+    async def hold(self) -> None:
+        for number in range(self.turns):
+            self._befall()
+            # In time for the framework's retries, by which the unpatched plugin would speak too.
+            relenting = asyncio.get_running_loop().call_later(0.03, self._relent)
+            await self._turn(f"This is turn {number}.")
+            relenting.cancel()
+            self._relent()
+
+    def _befall(self) -> None:
+        """One turn in three meets a fault."""
+        server, behaviour = self.line.server, self.line.server.behaviour
+        faults = [
+            server.reset_all,
+            server.freeze_all,
+            lambda: setattr(behaviour, "end_before_audio", self.chance.choice(ENDINGS)),
+            lambda: setattr(behaviour, "end_after_audio", self.chance.choice(ENDINGS)),
+            lambda: setattr(behaviour, "refuse_next", [503]),
+            lambda: setattr(behaviour, "raw_before_audio", ["{not json"]),
+            lambda: setattr(behaviour, "late_audio", 0.001),
+            lambda: setattr(behaviour, "answer_close", False),
+            lambda: self.tts.update_options(voice=self.chance.choice(["ara", "eve"])),
+        ]
+        if self.chance.random() < 1 / 3:
+            self.chance.choice(faults)()
+
+    def _relent(self) -> None:
+        behaviour = self.line.server.behaviour
+        behaviour.end_before_audio = behaviour.end_after_audio = behaviour.late_audio = None
+        behaviour.refuse_next, behaviour.raw_before_audio = [], []
+        behaviour.answer_close = True
+
+    async def _turn(self, text: str) -> None:
+        heard = Heard()
+        turn = asyncio.create_task(speak(self.tts, text, RETRYING, heard=heard))
+        patience = self.chance.choice([None, None, self.chance.uniform(0, 0.05)])
+        await asyncio.wait([turn], timeout=patience)
+        interrupted = not turn.done()
+        turn.cancel()
+        await asyncio.wait([turn])
+        self._check(text, heard, interrupted)
+
+    def _check(self, text: str, heard: Heard, interrupted: bool) -> None:
+        wanted = "".join(text.split())
+        spoken = {u.number for u in self.line.server.utterances if u.text and wanted in u.text}
+        wrong = heard.samples - spoken - {0}
+        assert not wrong, f"{text} heard {wrong}, not {spoken}"
+        if not interrupted and not heard.samples:
+            self.silent.append(f"{text} {heard.error!r}")
+
+
+async def test_soak(pytestconfig: pytest.Config, no_tasks_left: None) -> None:
+    """No wrong sample, no turn that stays silent after the framework's retries, nothing leaked."""
+    turns: int = pytestconfig.getoption("--soak-turns")
+    xai_pool_patch.install(OPTIONS)
+    logging.disable()  # pytest would keep every record, with the frames of its traceback
+    try:
+        await _converse(turns // 10)  # so that what is cached once is there before counting
+        gc.collect()
+        tracemalloc.start()
+        await _converse(turns)
+        gc.collect()
+        leaked, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        stats = xai_pool_patch.stats()
+        assert (stats["idle"], stats["leased"], stats["dialling"]) == (0, 0, 0)
+        assert leaked < FLAT, f"{leaked} bytes kept after {turns} turns"
+    finally:
+        logging.disable(logging.NOTSET)
+        xai_pool_patch.uninstall()
+
+
+async def _converse(turns: int) -> None:
+    conversations = [_conversation(seed, turns // CONVERSATIONS) for seed in range(CONVERSATIONS)]
+    for outcome in await asyncio.gather(*conversations, return_exceptions=True):
+        if outcome is not None:
+            raise outcome
+
+
+async def _conversation(seed: int, turns: int) -> None:
+    async with line_to(quick(generation=0.005), round_trip=0.002) as line:
+        tts = line.tts()
+        conversation = Conversation(line, tts, random.Random(seed), turns)
+        await conversation.hold()
+        assert conversation.silent == []
+        line.server.link.unfreeze()
+        await tts.aclose()
+        await all_closed(line.server)
