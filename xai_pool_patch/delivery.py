@@ -160,6 +160,10 @@ class Delivery:
 
     def _alarm(self, when: float, is_silent: Callable[[], bool]) -> None:
         def ring() -> None:
+            # A busy loop rings late, before it reads what has long arrived: read first.
+            self._alarms.append(call_at(when, check))
+
+        def check() -> None:
             if self._heard is None and is_silent():
                 self._replace(is_silent)
 

@@ -51,7 +51,8 @@ class Lease(aiohttp.ClientWebSocketResponse):
             return CLOSED_MESSAGE
         self._is_receiving = True
         try:
-            received = await asyncio.wait_for(inbox.get(), timeout)
+            waiting = inbox.get()
+            received = await (asyncio.wait_for(waiting, timeout) if timeout else waiting)
         finally:
             self._is_receiving = False
         if isinstance(received, Exception):

@@ -31,12 +31,8 @@ class Key:
     options: tuple[tuple[str, object], ...]
 
 
-@dataclass(frozen=True)
-class Endpoint:
-    """Where a TTS speaks to, and how to get there without holding on to that TTS."""
-
-    key: Key
-    connect: Callable[[float], Awaitable[aiohttp.ClientWebSocketResponse]]
+Connect = Callable[[float], Awaitable[aiohttp.ClientWebSocketResponse]]
+"""Dials for one key, within the seconds given, and without holding on to the TTS that asked."""
 
 
 @dataclass(eq=False)
@@ -66,25 +62,29 @@ class LoopPools:
     def knows(self, tts: object) -> bool:
         return tts in self._users
 
-    def use(self, tts: object, endpoint: Endpoint) -> Pool[Connection]:
-        """The pool of that endpoint, kept warm for this TTS until it moves on or goes."""
-        pool = self.visit(tts, endpoint)
+    def use(self, tts: object, key: Key, dialler: Callable[[], Connect]) -> Pool[Connection]:
+        """The pool of that key, kept warm for this TTS until it moves on or goes.
+
+        Args:
+            dialler: makes what the pool dials with, if there is no such pool yet.
+        """
+        pool = self.visit(tts, key, dialler)
         user = self._users[tts]
-        if user.current != endpoint.key:
-            left, user.current = user.current, endpoint.key
+        if user.current != key:
+            left, user.current = user.current, key
             self._keep_if_used(left)
-            self._keep_if_used(endpoint.key)
+            self._keep_if_used(key)
             self._forget_empty(user)
         return pool
 
-    def visit(self, tts: object, endpoint: Endpoint) -> Pool[Connection]:
-        """The pool of that endpoint, for one utterance with other options than the current."""
+    def visit(self, tts: object, key: Key, dialler: Callable[[], Connect]) -> Pool[Connection]:
+        """The pool of that key, for one utterance with other options than the current."""
         user = self._users.get(tts) or self._join(tts)
-        user.visited.add(endpoint.key)
-        pool = self.pools.get(endpoint.key)
+        user.visited.add(key)
+        pool = self.pools.get(key)
         if pool is None or pool.is_closed:
-            pool = self.pools[endpoint.key] = self._make(endpoint)
-            self._keep_if_used(endpoint.key)
+            pool = self.pools[key] = self._make(key, dialler())
+            self._keep_if_used(key)
         return pool
 
     def leave(self, tts: object) -> list[Pool[Connection]]:
@@ -139,11 +139,11 @@ class LoopPools:
             is_used = any(user.current == key for user in self._users.values())
             self.pools[key].keep(self._options.min_size if is_used else 0)
 
-    def _make(self, endpoint: Endpoint) -> Pool[Connection]:
+    def _make(self, key: Key, dial: Connect) -> Pool[Connection]:
         options = self._options
 
         async def connect(timeout: float) -> Connection:
-            ws = await endpoint.connect(timeout)
+            ws = await dial(timeout)
             try:
                 return Connection(
                     ws,
@@ -154,7 +154,7 @@ class LoopPools:
                 await ws.close()
                 raise
 
-        account = self._accounts.setdefault(endpoint.key.api_key, Account())
+        account = self._accounts.setdefault(key.api_key, Account())
         return Pool(
             connect,
             options,
@@ -162,7 +162,7 @@ class LoopPools:
             backoff=Backoff(account, self._jitter),
             counters=self.counters,
             setback_of=setback_of,
-            is_defunct=lambda: endpoint.key.session.closed,
+            is_defunct=lambda: key.session.closed,
             jitter=self._jitter,
         )
 

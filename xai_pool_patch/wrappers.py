@@ -7,8 +7,8 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Hashable, Iterator
+from typing import Any, cast
 
 import aiohttp
 from livekit.agents import APIConnectionError, APIError
@@ -16,7 +16,6 @@ from livekit.agents import APIConnectionError, APIError
 from .connection import Connection
 from .delivery import Delivery
 from .lease import Lease
-from .options import PoolOptions
 from .plugin import Shape
 from .pool import (
     Acquired,
@@ -26,7 +25,7 @@ from .pool import (
     PoolClosedError,
     Reason,
 )
-from .shared import Endpoint, Key, Registry
+from .shared import Connect, Key, LoopPools, Registry
 from .telemetry import log
 
 NETWORK_ERRORS = (aiohttp.ClientError, APIError, OSError, asyncio.TimeoutError)
@@ -119,7 +118,7 @@ class Wrappers:
             log().debug("prewarm skipped, there is no HTTP session outside a job")
             return
         with self._guarded("prewarm"):
-            self._registry.here().use(tts, self._endpoint(tts, tts._opts)).prewarm()
+            self._use(self._registry.here(), tts).prewarm()
 
     def update_options(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
         wrapped(*args, **kwargs)
@@ -128,7 +127,7 @@ class Wrappers:
         with self._guarded("update_options"):
             pools = self._registry.here()
             if pools.knows(tts):
-                pools.use(tts, self._endpoint(tts, tts._opts))
+                self._use(pools, tts)
 
     async def aclose(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
         # Before its streams are closed, lest each of them calls for a replacement; and again
@@ -171,9 +170,9 @@ class Wrappers:
 
     async def _lease(self, turn: Turn, tts: Any, timeout: float, opts: Any = None) -> Lease:
         pools = self._registry.here()
-        pool = pools.use(tts, self._endpoint(tts, tts._opts))
+        pool = self._use(pools, tts)
         if opts is not None:
-            pool = pools.visit(tts, self._endpoint(tts, opts))
+            pool = pools.visit(tts, _key(tts, opts), lambda: self._dialler(tts, opts))
         acquired = await _acquire(pool, timeout)
         lease = Lease(
             Delivery(
@@ -189,15 +188,27 @@ class Wrappers:
         log().debug("acquired", reused=acquired.reused, waited_ms=round(acquired.waited * 1e3, 1))
         return lease
 
-    def _endpoint(self, tts: Any, opts: Any) -> Endpoint:
-        session = tts._ensure_session()
-        view = _TTSView(tts._api_key, dataclasses.replace(opts), session, self._registry.options)
+    def _use(self, pools: LoopPools, tts: Any) -> Pool[Connection]:
+        return pools.use(tts, _key(tts, tts._opts), lambda: self._dialler(tts, tts._opts))
+
+    def _dialler(self, tts: Any, opts: Any) -> Connect:
+        heartbeat = self._registry.options.heartbeat
+        view = _TTSView(tts._api_key, dataclasses.replace(opts), tts._ensure_session(), heartbeat)
         connect = self._connect.__get__(view, _TTSView)
         if self._shape is Shape.TAKES_OPTIONS:
-            connect = functools.partial(connect, opts=view._opts)
-        in_url = [f.name for f in dataclasses.fields(opts) if f.name not in NOT_IN_THE_URL]
-        key = Key(tts._api_key, session, tuple((name, getattr(opts, name)) for name in in_url))
-        return Endpoint(key, connect)
+            return functools.partial(connect, opts=view._opts)
+        return connect  # type: ignore[no-any-return]
+
+
+def _key(tts: Any, opts: Any) -> Key:
+    options = tuple((name, getattr(opts, name)) for name in _names_in_url(type(opts)))
+    return Key(tts._api_key, tts._ensure_session(), options)
+
+
+@functools.cache
+def _names_in_url(options: Hashable) -> tuple[str, ...]:
+    names = (field.name for field in dataclasses.fields(cast(Any, options)))
+    return tuple(name for name in names if name not in NOT_IN_THE_URL)
 
 
 async def _acquire(
@@ -220,11 +231,11 @@ class _TTSView:
     """
 
     def __init__(
-        self, api_key: str, opts: Any, session: aiohttp.ClientSession, options: PoolOptions
+        self, api_key: str, opts: Any, session: aiohttp.ClientSession, heartbeat: float
     ) -> None:
         self._api_key = api_key
         self._opts = opts
-        self._session = _SessionWithDefaults(session, autoping=False, heartbeat=options.heartbeat)
+        self._session = _SessionWithDefaults(session, autoping=False, heartbeat=heartbeat)
 
     def _ensure_session(self) -> Any:
         return self._session

@@ -18,7 +18,7 @@ BEFORE_THE_UTTERANCE = [
     "connection.Connection.attach",
     "shared.Registry.here",
     "shared.LoopPools.use",
-    "wrappers.Wrappers._endpoint",
+    "wrappers._key",
     "wrappers.Turn.begin",
     "pool.Pool.acquire",
     "pool.Pool._take_idle",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ from tests.virtual import VirtualLoop
 from xai_pool_patch.connection import Connection
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool import AcquireTimeoutError, DialFailedError, Pool, Reason
-from xai_pool_patch.shared import Endpoint, Key, LoopPools
+from xai_pool_patch.shared import Connect, Key, LoopPools
 
 T = TypeVar("T")
 
@@ -81,7 +82,7 @@ class World:
     next_dials: list[int | str] = field(default_factory=list)
     session: Session = field(default_factory=Session)
 
-    def endpoint(self, voice: str) -> Endpoint:
+    def at(self, voice: str) -> tuple[Key, Callable[[], Connect]]:
         async def connect(timeout: float) -> Any:
             fate = self.next_dials.pop(0) if self.next_dials else "accepted"
             await asyncio.wait_for(asyncio.sleep(1e9 if fate == "hangs" else HANDSHAKE), timeout)
@@ -91,7 +92,7 @@ class World:
             return self.sockets[-1]
 
         session: Any = self.session
-        return Endpoint(Key("key", session, (("voice", voice),)), connect)
+        return Key("key", session, (("voice", voice),)), lambda: connect
 
     @property
     def open(self) -> list[Socket]:
@@ -171,7 +172,7 @@ class Agents(RuleBasedStateMachine):
             return connection
 
         def begin() -> None:
-            pool = self.pools.use(tts, self.world.endpoint(tts.voice))
+            pool = self.pools.use(tts, *self.world.at(tts.voice))
             self.turns.append(Turn(pool, self.loop.create_task(acquire(pool, tts.voice))))
 
         self.inside(begin)
@@ -212,7 +213,7 @@ class Agents(RuleBasedStateMachine):
         tts = self.pick(data, self.ttss)
         tts.voice = voice
         if self.pools.knows(tts):
-            self.inside(self.pools.use, tts, self.world.endpoint(voice))
+            self.inside(self.pools.use, tts, *self.world.at(voice))
 
     @precondition(lambda self: self.ttss)
     @rule(data=st.data(), collected=st.booleans())
