@@ -22,6 +22,8 @@ try:
     import trustme  # noqa: F401  (the stand-in's; missed here rather than in mid-way)
     import typer
     from rich.console import Console
+
+    from .demo.bench import bench_command
 except ModuleNotFoundError as error:
     print(f'{error.name} is missing: pip install "xai_pool_patch[demo]"', file=sys.stderr)
     raise SystemExit(2) from None
@@ -177,6 +179,9 @@ def _compare(setting: Setting, open_line: OpenLine, *, as_json: bool) -> None:
         print(json.dumps(report.as_json(comparison, setting), indent=2))
     else:
         report.show(console, comparison, setting)
+
+
+app.command("bench")(bench_command)
 
 
 class _OneLine(logging.Handler):

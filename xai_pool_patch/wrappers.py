@@ -7,8 +7,8 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Hashable, Iterator
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any
 
 import aiohttp
 from livekit.agents import APIConnectionError, APIError
@@ -201,13 +201,14 @@ class Wrappers:
 
 
 def _key(tts: Any, opts: Any) -> Key:
-    options = tuple((name, getattr(opts, name)) for name in _names_in_url(type(opts)))
+    options_type: Any = type(opts)
+    options = tuple((name, getattr(opts, name)) for name in _names_in_url(options_type))
     return Key(tts._api_key, tts._ensure_session(), options)
 
 
 @functools.cache
-def _names_in_url(options: Hashable) -> tuple[str, ...]:
-    names = (field.name for field in dataclasses.fields(cast(Any, options)))
+def _names_in_url(options_type: Any) -> tuple[str, ...]:
+    names = (field.name for field in dataclasses.fields(options_type))
     return tuple(name for name in names if name not in NOT_IN_THE_URL)
 
 

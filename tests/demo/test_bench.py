@@ -1,0 +1,194 @@
+"""The bench, through the real command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.demo.test_demo import COMMAND, TIMEOUT, command, environment, refused
+
+CASES = ["steady", "interrupted-0.8s", "interrupted-0.1s", "voices", "ten-cold", "cut-early"]
+QUICK = ["--turns", "2", "--rtt", "20"]
+PERCENTILES = {"p50", "p95", "max"}
+
+SMALL = """
+from xai_pool_patch.demo import bench_costs
+bench_costs.TURNS = bench_costs.STREAMS = 20
+bench_costs.RECEIVE_ROUNDS = bench_costs.PAIRS = bench_costs.SPOKEN_AGAIN = 2
+"""
+REFUSING_VOICES = """
+import functools
+from xai_pool_patch.demo import standin
+standin.Behaviour = functools.partial(standin.Behaviour, voices={None})
+"""
+
+
+def chosen(*names: str) -> list[str]:
+    return [argument for name in names for argument in ("--case", name)]
+
+
+def everywhere(directory: Path, code: str) -> str:
+    """A PYTHONPATH with which every process of the bench runs that code first."""
+    (directory / "sitecustomize.py").write_text(code)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def report() -> Any:
+    """What --json prints of two turns of every case but the one that is silent for long."""
+    done = command("bench", "--json", *QUICK, *chosen(*CASES))
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout)
+
+
+def test_json_has_the_chosen_cases_in_order(report: Any) -> None:
+    """And nothing of the others; both subjects, with the same keys."""
+    assert [case["name"] for case in report["cases"]] == CASES
+    assert report["costs"] == []
+    for case in report["cases"]:
+        for subject in ("unpatched", "patched"):
+            assert set(case[subject]["time_to_first_audio_ms"]) == PERCENTILES
+            assert set(case[subject]["times_the_floor"]) == PERCENTILES
+            assert (case[subject]["turns_failed"], case[subject]["failures"]) == (0, [])
+
+
+def test_no_turn_is_faster_than_the_floor(report: Any) -> None:
+    """Nor is the floor as measured; unpatched a handshake of three round trips is on top."""
+    assert report["floor_ms"]["nominal"] == 330.0
+    assert report["floor_ms"]["measured"]["p50"] >= 330.0
+    for case in report["cases"]:
+        assert case["unpatched"]["time_to_first_audio_ms"]["p50"] >= 390.0
+        assert case["patched"]["time_to_first_audio_ms"]["p50"] >= 330.0
+        assert case["patched"]["times_the_floor"]["p50"] >= 1.0
+
+
+def test_json_counts_turns_and_connections(report: Any) -> None:
+    """Turns cut off are not timed; each voice has a connection; cold ones are open at once."""
+    cases = {case["name"]: case for case in report["cases"]}
+    counts = {
+        name: [
+            case[subject][key]
+            for subject in ("unpatched", "patched")
+            for key in ("turns_measured", "connections_made", "peak_open")
+        ]
+        for name, case in cases.items()
+    }
+    assert counts["steady"] == [2, 2, 1, 2, 1, 1]
+    assert counts["interrupted-0.8s"][0::3] == [1, 1]
+    assert counts["voices"][4:] == [2, 2]
+    assert counts["ten-cold"] == [2, 2, 2, 2, 2, 2]
+    assert counts["cut-early"][0::3] == [2, 2]
+
+
+def test_goals_are_for_gaps_that_a_handshake_fits_into(report: Any) -> None:
+    """Of the others it is not asked."""
+    without = {case["name"] for case in report["cases"] if case["missed_goals"] is None}
+    assert without == {"interrupted-0.1s", "ten-cold"}
+
+
+def test_shows_a_line_per_case_and_a_table() -> None:
+    """Piped, it fits into 80 columns, without colour or cursor movement."""
+    done = command("bench", *QUICK, *chosen("steady", "voices"), COLUMNS="80")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\x1b" not in done.stdout
+    assert "…" not in done.stdout
+    assert max(len(line) for line in done.stdout.splitlines()) <= 80
+    for part in ("steady            as it is ", "voices            as it is ", "p95", "Floor: 330"):
+        assert part in done.stdout
+
+
+def test_measures_the_costs(tmp_path: Path) -> None:
+    """Each with its goal; what it was made of is there to be looked at."""
+    path = everywhere(tmp_path, SMALL)
+    done = command("bench", "--json", *chosen("hit", "message", "streams"), PYTHONPATH=path)
+    assert (done.returncode, done.stderr) == (0, "")
+    hit, message, streams = json.loads(done.stdout)["costs"]
+    assert (hit["unit"], hit["goal_below"]) == ("µs", 50.0)
+    assert hit["value"] >= hit["details"]["lowest_us"] > 0
+    assert message["goal_below"] == 20.0
+    assert message["details"]["bare_us"] > 0
+    assert (streams["unit"], streams["goal_below"]) == ("x", 1.1)
+    assert streams["value"] > 0
+    assert streams["details"]["patched_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "right"),
+    [
+        ("--turns", "0", "1 or more"),
+        ("--turns", "-3", "1 or more"),
+        ("--rtt", "-5", "from 0 to 1000"),
+        ("--rtt", "nan", "from 0 to 1000"),
+        ("--rtt", "inf", "from 0 to 1000"),
+        ("--case", "nonsense", "steady, interrupted-0.8s"),
+    ],
+)
+def test_refuses_nonsense(option: str, value: str, right: str) -> None:
+    """One line that names the option and what would be right."""
+    line = refused(command("bench", option, value), 2)
+    assert option in line
+    assert right in line
+
+
+def test_measures_a_plugin_that_cannot_be_patched(tmp_path: Path) -> None:
+    """The rest still runs, and what is wrong is said."""
+    info = tmp_path / "livekit_plugins_xai-9.9.9.dist-info"
+    info.mkdir()
+    metadata = "Metadata-Version: 2.1\nName: livekit-plugins-xai\nVersion: 9.9.9\n"
+    (info / "METADATA").write_text(metadata)
+    options = [*QUICK, *chosen("steady", "hit")]
+    done = command("bench", *options, PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "found livekit-plugins-xai 9.9.9" in done.stdout
+    assert "patched unsupported" in done.stdout
+    assert "hit               unsupported" in done.stdout
+
+
+def test_does_not_take_the_unpatched_plugin_for_the_patched() -> None:
+    """With the patch switched off by the environment there is only one to measure."""
+    options = [*QUICK, *chosen("steady", "hit")]
+    report = json.loads(command("bench", "--json", *options, XAI_POOL_PATCH="off").stdout)
+    (case,), (cost,) = report["cases"], report["costs"]
+    assert "XAI_POOL_PATCH=off" in report["refusal"]
+    assert (case["unpatched"]["turns_measured"], case["patched"]) == (2, None)
+    assert (cost["value"], cost["details"]) == (None, None)
+
+
+def test_counts_turns_that_fail(tmp_path: Path) -> None:
+    """They have no time, they are shown, and the exit code tells."""
+    path = everywhere(tmp_path, REFUSING_VOICES)
+    done = command("bench", *QUICK, *chosen("steady"), PYTHONPATH=path)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "as it is - (2 failed), patched - (2 failed)" in done.stdout
+    assert "A turn failed: API" in done.stdout
+    assert "missed by steady" in " ".join(done.stdout.split())
+
+
+def test_ends_cleanly_when_interrupted() -> None:
+    """Ctrl-C reaches all its processes at once."""
+    process = subprocess.Popen(
+        [*COMMAND, "bench", *QUICK, *chosen("long-silence")],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        start_new_session=True,
+        # Whoever runs the tests in the background may have had SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None
+    assert "2 turns" in process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    _, complaints = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, complaints) == (130, "")
+
+
+def test_is_listed_with_the_commands() -> None:
+    """Next to the demo."""
+    assert "bench" in command("--help").stdout

@@ -1,0 +1,348 @@
+"""The cases of the bench: conversations with the real plugin, timed to their first audio.
+
+What runs here knows of one subject only, the plugin as it is or patched; `bench` runs one process
+of each side by side. All times are in seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+from livekit.agents import APIConnectOptions
+from livekit.plugins import xai
+
+import xai_pool_patch
+
+from ..errors import UnsupportedPluginError
+from ..options import PoolOptions
+from ..patch import OFF_SWITCH
+from ..pool import ROTATION_LEAD
+from ..telemetry import describe
+from .conversation import HANDSHAKE_ROUND_TRIPS, INTERRUPT_AFTER, TYPICAL_ROUND_TRIP
+from .standin import Behaviour, StandIn
+
+SENTENCE = "Your order is on its way."
+
+PAUSE = 0.8
+"""Silence in which a user speaks."""
+
+INTERRUPTED = {2, 5, 8}
+"""Which of ten turns are interrupted: 30 %, spread evenly."""
+
+CUT_EARLY_AFTER = (0.1, 0.25)
+"""Times from asking to the end of a turn that is not to be heard at all, in turn. Both are
+shorter than the generation: without a warm connection such a turn still waits for its handshake,
+with one it waits for its audio."""
+
+MAX_AGE = 1.1 * HANDSHAKE_ROUND_TRIPS * TYPICAL_ROUND_TRIP / ROTATION_LEAD
+"""For the case of the long silence: ten seconds instead of half an hour. Shorter, and a handshake
+would not fit into the part of it in which an idle connection is replaced, as it does by far in
+production."""
+
+LEAST_PAUSE_OVER_HANDSHAKE = 0.1
+"""By how much a gap must exceed the handshake for the next turn to find its connection ready."""
+
+ONCE = APIConnectOptions(max_retry=0)
+"""A turn that fails is to be counted, not spoken again."""
+
+
+class Talk:
+    """One conversation of a case.
+
+    Args:
+        tts: the plugin's, used by this conversation alone.
+        numbers: the turns, counted from 1.
+        gap: seconds of silence before each turn.
+
+    Attributes:
+        times: the time to first audio of each turn that was spoken to its end.
+        failures: what the others failed with.
+    """
+
+    def __init__(self, tts: xai.TTS, numbers: range, gap: float) -> None:
+        self.tts = tts
+        self.numbers = numbers
+        self.times: list[float] = []
+        self.failures: list[str] = []
+        self._gap = gap
+        self._silent_since = _now()
+
+    async def pause(self) -> None:
+        """The gap, counted from the end of the last turn, be it an interruption."""
+        await asyncio.sleep(max(0.0, self._silent_since + self._gap - _now()))
+
+    async def turn(self) -> None:
+        """A turn that is spoken to its end, and timed."""
+        with self._failure_noted():
+            async with self._asked() as stream:
+                asked_at = _now()
+                await stream.__anext__()
+                heard_at = _now()
+                async for _ in stream:
+                    pass
+                self._silent_since = _now()
+            self.times.append(heard_at - asked_at)
+
+    async def interrupted_turn(self) -> None:
+        """A turn that is interrupted while its audio comes."""
+        with self._failure_noted():
+            async with self._asked() as stream:
+                await stream.__anext__()
+                await asyncio.sleep(INTERRUPT_AFTER)
+                self._silent_since = _now()
+
+    async def unheard_turn(self, duration: float) -> None:
+        """A turn that is interrupted before its first audio."""
+        async with self._asked():
+            await asyncio.sleep(duration)
+            self._silent_since = _now()
+
+    @contextlib.asynccontextmanager
+    async def _asked(self) -> AsyncIterator[Any]:
+        async with self.tts.stream(conn_options=ONCE) as stream:
+            stream.push_text(SENTENCE)
+            stream.end_input()
+            yield stream
+
+    @contextlib.contextmanager
+    def _failure_noted(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.failures.append(describe(error))
+
+
+async def _steady(talk: Talk) -> None:
+    for _ in talk.numbers:
+        await talk.pause()
+        await talk.turn()
+
+
+async def _interrupted(talk: Talk) -> None:
+    for number in talk.numbers:
+        await talk.pause()
+        await (talk.interrupted_turn() if number % 10 in INTERRUPTED else talk.turn())
+
+
+async def _voices(talk: Talk) -> None:
+    for number in talk.numbers:
+        talk.tts.update_options(voice=("ara", "rex")[number % 2])
+        await talk.pause()
+        await talk.turn()
+
+
+async def _ten_cold(talk: Talk) -> None:
+    await asyncio.gather(*(talk.turn() for _ in talk.numbers))
+
+
+async def _cut_early(talk: Talk) -> None:
+    for number in talk.numbers:
+        await talk.pause()
+        await talk.unheard_turn(CUT_EARLY_AFTER[number % 2])
+        await talk.pause()
+        await talk.turn()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One situation, acted in some conversations that overlap."""
+
+    name: str
+    shows: str
+    play: Callable[[Talk], Awaitable[None]]
+    gap: float = PAUSE
+    """Silence before a turn, in which the user speaks. Without any, nothing is prewarmed."""
+    turns_each: int = 5
+    """Turns of one conversation."""
+    stagger: float = 0.2
+    """Time from the start of one conversation to that of the next."""
+    options: PoolOptions = field(default_factory=PoolOptions)
+
+    def has_goal(self, round_trip: float) -> bool:
+        """Whether a connection can be ready for every turn."""
+        return self.gap > HANDSHAKE_ROUND_TRIPS * round_trip + LEAST_PAUSE_OVER_HANDSHAKE
+
+
+CASES = (
+    Case(name="steady", shows="nothing happens to any turn", play=_steady),
+    Case(
+        name="interrupted-0.8s",
+        shows="30 % are interrupted, the next comes 0.8 s later",
+        play=_interrupted,
+        turns_each=10,
+    ),
+    Case(
+        name="interrupted-0.1s",
+        shows="30 % are interrupted, the next comes 0.1 s later",
+        play=_interrupted,
+        gap=0.1,
+        turns_each=10,
+    ),
+    Case(name="voices", shows="the voice is switched before every turn", play=_voices),
+    Case(
+        name="ten-cold",
+        shows="ten at once, and no connection yet",
+        play=_ten_cold,
+        gap=0.0,
+        turns_each=10,
+        stagger=2.0,
+    ),
+    Case(
+        name="long-silence",
+        shows=f"silence of 1.2 max_age before every turn (max_age is {MAX_AGE:.1f} s here)",
+        play=_steady,
+        gap=1.2 * MAX_AGE,
+        turns_each=2,
+        stagger=0.15,
+        options=PoolOptions(max_age=MAX_AGE),
+    ),
+    Case(
+        name="cut-early",
+        shows="before every turn another is interrupted before its first audio",
+        play=_cut_early,
+    ),
+)
+
+
+@dataclass
+class Figures:
+    """What one subject did in one case."""
+
+    times: list[float] = field(default_factory=list)
+    """To first audio, of the turns that were spoken to their end."""
+    failures: list[str] = field(default_factory=list)
+    """What the failed turns failed with."""
+    connections_made: int = 0
+    """Of all conversations."""
+    peak_open: int = 0
+    """The highest number open at a time in one conversation."""
+    floor_times: list[float] = field(default_factory=list)
+    """To first audio over an open connection without the plugin, measured all the while."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """What is installed."""
+
+    has_own_pool: bool
+    refusal: str | None
+    """Why it cannot be patched."""
+
+
+def inspect_plugin() -> Plugin:
+    """Looks at the installed plugin, and tries to patch it."""
+    return asyncio.run(_inspect_plugin())
+
+
+async def _inspect_plugin() -> Plugin:
+    has_own_pool = hasattr(xai.TTS(api_key=Behaviour().api_key), "_pool")
+    try:
+        xai_pool_patch.install()
+    except UnsupportedPluginError as error:
+        return Plugin(has_own_pool, str(error))
+    if not xai_pool_patch.is_installed():
+        return Plugin(has_own_pool, f"{OFF_SWITCH}=off keeps the patch out")
+    xai_pool_patch.uninstall()
+    return Plugin(has_own_pool, None)
+
+
+def run_case(name: str, *, patched: bool, turns: int, round_trip: float) -> Figures:
+    """Runs a case with one subject.
+
+    Args:
+        name: of the case.
+        patched: whether the plugin is patched meanwhile.
+        turns: of all conversations together.
+        round_trip: seconds to the server.
+    """
+    case = next(case for case in CASES if case.name == name)
+    if patched:
+        xai_pool_patch.install(case.options)
+    try:
+        return asyncio.run(_run_case(case, turns, round_trip))
+    finally:
+        xai_pool_patch.uninstall()
+
+
+async def _run_case(case: Case, turns: int, round_trip: float) -> Figures:
+    figures = Figures()
+    conversations = asyncio.gather(
+        *(
+            _converse(
+                case,
+                turns=min(case.turns_each, turns - start),
+                delay=number * case.stagger,
+                round_trip=round_trip,
+                figures=figures,
+            )
+            for number, start in enumerate(range(0, turns, case.turns_each))
+        )
+    )
+    figures.floor_times = await _measure_floor(round_trip, conversations)
+    await conversations
+    return figures
+
+
+async def _converse(
+    case: Case, *, turns: int, delay: float, round_trip: float, figures: Figures
+) -> None:
+    """One conversation, on a server of its own: nothing is shared with another."""
+    await asyncio.sleep(delay)
+    async with StandIn(round_trip=round_trip) as server, server.client_session() as http:
+        tts = xai.TTS(api_key=server.behaviour.api_key, http_session=http)
+        _scale_own_pool(tts, case.options)
+        if case.gap:
+            tts.prewarm()  # as AgentSession.start() does
+            await asyncio.sleep(PAUSE)  # before the agent speaks for the first time
+        talk = Talk(tts, range(1, turns + 1), case.gap)
+        await case.play(talk)
+        figures.times += talk.times
+        figures.failures += talk.failures
+        figures.connections_made += len(server.connections)
+        figures.peak_open = max(figures.peak_open, server.peak_open)
+        await tts.aclose()
+
+
+def _scale_own_pool(tts: xai.TTS, options: PoolOptions) -> None:
+    """Gives the plugin's own pool the same age limit, which it has no option for."""
+    pool: Any = getattr(tts, "_pool", None)
+    if hasattr(pool, "_max_session_duration"):
+        pool._max_session_duration = options.max_age
+
+
+async def _measure_floor(round_trip: float, until: asyncio.Future[Any]) -> list[float]:
+    """Speaks over one open connection, again and again, once at least."""
+    times: list[float] = []
+    async with (
+        StandIn(round_trip=round_trip) as server,
+        server.client_session() as http,
+        http.ws_connect(
+            server.url, headers={"Authorization": f"Bearer {server.behaviour.api_key}"}
+        ) as ws,
+    ):
+        while not times or not until.done():
+            times.append(await _speak_bare(ws))
+            await asyncio.sleep(0.1)
+    return times
+
+
+async def _speak_bare(ws: aiohttp.ClientWebSocketResponse) -> float:
+    """The time to first audio of one sentence."""
+    asked_at = _now()
+    await ws.send_json({"type": "text.delta", "delta": SENTENCE})
+    await ws.send_json({"type": "text.done"})
+    await ws.receive()
+    heard_at = _now()
+    while json.loads((await ws.receive()).data)["type"] != "audio.done":
+        pass
+    return heard_at - asked_at
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,326 @@
+"""What the pool itself costs, against a stand-in without delay.
+
+The stand-in runs in a process of its own, so that its work is not counted: a thread would share
+the interpreter's lock and its garbage collector with the client, and each would pay for what the
+other does. What is counted is `time.process_time()`, the CPU that the client's process has used,
+or `time.perf_counter()` where nothing is waited for. All times are in seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import gc
+import itertools
+import json
+import queue
+import socket
+import ssl
+import statistics
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from livekit.agents import APIConnectOptions
+from livekit.plugins import xai
+
+import xai_pool_patch
+
+from ..options import PoolOptions
+from ..plugin import check_version
+from ..shared import Registry
+from ..wrappers import Wrappers
+from .link import HOST
+from .standin import PATH, SERVER_NAME, Behaviour, StandIn
+
+TURNS = 2000
+
+LISTENERS = 10
+MESSAGES_PER_SECOND = 500.0
+"""Per listener. Slow enough for each message to wake its listener by itself, as in a conversation,
+and all together enough to keep the processor awake: woken from its sleep for every single message
+it takes several times as long for anything."""
+RECEIVED_TEXT = "a" * 400
+"""About 240 messages."""
+RECEIVE_ROUNDS = 8
+
+STREAMS = 200
+STREAMS_PER_SERVER = 10
+"""A stand-in wakes everybody on it at every change: twice as many cost it four times as much."""
+SPOKEN_TEXT = "Your order left the warehouse last night."
+PAIRS = 5
+SPOKEN_AGAIN = 2
+"""Rounds of all streams over the same connections."""
+
+URL = f"wss://{SERVER_NAME}{PATH}"
+
+CONN_OPTIONS = APIConnectOptions(max_retry=0, timeout=30.0)
+"""Two hundred handshakes at once take their time."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """How to get to some servers in another process."""
+
+    ports: tuple[int, ...]
+    authorities: bytes
+    """The certificates to trust, DER."""
+
+
+@dataclass(frozen=True)
+class MessageCosts:
+    """CPU time of the client per message received, one value a round."""
+
+    bare: list[float]
+    """From WebSockets of aiohttp."""
+    pooled: list[float]
+    """From leases of the pool."""
+
+
+@dataclass(frozen=True)
+class StreamCosts:
+    """CPU time of the client for a number of streams that speak at once."""
+
+    first: float
+    """With the handshakes."""
+    again: float
+    """Over the same connections again; the median of some rounds."""
+
+    @property
+    def handshakes(self) -> float:
+        return self.first - self.again
+
+
+# The servers
+
+
+def open_servers(count: int, *, messages_per_second: float = 50.0) -> Address:
+    """Starts some in a thread, where they stay until the process ends."""
+    opened: queue.Queue[Address] = queue.Queue()
+    behaviour = Behaviour(generation=0.0)
+    behaviour.pace = messages_per_second * behaviour.chunk
+    serving = _serve([StandIn(behaviour=behaviour) for _ in range(count)], opened)
+    threading.Thread(target=asyncio.run, args=(serving,), daemon=True).start()
+    return opened.get()
+
+
+async def _serve(servers: list[StandIn], opened: queue.Queue[Address]) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        for server in servers:
+            await stack.enter_async_context(server)
+        authorities = b"".join(servers[0].ssl_context.get_ca_certs(binary_form=True))
+        opened.put(Address(tuple(server.link.port for server in servers), authorities))
+        await asyncio.Event().wait()
+
+
+class _InTurn(AbstractResolver):
+    """Sends one connection after another to one server after another."""
+
+    def __init__(self, address: Address) -> None:
+        self._ports = itertools.cycle(address.ports)
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        return [
+            ResolveResult(
+                hostname=host,
+                host=HOST,
+                port=next(self._ports),
+                family=socket.AF_INET,
+                proto=0,
+                flags=0,
+            )
+        ]
+
+    async def close(self) -> None:
+        """Holds nothing."""
+
+
+def _client_session(address: Address) -> aiohttp.ClientSession:
+    connector = aiohttp.TCPConnector(
+        resolver=_InTurn(address),
+        use_dns_cache=False,
+        limit=0,
+        ssl=ssl.create_default_context(cadata=address.authorities),
+    )
+    return aiohttp.ClientSession(connector=connector)
+
+
+# The pool's part of a turn
+
+Use = Callable[[Any], Awaitable[int]]
+"""Speaks with a lease; gives the number of messages received."""
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One turn over a lease of the pool."""
+
+    received: int
+    acquire_and_release: float
+    """Seconds before and after the lease was used."""
+
+
+class _Pooled:
+    """Runs turns with leases, as the patched plugin does. An async context manager."""
+
+    def __init__(self, http: aiohttp.ClientSession) -> None:
+        self._tts = xai.TTS(api_key=Behaviour().api_key, http_session=http)
+        shape = check_version()
+        self._wrappers = Wrappers(Registry(PoolOptions()), shape, vars(xai.TTS)["_connect_ws"])
+        known = {"timeout": CONN_OPTIONS.timeout, "opts": self._tts._opts}
+        self._kwargs = {name: known[name] for name in shape.value if name in known}
+
+    async def turn(self, use: Use) -> _Turn:
+        began_at = acquired_at = used_at = time.perf_counter()
+        received = 0
+
+        async def run_ws() -> None:
+            nonlocal acquired_at, used_at, received
+            connect = self._tts._connect_ws
+            lease = await self._wrappers.connect_ws(connect, self._tts, (), self._kwargs)
+            acquired_at = time.perf_counter()
+            received = await use(lease)
+            used_at = time.perf_counter()
+
+        await self._wrappers.run_ws(run_ws, SimpleNamespace(), (), {})
+        released_at = time.perf_counter()
+        return _Turn(received, (acquired_at - began_at) + (released_at - used_at))
+
+    async def __aenter__(self) -> _Pooled:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._wrappers.aclose(self._tts.aclose, self._tts, (), {})
+
+
+def acquire_and_release(address: Address) -> list[float]:
+    """The time that acquire and release take in a turn that finds its connection ready."""
+    return asyncio.run(_acquire_and_release(address))
+
+
+async def _acquire_and_release(address: Address) -> list[float]:
+    async with _client_session(address) as http, _Pooled(http) as pooled:
+        await pooled.turn(_say_nothing)  # the handshake
+        return [(await pooled.turn(_say_nothing)).acquire_and_release for _ in range(TURNS)]
+
+
+async def _say_nothing(ws: aiohttp.ClientWebSocketResponse) -> int:
+    """The shortest utterance. A connection that was never heard is not reused."""
+    await ws.send_json({"type": "text.done"})
+    await ws.receive()
+    return 1
+
+
+def receive(address: Address) -> MessageCosts:
+    """Receives the same from bare WebSockets and from leases, by turns."""
+    return asyncio.run(_receive(address))
+
+
+async def _receive(address: Address) -> MessageCosts:
+    costs = MessageCosts([], [])
+    async with (
+        _client_session(address) as http,
+        _Pooled(http) as pooled,
+        contextlib.AsyncExitStack() as stack,
+    ):
+
+        async def receive_pooled() -> int:
+            return (await pooled.turn(_receive_all)).received
+
+        headers = {"Authorization": f"Bearer {Behaviour().api_key}"}
+        connect = functools.partial(http.ws_connect, URL, headers=headers)
+        sockets = [await stack.enter_async_context(connect()) for _ in range(LISTENERS)]
+        await asyncio.gather(*(receive_pooled() for _ in sockets))  # the handshakes
+        for _ in range(RECEIVE_ROUNDS):
+            costs.bare.append(await _per_message([_receive_all(ws) for ws in sockets]))
+            costs.pooled.append(await _per_message([receive_pooled() for _ in sockets]))
+    return costs
+
+
+async def _per_message(listeners: list[Coroutine[Any, Any, int]]) -> float:
+    gc.collect()
+    began_at = time.process_time()
+    received = await asyncio.gather(*listeners)
+    return (time.process_time() - began_at) / sum(received)
+
+
+async def _receive_all(ws: aiohttp.ClientWebSocketResponse) -> int:
+    """The number of messages of one utterance."""
+    await ws.send_json({"type": "text.delta", "delta": RECEIVED_TEXT})
+    await ws.send_json({"type": "text.done"})
+    received = 1
+    while json.loads((await ws.receive()).data)["type"] != "audio.done":
+        received += 1
+    return received
+
+
+# Many streams at once
+
+
+class _KeepsOpen(xai.TTS):
+    """Speaks over the same connections again, so that there is something to compare with.
+
+    It does the least that this takes, and nothing that makes it safe.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._kept: list[aiohttp.ClientWebSocketResponse] = []
+
+    async def _connect_ws(self, *args: Any, **kwargs: Any) -> aiohttp.ClientWebSocketResponse:
+        return self._kept.pop() if self._kept else await super()._connect_ws(*args, **kwargs)
+
+    async def _close_ws(self, ws: aiohttp.ClientWebSocketResponse) -> None:
+        self._kept.append(ws)
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        await asyncio.gather(*(ws.close() for ws in self._kept))
+
+
+def speak_at_once(address: Address, *, patched: bool, streams: int) -> StreamCosts:
+    """Lets the plugin speak on many streams at once, and then again.
+
+    The plugin as it is would begin each time with handshakes. Compared with that the pool would
+    win by far, so the plugin is made to keep its connections, where it has no pool for that.
+    """
+    if patched:
+        xai_pool_patch.install()
+    try:
+        return asyncio.run(_speak_repeatedly(address, streams, patched=patched))
+    finally:
+        xai_pool_patch.uninstall()
+
+
+async def _speak_repeatedly(address: Address, streams: int, *, patched: bool) -> StreamCosts:
+    async with _client_session(address) as http:
+        tts = xai.TTS(api_key=Behaviour().api_key, http_session=http)
+        if not patched and not hasattr(tts, "_pool"):
+            tts = _KeepsOpen(api_key=Behaviour().api_key, http_session=http)
+        first = await _speak_on(tts, streams)
+        again = [await _speak_on(tts, streams) for _ in range(SPOKEN_AGAIN)]
+        await tts.aclose()
+        return StreamCosts(first, statistics.median(again))
+
+
+async def _speak_on(tts: xai.TTS, streams: int) -> float:
+    gc.collect()
+    began_at = time.process_time()
+    await asyncio.gather(*(_speak(tts) for _ in range(streams)))
+    return time.process_time() - began_at
+
+
+async def _speak(tts: xai.TTS) -> None:
+    async with tts.stream(conn_options=CONN_OPTIONS) as stream:
+        stream.push_text(SPOKEN_TEXT)
+        stream.end_input()
+        async for _ in stream:
+            pass
