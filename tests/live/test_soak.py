@@ -124,6 +124,8 @@ async def _conversation(seed: int, turns: int) -> None:
         conversation = Conversation(line, tts, random.Random(seed), turns)
         await conversation.hold()
         assert conversation.silent == []
+        # An utterance on a connection that still owed another one.
+        assert all(not connection.violations for connection in line.server.connections)
         line.server.link.unfreeze()
         await tts.aclose()
         await all_closed(line.server)
