@@ -14,7 +14,7 @@ import pytest
 from livekit.agents import APIConnectOptions
 
 import xai_pool_patch
-from tests.kit import Heard, Line, line_to, quick, speak
+from tests.kit import Heard, Line, all_closed, line_to, quick, speak
 from xai_pool_patch import PoolOptions
 from xai_pool_patch.demo.standin import Ending, StandIn, Utterance
 
@@ -253,3 +253,4 @@ async def test_interrupted_during_a_redial(no_tasks_left: None) -> None:
         heard = await speak(tts, "Heard.")
         assert heard.samples == {line.server.utterance_for("Heard.").number}
         await tts.aclose()
+        await all_closed(line.server)
