@@ -8,7 +8,7 @@ import pytest
 from livekit.agents import APIConnectOptions
 from livekit.plugins import xai
 
-from tests.kit import API_KEY, all_closed, line_to, speak
+from tests.kit import API_KEY, ONCE, all_closed, line_to, speak
 
 pytestmark = pytest.mark.usefixtures("patched")
 
@@ -53,22 +53,33 @@ def check_log(caplog: pytest.LogCaptureFixture, part: str) -> None:
     assert "secret" not in str(vars(record))
 
 
-@pytest.mark.parametrize("part", [*BEFORE_THE_UTTERANCE, *AFTER_THE_UTTERANCE])
-async def test_faults_around_an_utterance(
-    part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Every turn is spoken, none with an error, and the fault is logged once."""
+async def two_turns_with_a_fault(
+    part: str,
+    options: APIConnectOptions,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> list[Any]:
+    """Both are spoken, and the fault is logged once. Returns the error events."""
     async with line_to() as line:
         tts = line.tts()
         await speak(tts, "Zero.")
         break_(monkeypatch, part)
         for text in ("First.", "Second."):
-            heard = await speak(tts, text)
+            heard = await speak(tts, text, options)
+            assert heard.error is None
             assert heard.samples == {line.server.utterance_for(text).number}
-        assert line.errors == []
         check_log(caplog, part)
         monkeypatch.undo()
         await tts.aclose()
+        return line.errors
+
+
+@pytest.mark.parametrize("part", [*BEFORE_THE_UTTERANCE, *AFTER_THE_UTTERANCE])
+async def test_faults_around_an_utterance(
+    part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every turn is spoken without an error event."""
+    assert await two_turns_with_a_fault(part, ONCE, monkeypatch, caplog) == []
 
 
 @pytest.mark.parametrize("part", DURING_THE_UTTERANCE)
@@ -76,17 +87,7 @@ async def test_faults_during_an_utterance(
     part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The framework retries, and the retry is spoken over the plugin's own connection."""
-    async with line_to() as line:
-        tts = line.tts()
-        await speak(tts, "Zero.")
-        break_(monkeypatch, part)
-        for text in ("First.", "Second."):
-            heard = await speak(tts, text, RETRYING)
-            assert heard.error is None
-            assert heard.samples == {line.server.utterance_for(text).number}
-        check_log(caplog, part)
-        monkeypatch.undo()
-        await tts.aclose()
+    await two_turns_with_a_fault(part, RETRYING, monkeypatch, caplog)
 
 
 async def test_a_fault_in_the_dial(
