@@ -23,6 +23,7 @@ try:
     import typer
     from rich.console import Console
 
+    from .demo import arguments
     from .demo.bench import bench_command
 except ModuleNotFoundError as error:
     print(f'{error.name} is missing: pip install "xai_pool_patch[demo]"', file=sys.stderr)
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from .demo.conversation import OpenLine, Setting
 
 KEY_VARIABLE = "XAI_API_KEY"
-
-LONGEST_ROUND_TRIP = 1000
-"""Milliseconds. Much more, and a handshake does not fit the plugin's timeout of 10 s."""
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 """Exit codes."""
@@ -83,20 +81,6 @@ def root(
         print(context.get_help())
 
 
-def _turns(value: int) -> int:
-    if value < 1:
-        raise typer.BadParameter(f"must be a whole number, 1 or more, not {value}")
-    return value
-
-
-def _milliseconds(value: float) -> float:
-    if not 0 <= value <= LONGEST_ROUND_TRIP:
-        raise typer.BadParameter(
-            f"must be a number of milliseconds from 0 to {LONGEST_ROUND_TRIP}, not {value:g}"
-        )
-    return value
-
-
 def _share(value: float) -> float:
     if not 0 <= value <= 1:
         raise typer.BadParameter(f"must be a number from 0 (no turn) to 1 (all), not {value:g}")
@@ -106,12 +90,12 @@ def _share(value: float) -> float:
 @app.command()
 def demo(
     turns: Annotated[
-        int, typer.Option(metavar="N", help="Turns of the conversation.", callback=_turns)
+        int, typer.Option(metavar="N", help="Turns of the conversation.", callback=arguments.turns)
     ] = 12,
     rtt: Annotated[
         float,
         typer.Option(
-            metavar="MS", help="Round trip to the stand-in, in ms.", callback=_milliseconds
+            metavar="MS", help="Round trip to the stand-in, in ms.", callback=arguments.milliseconds
         ),
     ] = 150.0,
     interrupt: Annotated[

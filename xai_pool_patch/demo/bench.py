@@ -12,7 +12,6 @@ import functools
 import importlib.metadata
 import json
 import logging
-import math
 import multiprocessing
 import signal
 import statistics
@@ -27,12 +26,10 @@ from rich.console import Console
 
 from ..plugin import DISTRIBUTION
 from ..telemetry import describe
+from . import arguments
 
 if TYPE_CHECKING:
     from .bench_cases import Case, Figures, Plugin
-
-LONGEST_ROUND_TRIP = 1000
-"""Milliseconds. Much more, and a handshake does not fit the plugin's timeout of 10 s."""
 
 FAILED = 1
 """Exit code."""
@@ -278,10 +275,18 @@ class Bench:
 
 def bench_command(
     turns: Annotated[
-        int, typer.Option(metavar="N", help="Turns of each case, for either plugin.")
+        int,
+        typer.Option(
+            metavar="N", help="Turns of each case, for either plugin.", callback=arguments.turns
+        ),
     ] = 40,
     rtt: Annotated[
-        float, typer.Option(metavar="MS", help="Round trip to the stand-in, in ms.")
+        float,
+        typer.Option(
+            metavar="MS",
+            help="Round trip to the stand-in, in ms.",
+            callback=arguments.milliseconds,
+        ),
     ] = 150.0,
     only: Annotated[
         list[str] | None,
@@ -295,7 +300,6 @@ def bench_command(
 
     The plugin is real; the server is a stand-in. Exit code 1: a turn failed.
     """
-    _check(turns, rtt)
     version = _plugin_version()
     from . import bench_report
     from .bench_cases import CASES
@@ -319,19 +323,12 @@ def bench_command(
         raise typer.Exit(FAILED)
 
 
-def _check(turns: int, rtt: float) -> None:
-    if turns < 1:
-        _refuse("--turns", f"must be a whole number, 1 or more, not {turns}")
-    if math.isnan(rtt) or not 0 <= rtt <= LONGEST_ROUND_TRIP:
-        _refuse(
-            "--rtt", f"must be a number of milliseconds from 0 to {LONGEST_ROUND_TRIP}, not {rtt:g}"
-        )
-
-
 def _chosen(known: list[str], only: list[str]) -> set[str]:
     unknown = [name for name in only if name not in known]
     if unknown:
-        _refuse("--case", f"there is no {unknown[0]!r}, only {', '.join(known)}")
+        raise typer.BadParameter(
+            f"there is no {unknown[0]!r}, only {', '.join(known)}", param_hint="--case"
+        )
     return set(only or known)
 
 
@@ -340,10 +337,6 @@ def _plugin_version() -> str:
         return importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         _fail(f"{DISTRIBUTION} is not installed")
-
-
-def _refuse(option: str, reason: str) -> NoReturn:
-    raise typer.BadParameter(reason, param_hint=option)
 
 
 def _fail(reason: str) -> NoReturn:
