@@ -12,9 +12,13 @@ import aiohttp
 from livekit.agents import APIConnectOptions
 from livekit.plugins import xai
 
+from xai_pool_patch import plugin
 from xai_pool_patch.demo.standin import Behaviour, StandIn
 
 API_KEY = "stand-in-key"
+VERSION = plugin.installed_version()
+[SHAPE] = [edition.shape for edition in plugin.EDITIONS if VERSION in edition.versions]
+HAS_OWN_POOL = SHAPE is plugin.Shape.OWN_POOL
 ONCE = APIConnectOptions(max_retry=0, timeout=5.0)
 
 

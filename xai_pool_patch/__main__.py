@@ -11,23 +11,16 @@ import os
 import sys
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
+import typer
+
 import xai_pool_patch
 
+from .demo import arguments
+from .demo.bench import bench_command
 from .errors import UnsupportedPluginError
-from .patch import OFF_SWITCH
-from .plugin import MODULE, check_version
+from .patch import OFF_SWITCH, is_switched_off
+from .plugin import DISTRIBUTION, MODULE, installed_version, is_as_published, recognise
 from .telemetry import describe
-
-try:
-    import trustme  # noqa: F401  (the stand-in's; missed here rather than in mid-way)
-    import typer
-    from rich.console import Console
-
-    from .demo import arguments
-    from .demo.bench import bench_command
-except ModuleNotFoundError as error:
-    print(f'{error.name} is missing: pip install "xai_pool_patch[demo]"', file=sys.stderr)
-    raise SystemExit(2) from None
 
 if TYPE_CHECKING:
     from .demo.conversation import OpenLine, Setting
@@ -54,6 +47,8 @@ def main() -> NoReturn:
         code = app(prog_name="xai-pool-patch", standalone_mode=False)
     except UsageError as error:
         code = _complain(error.format_message(), MISUSED)  # type: ignore[attr-defined]
+    except ModuleNotFoundError as error:
+        code = _complain(f'{error.name} is missing: pip install "xai_pool_patch[demo]"', MISUSED)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     sys.exit(code)
@@ -139,7 +134,6 @@ def _api_key() -> str:
 def _check_plugin() -> None:
     """Ends the command if the plugin cannot be patched."""
     try:
-        check_version()
         importlib.import_module(MODULE)
         xai_pool_patch.install()
     except UnsupportedPluginError as error:
@@ -150,6 +144,8 @@ def _check_plugin() -> None:
 
 
 def _compare(setting: Setting, open_line: OpenLine, *, as_json: bool) -> None:
+    from rich.console import Console
+
     from .demo import conversation, report
 
     console = Console(quiet=as_json, highlight=False)
@@ -166,6 +162,25 @@ def _compare(setting: Setting, open_line: OpenLine, *, as_json: bool) -> None:
 
 
 app.command("bench")(bench_command)
+
+
+@app.command()
+def check() -> None:
+    """Tell which plugin is installed, and whether it can be patched. Exit code 1: it cannot."""
+    try:
+        version = installed_version()
+        print(f"found: {DISTRIBUTION} {version}")
+        module = importlib.import_module(MODULE)
+        shape = recognise(module, version, allow_unverified=False)
+    except UnsupportedPluginError as error:
+        _fail(f"cannot be patched: {error}")
+    except Exception as error:
+        _fail(f"cannot be patched, since it cannot be imported: {type(error).__name__}: {error}")
+    print(f"shape: {shape.value}")
+    print(f"file: {'as' if is_as_published(module, version) else 'not as'} published")
+    if is_switched_off():
+        _fail(f"can be patched, but {OFF_SWITCH}=off keeps the patch out")
+    print("can be patched: all that is wrapped or relied on is as expected")
 
 
 class _OneLine(logging.Handler):

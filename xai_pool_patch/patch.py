@@ -25,7 +25,6 @@ from .options import PoolOptions
 from .telemetry import Counters, Stats, describe, log, stats_of
 
 if TYPE_CHECKING:
-    from .plugin import Shape
     from .shared import Registry
 
 OFF_SWITCH = "XAI_POOL_PATCH"
@@ -37,22 +36,25 @@ class _Missing(enum.Enum):
 
 @dataclass(eq=False)
 class Patch:
-    """One method of one class, and what stands in for it."""
+    """One attribute of one class, and what stands in for it.
+
+    Args:
+        stand_in: makes it from what there was, and from whether it is to be used.
+        after: what else there is to undo.
+    """
 
     owner: type
     name: str
-    wrapper: Callable[..., Any]
+    stand_in: Callable[[Any, Callable[[], bool]], Any]
+    after: Callable[[], None] = lambda: None
     is_active: bool = False
     _original: Any = _Missing.MISSING
     _ours: Any = None
 
     def apply(self) -> None:
-        import wrapt
-
         self._original = vars(self.owner).get(self.name, _Missing.MISSING)
-        self._ours = wrapt.FunctionWrapper(
-            getattr(self.owner, self.name), self.wrapper, enabled=lambda: self.is_active
-        )
+        inherited = getattr(self.owner, self.name, None)
+        self._ours = self.stand_in(inherited, lambda: self.is_active)
         setattr(self.owner, self.name, self._ours)
         self.is_active = True
 
@@ -62,12 +64,13 @@ class Patch:
         if vars(self.owner).get(self.name) is not self._ours:
             log().warning(
                 "wrapped by others, left in place to pass calls through",
-                method=f"{self.owner.__name__}.{self.name}",
+                attribute=f"{self.owner.__name__}.{self.name}",
             )
         elif self._original is _Missing.MISSING:
             delattr(self.owner, self.name)
         else:
             setattr(self.owner, self.name, self._original)
+        self.after()
 
 
 @dataclass(eq=False)
@@ -75,7 +78,8 @@ class Installation:
     """From `install()` to `uninstall()`."""
 
     options: PoolOptions
-    shape: Shape
+    version: str
+    allow_unverified: bool
     registry: Registry | None = None
     patches: list[Patch] = field(default_factory=list)
 
@@ -83,30 +87,22 @@ class Installation:
         """Patches the imported plugin, or leaves it as it was.
 
         Raises:
-            UnsupportedPluginError: it is not what its version says.
+            UnsupportedPluginError: it is not a plugin that may be patched.
         """
-        from .plugin import check_module
+        from .plugin import recognise
         from .shared import Registry
-        from .wrappers import Wrappers
+        from .wrappers import patches_for
 
-        check_module(module, self.shape)
+        shape = recognise(module, self.version, allow_unverified=self.allow_unverified)
         self.registry = Registry(self.options)
-        wrappers = Wrappers(self.registry, self.shape, vars(module.TTS)["_connect_ws"])
-        patches = [
-            Patch(module.SynthesizeStream, "_run_ws", wrappers.run_ws),
-            Patch(module.TTS, "_connect_ws", wrappers.connect_ws),
-            Patch(module.TTS, "prewarm", wrappers.prewarm),
-            Patch(module.TTS, "update_options", wrappers.update_options),
-            Patch(module.TTS, "aclose", wrappers.aclose),
-        ]
         try:
-            for patch in patches:
+            for patch in patches_for(module, shape, self.registry):
                 patch.apply()
                 self.patches.append(patch)
         except BaseException:
             self.undo()
             raise
-        log().info("installed", shape=self.shape.name.lower())
+        log().info("installed", plugin=self.version, shape=shape.value)
 
     def on_import(self, module: ModuleType) -> None:
         """Patches the plugin as soon as it has been imported.
@@ -139,6 +135,7 @@ _installation: Installation | None = None
 def install(
     options: PoolOptions | None = None,
     *,
+    allow_unverified: bool = False,
     on_unsupported: Literal["raise", "skip"] = "raise",
 ) -> None:
     """Makes every TTS of livekit-plugins-xai in this process draw its connections from a pool.
@@ -149,17 +146,19 @@ def install(
 
     Args:
         options: how the pool behaves; the defaults suit one conversation per TTS.
+        allow_unverified: takes a version of the plugin that is not among the verified ones, as
+            long as everything that is wrapped or relied on looks the same.
         on_unsupported: what to do about a plugin that is not supported: `"raise"`, or `"skip"` to
             log a warning and leave the plugin as it is.
 
     Raises:
         UnsupportedPluginError: the plugin is missing or not supported.
         AlreadyInstalledError: it is installed with other options.
-        InvalidOptionError: `options` or `on_unsupported` is not what it should be.
+        InvalidOptionError: an argument is not what it should be.
     """
     global _installation
-    options = _checked(options, on_unsupported)
-    if os.environ.get(OFF_SWITCH, "").strip().lower() == "off":
+    options = _checked(options, allow_unverified, on_unsupported)
+    if is_switched_off():
         log().warning("not installed, switched off by the environment", variable=OFF_SWITCH)
         return
     with _lock:
@@ -167,7 +166,7 @@ def install(
             _check_same(_installation.options, options)
             return
         try:
-            _installation = _prepare(options)
+            _installation = _prepare(options, allow_unverified)
         except UnsupportedPluginError as error:
             if on_unsupported == "raise":
                 raise
@@ -188,6 +187,11 @@ def uninstall() -> None:
         log().info("uninstalled")
 
 
+def is_switched_off() -> bool:
+    """Whether the environment keeps the patch out."""
+    return os.environ.get(OFF_SWITCH, "").strip().lower() == "off"
+
+
 def is_installed() -> bool:
     """Whether the plugin is patched, or will be as soon as it is imported."""
     return _installation is not None
@@ -204,7 +208,13 @@ def stats() -> Stats:
     return installation.registry.stats()
 
 
-def _checked(options: PoolOptions | None, on_unsupported: str) -> PoolOptions:
+def _checked(
+    options: PoolOptions | None, allow_unverified: bool, on_unsupported: str
+) -> PoolOptions:
+    if not isinstance(allow_unverified, bool):
+        raise InvalidOptionError(
+            f"allow_unverified must be True or False, not {allow_unverified!r}"
+        )
     if on_unsupported not in ("raise", "skip"):
         raise InvalidOptionError(
             f"on_unsupported must be 'raise' or 'skip', not {on_unsupported!r}"
@@ -224,15 +234,17 @@ def _check_same(installed: PoolOptions, wanted: PoolOptions) -> None:
         )
 
 
-def _prepare(options: PoolOptions) -> Installation:
+def _prepare(options: PoolOptions, allow_unverified: bool) -> Installation:
     import wrapt
 
-    from .plugin import MODULE, check_version
+    from .plugin import MODULE, check_version, installed_version
 
-    installation = Installation(options, check_version())
+    version = installed_version()
+    installation = Installation(options, version, allow_unverified)
     module = sys.modules.get(MODULE)
     if module is not None:
         installation.apply(module)
     else:
+        check_version(version, allow_unverified=allow_unverified)
         wrapt.register_post_import_hook(installation.on_import, MODULE)
     return installation

@@ -6,9 +6,11 @@ Nothing is patched here, and nothing is imported: what is looked at has been imp
 from __future__ import annotations
 
 import enum
+import hashlib
 import importlib.metadata
 import inspect
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 from .errors import UnsupportedPluginError
@@ -18,26 +20,69 @@ MODULE = "livekit.plugins.xai.tts"
 
 
 class Shape(enum.Enum):
-    """How the plugin's `TTS._connect_ws` is told what to connect for."""
+    """How the plugin comes by its connections."""
 
-    READS_OPTIONS = ("self", "timeout")
-    """It reads `self._opts` itself."""
-    TAKES_OPTIONS = ("self", "timeout", "opts")
-    """It is given the stream's own copy."""
+    READS_OPTIONS = "reads options"
+    """It opens one for each segment; `TTS._connect_ws` reads `self._opts`."""
+    TAKES_OPTIONS = "takes options"
+    """The same, but `TTS._connect_ws` is given the stream's own copy of the options."""
+    OWN_POOL = "own pool"
+    """It draws them from a `ConnectionPool` of livekit-agents, one for each TTS."""
 
 
-VERIFIED: dict[str, Shape] = {
-    **dict.fromkeys([f"1.5.{patch}" for patch in range(2, 19)], Shape.READS_OPTIONS),
-    **dict.fromkeys(["1.6.0", "1.6.1"], Shape.READS_OPTIONS),
-    **dict.fromkeys(["1.6.2", "1.6.3", "1.6.4"], Shape.TAKES_OPTIONS),
-}
-"""Every version whose `tts.py` has been read. Within a shape it is the same to the letter, but
-for the options added in 1.6.2."""
+@dataclass(frozen=True)
+class Edition:
+    """Versions of the plugin whose `tts.py` is the same to the letter, and has been read."""
 
-_SUPPORTED = (
-    "xai_pool_patch supports 1.5.2 to 1.6.4; from 1.6.5 on the plugin has a pool of its own,"
-    " which this version does not replace"
+    versions: tuple[str, ...]
+    shape: Shape
+    sha256: str
+    """Of `livekit/plugins/xai/tts.py` in the published wheels."""
+
+
+def _series(minor: str, first: int, last: int) -> tuple[str, ...]:
+    return tuple(f"{minor}.{patch}" for patch in range(first, last + 1))
+
+
+EDITIONS = (
+    Edition(
+        _series("1.5", 2, 18) + _series("1.6", 0, 1),
+        Shape.READS_OPTIONS,
+        "fd9d6112ef88d481456ed70607ee0a74be6cb34b8cb1313d19823621a2ec0e87",
+    ),
+    Edition(
+        _series("1.6", 2, 4),
+        Shape.TAKES_OPTIONS,
+        "5a997f858a4410c0d6a47d2d9a974b302a2eddca20c42f47611a586430d5cd17",
+    ),
+    Edition(
+        ("1.6.5",),
+        Shape.OWN_POOL,
+        "6de19bc18fa9f83020a9c6123f33be31eda85914349c948d7ac372c548d04eb1",
+    ),
+    Edition(
+        _series("1.6", 6, 10),
+        Shape.OWN_POOL,
+        "4a587c90e3f7bc35714e1222685a11bbe55e345d59aa4f54b83d4985f956c946",
+    ),
+    Edition(
+        _series("1.7", 0, 1),
+        Shape.OWN_POOL,
+        "8a8c5c282dfd429efa2e0adac2b8ee829b8de958c5082921dcc47e7de5002f12",
+    ),
+    Edition(
+        _series("1.8", 0, 9),
+        Shape.OWN_POOL,
+        "0edd02ed27abb2215d9ff08f8c534bc6653904c89cfe90e672ea9dd1c55ef5fb",
+    ),
 )
+"""Every version that is supported, oldest first."""
+
+SUPPORTED = f"{EDITIONS[0].versions[0]} to {EDITIONS[-1].versions[-1]}"
+
+
+def edition_of(version: str) -> Edition | None:
+    return next((edition for edition in EDITIONS if version in edition.versions), None)
 
 
 @dataclass(frozen=True)
@@ -66,50 +111,130 @@ class _Method:
         return f"{where} does not use {', '.join(sorted(unused))}" if unused else None
 
 
-def _methods(shape: Shape) -> list[_Method]:
-    dialled_by = frozenset({"_ensure_session", "ws_connect", "_api_key"})
-    used_per_turn = frozenset({"_tts", "_connect_ws", "_close_ws", "_conn_options"})
-    return [
-        _Method("TTS", "_connect_ws", shape.value, uses=dialled_by),
-        _Method("TTS", "_close_ws", ("self", "ws"), uses=frozenset({"close"})),
-        _Method("TTS", "_ensure_session", ("self",), is_coroutine=False),
-        _Method("TTS", "update_options", is_coroutine=False, uses=frozenset({"_opts"})),
-        _Method("TTS", "aclose", ("self",)),
+def _uses(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+_DIALLED_BY = _uses("_ensure_session", "ws_connect", "_api_key")
+_RUN_WS = ("self", "input_stream", "output_emitter")
+
+_IN_EVERY_SHAPE = (
+    _Method("TTS", "_close_ws", ("self", "ws"), uses=_uses("close")),
+    _Method("TTS", "_ensure_session", ("self",), is_coroutine=False),
+    _Method("SynthesizeStream", "__init__", is_coroutine=False, uses=_uses("_tts", "_opts")),
+    _Method("SynthesizeStream", "_run", uses=_uses("ClientResponseError", "APIStatusError")),
+)
+_WITHOUT_POOL = (
+    *_IN_EVERY_SHAPE,
+    _Method("TTS", "update_options", is_coroutine=False, uses=_uses("_opts")),
+    _Method("TTS", "aclose", ("self",)),
+    _Method(
+        "SynthesizeStream",
+        "_run_ws",
+        _RUN_WS,
+        uses=_uses("_tts", "_connect_ws", "_close_ws", "_conn_options"),
+    ),
+)
+_METHODS = {
+    Shape.READS_OPTIONS: (
+        *_WITHOUT_POOL,
+        _Method("TTS", "_connect_ws", ("self", "timeout"), uses=_DIALLED_BY | {"_opts"}),
+    ),
+    Shape.TAKES_OPTIONS: (
+        *_WITHOUT_POOL,
+        _Method("TTS", "_connect_ws", ("self", "timeout", "opts"), uses=_DIALLED_BY),
+    ),
+    Shape.OWN_POOL: (
+        *_IN_EVERY_SHAPE,
+        _Method("TTS", "__init__", is_coroutine=False, uses=_uses("ConnectionPool", "_pool")),
+        _Method("TTS", "_connect_ws", ("self", "timeout", "opts"), uses=_DIALLED_BY),
+        _Method("TTS", "_connect_pooled_ws", ("self", "timeout"), uses=_uses("_connect_ws")),
+        _Method("TTS", "_close_pooled_ws", ("self", "ws"), uses=_uses("_close_ws")),
+        _Method("TTS", "update_options", is_coroutine=False, uses=_uses("_pool", "invalidate")),
+        _Method("TTS", "prewarm", ("self",), is_coroutine=False, uses=_uses("_pool", "prewarm")),
+        _Method("TTS", "aclose", ("self",), uses=_uses("_pool", "aclose")),
         _Method(
             "SynthesizeStream",
             "_run_ws",
-            ("self", "input_stream", "output_emitter"),
-            uses=used_per_turn,
+            _RUN_WS,
+            uses=_uses("_tts", "_pool", "connection", "_conn_options")
+            | _uses("last_acquire_time", "last_connection_reused"),
         ),
-    ]
+    ),
+}
 
 
-def check_version() -> Shape:
-    """The shape of the installed distribution, by its version alone.
+def differences(module: ModuleType, shape: Shape) -> list[str]:
+    """What in the imported plugin is not as that shape has it."""
+    found = [d for method in _METHODS[shape] if (d := method.difference(module))]
+    if shape is not Shape.OWN_POOL and "prewarm" in vars(getattr(module, "TTS", object)):
+        found.append("TTS has a prewarm of its own")
+    return found
 
+
+def installed_version() -> str:
+    """
     Raises:
-        UnsupportedPluginError: it is not installed, or not a verified version.
+        UnsupportedPluginError: it is not installed.
     """
     try:
-        version = importlib.metadata.version(DISTRIBUTION)
+        return importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
-        raise UnsupportedPluginError(f"{DISTRIBUTION} is not installed; {_SUPPORTED}") from None
-    if version not in VERIFIED:
-        raise UnsupportedPluginError(f"found {DISTRIBUTION} {version}; {_SUPPORTED}")
-    return VERIFIED[version]
+        raise UnsupportedPluginError(
+            f"{DISTRIBUTION} is not installed; xai_pool_patch supports {SUPPORTED}"
+        ) from None
 
 
-def check_module(module: ModuleType, shape: Shape) -> None:
-    """Compares the imported plugin with what its version promises.
+def check_version(version: str, *, allow_unverified: bool) -> None:
+    """Judges by the version alone, for as long as there is nothing else to judge by.
 
     Raises:
-        UnsupportedPluginError: something differs; the message names it.
+        UnsupportedPluginError: it is not a verified version, and no other is allowed.
     """
-    differences = [d for method in _methods(shape) if (d := method.difference(module))]
-    if "prewarm" in vars(getattr(module, "TTS", object)):
-        differences.append("TTS has a prewarm of its own")
-    if differences:
+    if edition_of(version) is None and not allow_unverified:
         raise UnsupportedPluginError(
-            f"{DISTRIBUTION} is not what its version says (edited or vendored?):"
-            f" {'; '.join(differences)}. {_SUPPORTED}"
+            f"found {DISTRIBUTION} {version}; verified are {SUPPORTED}. If `xai-pool-patch check`"
+            " finds that it looks like one of them, install(allow_unverified=True) takes it"
         )
+
+
+def recognise(module: ModuleType, version: str, *, allow_unverified: bool) -> Shape:
+    """The shape of the imported plugin.
+
+    Raises:
+        UnsupportedPluginError: it is not what its version says, or is of a version that is not
+            verified and not allowed or of no known shape. The message names what differs.
+    """
+    edition = edition_of(version)
+    if edition is None:
+        return _resembled(module, version, allow_unverified)
+    found = differences(module, edition.shape)
+    if found:
+        raise UnsupportedPluginError(
+            f"{DISTRIBUTION} {version} is not what its version says (edited or vendored?):"
+            f" {'; '.join(found)}. xai_pool_patch supports {SUPPORTED}, as published"
+        )
+    return edition.shape
+
+
+def _resembled(module: ModuleType, version: str, allow_unverified: bool) -> Shape:
+    by_shape = {shape: differences(module, shape) for shape in Shape}
+    nearest = min(by_shape, key=lambda shape: len(by_shape[shape]))
+    if by_shape[nearest]:
+        raise UnsupportedPluginError(
+            f"found {DISTRIBUTION} {version}; verified are {SUPPORTED}, and it differs from them:"
+            f" {'; '.join(by_shape[nearest])}"
+        )
+    if not allow_unverified:
+        raise UnsupportedPluginError(
+            f"found {DISTRIBUTION} {version}; verified are {SUPPORTED}. It looks the same"
+            f" ({nearest.value}): install(allow_unverified=True) takes it"
+        )
+    return nearest
+
+
+def is_as_published(module: ModuleType, version: str) -> bool:
+    """Whether the plugin's file is, to the letter, the one in that version's wheel."""
+    edition = edition_of(version)
+    content = Path(module.__file__ or "").read_bytes()
+    return edition is not None and hashlib.sha256(content).hexdigest() == edition.sha256

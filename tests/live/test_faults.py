@@ -190,7 +190,7 @@ async def test_words_still_being_written_go_to_the_replacement() -> None:
         await tts.aclose()
 
 
-@pytest.mark.parametrize("status", [401, 503])
+@pytest.mark.parametrize("status", [401, 429])
 async def test_a_refused_redial_is_what_the_plugin_is_told(status: int) -> None:
     """As if it had dialled in the first place, and in one more dial than that at the most."""
     async with line_to(round_trip=ROUND_TRIP) as line:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import logging
+import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,15 +18,15 @@ from livekit.plugins import xai
 from livekit.plugins.xai import tts as plugin_module
 
 import xai_pool_patch
-from tests.kit import Heard, all_closed, line_to, quick, speak
+from tests.kit import HAS_OWN_POOL, SHAPE, VERSION, Heard, all_closed, line_to, quick, speak
 from xai_pool_patch import (
     AlreadyInstalledError,
     InvalidOptionError,
     PoolOptions,
     UnsupportedPluginError,
+    plugin,
 )
 from xai_pool_patch.demo.standin import End
-from xai_pool_patch.plugin import Shape, check_module
 
 CLASSES = (plugin_module.TTS, plugin_module.SynthesizeStream)
 
@@ -68,6 +70,7 @@ def test_installing_with_other_options_says_what_to_do(patched: None) -> None:
     ("kwargs", "message"),
     [
         ({"options": {"max_age": 5}}, "options must be PoolOptions or None"),
+        ({"allow_unverified": "1.8.10"}, "allow_unverified must be True or False, not '1.8.10'"),
         ({"on_unsupported": "ignore"}, "on_unsupported must be 'raise' or 'skip', not 'ignore'"),
     ],
 )
@@ -91,16 +94,36 @@ def test_switched_off_by_the_environment(
     assert record.getMessage() == "not installed, switched off by the environment"
 
 
-@pytest.mark.parametrize("version", ["1.5.1", "1.6.5", "1.8.9", "2.0.0", "1.6.0+local"])
-def test_a_version_that_was_not_verified(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A5: refused, with what was found and what is supported."""
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+@pytest.fixture(params=["1.5.1", "1.8.10", "2.0.0", f"{VERSION}+local"])
+def unverified(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A version that is not in the table, with the look of one that is."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: request.param)
+    return str(request.param)
+
+
+def test_a_version_that_was_not_verified(unverified: str) -> None:
+    """A5: refused, with what was found, what is verified, and how to take it all the same."""
     before = plugin_as_it_is()
     with pytest.raises(UnsupportedPluginError) as refusal:
         xai_pool_patch.install()
-    assert f"found livekit-plugins-xai {version}" in str(refusal.value)
-    assert "1.5.2 to 1.6.4" in str(refusal.value)
-    assert "has a pool of its own" in str(refusal.value)
+    assert f"found livekit-plugins-xai {unverified};" in str(refusal.value)
+    assert "1.5.2 to 1.8.9" in str(refusal.value)
+    assert f"looks the same ({SHAPE.value}): install(allow_unverified=True)" in str(refusal.value)
+    assert plugin_as_it_is() == before
+    xai_pool_patch.install(allow_unverified=True)
+    assert plugin_as_it_is() != before
+    xai_pool_patch.uninstall()
+    assert plugin_as_it_is() == before
+
+
+def test_an_unverified_version_that_differs(
+    unverified: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A5: looking the same is what it takes; the message names what differs."""
+    monkeypatch.setattr(plugin_module.TTS, "_connect_ws", _takes_more)
+    before = plugin_as_it_is()
+    with pytest.raises(UnsupportedPluginError, match=r"differs from .* TTS\._connect_ws takes"):
+        xai_pool_patch.install(allow_unverified=True)
     assert plugin_as_it_is() == before
 
 
@@ -148,12 +171,16 @@ async def _takes_more(self: Any, timeout: float, opts: Any, more: Any) -> None: 
 async def _close_without_closing(self: Any, ws: Any) -> None: ...
 
 
-def _not_a_coroutine(self: Any, timeout: float) -> None: ...
+def _close_plainly(self: Any, ws: Any) -> None: ...
 
 
-async def _run_with_its_own_pool(self: Any, input_stream: Any, output_emitter: Any) -> None:
-    async with self._tts._pool.connection(timeout=self._conn_options.timeout):
-        pass
+async def _run_otherwise(self: Any, input_stream: Any, output_emitter: Any) -> None: ...
+
+
+def refusal_of(module: types.ModuleType) -> str:
+    with pytest.raises(UnsupportedPluginError) as refusal:
+        plugin.recognise(module, VERSION, allow_unverified=True)
+    return str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -161,27 +188,28 @@ async def _run_with_its_own_pool(self: Any, input_stream: Any, output_emitter: A
     [
         ("TTS", "_connect_ws", None, "TTS._connect_ws is missing"),
         ("TTS", "_connect_ws", _takes_more, "TTS._connect_ws takes"),
-        ("TTS", "_connect_ws", _not_a_coroutine, "TTS._connect_ws is not a coroutine function"),
+        ("TTS", "_close_ws", _close_plainly, "TTS._close_ws is not a coroutine function"),
         ("TTS", "_close_ws", _close_without_closing, "TTS._close_ws does not use close"),
-        ("TTS", "prewarm", _not_a_coroutine, "TTS has a prewarm of its own"),
-        (
-            "SynthesizeStream",
-            "_run_ws",
-            _run_with_its_own_pool,
-            "SynthesizeStream._run_ws does not use _close_ws, _connect_ws",
-        ),
+        ("SynthesizeStream", "_run_ws", _run_otherwise, "SynthesizeStream._run_ws does not use _"),
     ],
 )
 def test_an_edited_plugin_is_refused(owner: str, name: str, function: Any, named: str) -> None:
     """A5: the version alone is not believed; the message names what differs."""
-    with pytest.raises(UnsupportedPluginError, match=named):
-        check_module(edited(owner, name, function), Shape.READS_OPTIONS)
+    message = refusal_of(edited(owner, name, function))
+    assert f"livekit-plugins-xai {VERSION} is not what its version says" in message
+    assert named in message
+
+
+@pytest.mark.parametrize("shape", set(plugin.Shape) - {SHAPE})
+def test_another_shape_is_named(shape: plugin.Shape) -> None:
+    """No shape passes for another, however much they have in common."""
+    assert plugin.differences(plugin_module, SHAPE) == []
+    assert plugin.differences(plugin_module, shape) != []
 
 
 def test_a_module_with_nothing_in_it_is_refused() -> None:
     """A5: a stub is not a plugin."""
-    with pytest.raises(UnsupportedPluginError, match=r"SynthesizeStream._run_ws is missing"):
-        check_module(types.ModuleType("empty"), Shape.READS_OPTIONS)
+    assert "SynthesizeStream._run_ws is missing" in refusal_of(types.ModuleType("empty"))
 
 
 def test_a_failure_half_way_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,22 +217,31 @@ def test_a_failure_half_way_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> N
     before = plugin_as_it_is()
     wrap, calls = wrapt.FunctionWrapper, []
 
-    def fail_at_the_third(*args: Any, **kwargs: Any) -> Any:
+    def fail_at_the_second(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
-        if len(calls) == 3:
+        if len(calls) == 2:
             raise RuntimeError("no")
         return wrap(*args, **kwargs)
 
-    monkeypatch.setattr(wrapt, "FunctionWrapper", fail_at_the_third)
+    monkeypatch.setattr(wrapt, "FunctionWrapper", fail_at_the_second)
     with pytest.raises(RuntimeError):
         xai_pool_patch.install()
     assert plugin_as_it_is() == before
     assert not xai_pool_patch.is_installed()
 
 
-def test_beneath_somebody_elses_wrapper(caplog: pytest.LogCaptureFixture) -> None:
+async def connections_of_two_turns() -> int:
+    async with line_to() as line:
+        tts = line.tts()
+        for text in ("One.", "Two."):
+            assert (await speak(tts, text)).error is None
+        await tts.aclose()
+        return len(line.server.connections)
+
+
+async def test_beneath_somebody_elses_wrapper(caplog: pytest.LogCaptureFixture) -> None:
     """A1: only what is ours is taken out; what is covered passes calls through, and says so."""
-    before = plugin_as_it_is()
+    before, connections = plugin_as_it_is(), await connections_of_two_turns()
     xai_pool_patch.install()
     calls = []
 
@@ -212,44 +249,39 @@ def test_beneath_somebody_elses_wrapper(caplog: pytest.LogCaptureFixture) -> Non
         calls.append(args)
         return wrapped(*args, **kwargs)
 
-    ours = vars(xai.TTS)["_connect_ws"]
+    stream_type: Any = plugin_module.SynthesizeStream
+    original, ours = before[1]["_run_ws"], vars(stream_type)["_run_ws"]
     cover = wrapt.FunctionWrapper(ours, theirs)
-    xai.TTS._connect_ws = cover  # type: ignore[method-assign]
+    stream_type._run_ws = cover
+    assert await connections_of_two_turns() == 1
     xai_pool_patch.uninstall()
-    assert vars(xai.TTS)["_connect_ws"] is cover
-    assert [r.method for r in caplog.records if hasattr(r, "method")] == ["TTS._connect_ws"]
-
-    async def turn() -> None:
-        async with line_to() as line:
-            tts = line.tts()
-            for text in ("One.", "Two."):
-                assert (await speak(tts, text)).error is None
-            assert len(line.server.connections) == 2, "still pooled"
-
-    asyncio.run(turn())
-    assert len(calls) == 2
-    xai.TTS._connect_ws = before[0]["_connect_ws"]  # type: ignore[method-assign]
+    assert vars(stream_type)["_run_ws"] is cover
+    covered = [r.attribute for r in caplog.records if hasattr(r, "attribute")]
+    assert covered == ["SynthesizeStream._run_ws"]
+    assert await connections_of_two_turns() == connections
+    assert len(calls) == 4
+    stream_type._run_ws = original
     assert plugin_as_it_is() == before
 
 
-async def test_above_somebody_elses_wrapper() -> None:
-    """A1: a wrapper that was there before ours is called for every dial, and stays."""
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_somebody_elses_wrapper_of_the_dial(when: str) -> None:
+    """A1: theirs is called for every dial, whether it was there before or came later, and stays."""
     original, calls = xai.TTS._connect_ws, []
 
     async def theirs(self: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(args)
-        return await original(self, *args, **kwargs)
+        return await wrapped(self, *args, **kwargs)
 
     theirs.__wrapped__ = original  # type: ignore[attr-defined]
-    xai.TTS._connect_ws = theirs  # type: ignore[method-assign]
     try:
+        if when == "after":
+            xai_pool_patch.install()
+        wrapped = xai.TTS._connect_ws
+        xai.TTS._connect_ws = theirs  # type: ignore[method-assign]
         xai_pool_patch.install()
-        async with line_to() as line:
-            tts = line.tts()
-            for text in ("One.", "Two."):
-                await speak(tts, text)
-            assert len(calls) == 1
-            await tts.aclose()
+        assert await connections_of_two_turns() == 1
+        assert len(calls) >= 1
         xai_pool_patch.uninstall()
         assert vars(xai.TTS)["_connect_ws"] is theirs
     finally:
@@ -263,10 +295,15 @@ async def test_installed_under_a_tts_that_exists_already() -> None:
         await speak(tts, "Before.")
         xai_pool_patch.install()
         await speak(tts, "During, first.")
+        await line.server.wait_for(lambda s: s.connections[0].ended is not None)
         await speak(tts, "During, second.")
         xai_pool_patch.uninstall()
-        await speak(tts, "After.")
-        assert [metric.connection_reused for metric in line.metrics] == [False, False, True, False]
+        await line.server.wait_for(lambda s: s.open_count == 0)
+        await speak(tts, "After, first.")
+        await speak(tts, "After, second.")
+        reused = [metric.connection_reused for metric in line.metrics]
+        assert reused == [False, False, True, False, HAS_OWN_POOL]
+        await tts.aclose()
         await all_closed(line.server)
         assert {c.ended for c in line.server.connections} == {End.CLIENT_CLOSE}
 
@@ -275,8 +312,7 @@ async def test_on_off_on_with_streams_in_flight() -> None:
     """A1: what speaks goes on speaking, and no connection is left open by it."""
     async with line_to(quick(pace=5.0, speech_per_character=0.05)) as line:
         tts = line.tts()
-        xai_pool_patch.install()
-        heard = [Heard() for _ in range(3)]
+        heard = [Heard() for _ in range(5)]
         turns = []
         for number, one in enumerate(heard):
             turns.append(asyncio.create_task(speak(tts, f"Stream number {number}.", heard=one)))
@@ -286,18 +322,23 @@ async def test_on_off_on_with_streams_in_flight() -> None:
                     and s.utterances[n].first_audio_at is not None
                 )
             )
-            if number == 0:
-                xai_pool_patch.uninstall()
-            elif number == 1:
+            if number % 2 == 0:
                 xai_pool_patch.install()
-        xai_pool_patch.uninstall()
+            else:
+                xai_pool_patch.uninstall()
         await asyncio.gather(*turns)
         for number, one in enumerate(heard):
             assert one.error is None
             spoken = line.server.utterance_for(f"Stream number {number}.")
             assert one.samples == {spoken.number}
             assert spoken.finished
+        await speak(tts, "Afterwards.")
+        # Neither the pools of the installations that are over hold a connection, nor the plugin's.
+        await line.server.wait_for(lambda s: s.open_count == 1)
+        xai_pool_patch.uninstall()
         await all_closed(line.server)
+        await tts.aclose()
+        assert {c.ended for c in line.server.connections} == {End.CLIENT_CLOSE}
 
 
 async def test_uninstalled_during_a_dial() -> None:
@@ -347,9 +388,9 @@ def test_install_does_not_import_the_plugin_and_catches_its_import() -> None:
         "xai_pool_patch.install()\n"
         "assert not any(name.startswith('livekit') for name in sys.modules), 'imported'\n"
         "from livekit.plugins import xai\n"
-        "assert 'prewarm' in vars(xai.TTS), 'not patched'\n"
+        "assert hasattr(xai.TTS.aclose, '__wrapped__'), 'not patched'\n"
         "xai_pool_patch.uninstall()\n"
-        "assert 'prewarm' not in vars(xai.TTS), 'not undone'\n"
+        "assert not hasattr(xai.TTS.aclose, '__wrapped__'), 'not undone'\n"
     )
     assert done.returncode == 0, done.stderr
 
@@ -361,9 +402,9 @@ def test_uninstall_before_the_import_leaves_the_plugin_alone() -> None:
         "xai_pool_patch.install()\n"
         "xai_pool_patch.uninstall()\n"
         "from livekit.plugins import xai\n"
-        "assert 'prewarm' not in vars(xai.TTS)\n"
+        "assert not hasattr(xai.TTS.aclose, '__wrapped__')\n"
         "xai_pool_patch.install()\n"
-        "assert 'prewarm' in vars(xai.TTS)\n"
+        "assert hasattr(xai.TTS.aclose, '__wrapped__')\n"
     )
     assert done.returncode == 0, done.stderr
 
@@ -374,13 +415,57 @@ def test_a_refusal_at_import_does_not_break_the_import() -> None:
         "import logging, xai_pool_patch, xai_pool_patch.plugin as plugin\n"
         "logging.basicConfig(format='%(name)s %(levelname)s %(message)s %(reason)s')\n"
         "xai_pool_patch.install()\n"
-        "plugin.VERIFIED.clear()\n"
-        "methods = plugin._methods\n"
-        "plugin._methods = lambda shape: [plugin._Method('TTS', 'missing')]\n"
+        "missing = plugin._Method('TTS', 'missing')\n"
+        "plugin._METHODS.update(dict.fromkeys(plugin.Shape, [missing]))\n"
         "from livekit.plugins import xai\n"
-        "assert 'prewarm' not in vars(xai.TTS)\n"
+        "assert not hasattr(xai.TTS.aclose, '__wrapped__')\n"
         "assert not xai_pool_patch.is_installed()\n"
     )
     assert done.returncode == 0, done.stderr
     assert "xai_pool_patch ERROR not installed" in done.stderr
     assert "TTS.missing is missing" in done.stderr
+
+
+AGENT = """
+import asyncio, multiprocessing, sys
+import xai_pool_patch
+xai_pool_patch.install()
+from tests.kit import line_to, speak
+
+async def turns():
+    async with line_to() as line:
+        tts = line.tts()
+        await speak(tts, "One.")
+        await speak(tts, "Two.")
+        await tts.aclose()
+        return [metric.connection_reused for metric in line.metrics]
+
+def job(results):
+    results.put((xai_pool_patch.is_installed(), asyncio.run(turns()), xai_pool_patch.stats()))
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    results = context.Queue()
+    process = context.Process(target=job, args=(results,))
+    process.start()
+    is_installed, reused, stats = results.get(timeout=40)
+    process.join()
+    assert (is_installed, reused) == (True, [False, True]), (is_installed, reused)
+    assert stats["connections_reused"] == 1, stats
+    assert xai_pool_patch.stats()["connections_made"] == 0
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_worker_processes_get_it_from_the_agents_module(method: str, tmp_path: Path) -> None:
+    """A1: a job's process imports that module anew, and with it install()."""
+    agent = tmp_path / "agent.py"
+    agent.write_text(AGENT)
+    done = subprocess.run(
+        [sys.executable, str(agent), method],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == 0, done.stderr

@@ -22,7 +22,6 @@ from multiprocessing.connection import Connection as Pipe
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 
 from ..plugin import DISTRIBUTION
 from ..telemetry import describe
@@ -301,6 +300,8 @@ def bench_command(
     The plugin is real; the server is a stand-in. Exit code 1: a turn failed.
     """
     version = _plugin_version()
+    from rich.console import Console
+
     from . import bench_report
     from .bench_cases import CASES
 

@@ -18,6 +18,7 @@ import queue
 import socket
 import ssl
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -32,10 +33,10 @@ from livekit.plugins import xai
 
 import xai_pool_patch
 
+from ..leasing import Leasing
 from ..options import PoolOptions
-from ..plugin import check_version
+from ..plugin import MODULE, Shape, installed_version, recognise
 from ..shared import Registry
-from ..wrappers import Wrappers
 from .link import HOST
 from .standin import PATH, SERVER_NAME, Behaviour, StandIn
 
@@ -173,24 +174,21 @@ class _Pooled:
 
     def __init__(self, http: aiohttp.ClientSession) -> None:
         self._tts = xai.TTS(api_key=Behaviour().api_key, http_session=http)
-        shape = check_version()
-        self._wrappers = Wrappers(Registry(PoolOptions()), shape, vars(xai.TTS)["_connect_ws"])
-        known = {"timeout": CONN_OPTIONS.timeout, "opts": self._tts._opts}
-        self._kwargs = {name: known[name] for name in shape.value if name in known}
+        module = sys.modules[MODULE]
+        shape = recognise(module, installed_version(), allow_unverified=True)
+        connect = vars(xai.TTS)["_connect_ws"]
+        self._leasing = Leasing(Registry(PoolOptions()), shape, lambda: connect)
+        self._opts = None if shape is Shape.READS_OPTIONS else self._tts._opts
 
     async def turn(self, use: Use) -> _Turn:
-        began_at = acquired_at = used_at = time.perf_counter()
-        received = 0
-
-        async def run_ws() -> None:
-            nonlocal acquired_at, used_at, received
-            connect = self._tts._connect_ws
-            lease = await self._wrappers.connect_ws(connect, self._tts, (), self._kwargs)
+        began_at = time.perf_counter()
+        with self._leasing.turn_of(SimpleNamespace()) as turn:
+            lease = await self._leasing.connect(
+                turn, self._tts, CONN_OPTIONS.timeout, self._opts, _no_other_way
+            )
             acquired_at = time.perf_counter()
             received = await use(lease)
             used_at = time.perf_counter()
-
-        await self._wrappers.run_ws(run_ws, SimpleNamespace(), (), {})
         released_at = time.perf_counter()
         return _Turn(received, (acquired_at - began_at) + (released_at - used_at))
 
@@ -198,7 +196,11 @@ class _Pooled:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        await self._wrappers.aclose(self._tts.aclose, self._tts, (), {})
+        await self._leasing.closing(self._tts, self._tts.aclose)
+
+
+async def _no_other_way() -> None:
+    raise AssertionError("the pool has failed")
 
 
 def acquire_and_release(address: Address) -> list[float]:

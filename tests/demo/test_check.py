@@ -1,0 +1,72 @@
+"""`xai-pool-patch check`: whether the installed plugin can be patched, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.demo.test_demo import COMMAND, command
+from tests.kit import SHAPE, VERSION
+from xai_pool_patch.plugin import MODULE
+
+EDITED = f"""
+import sys
+from livekit.plugins.xai import tts
+{{edit}}
+sys.modules[{MODULE!r}] = tts
+from xai_pool_patch.__main__ import main
+main()
+"""
+
+
+def check(edit: str = "", **changes: str) -> tuple[int, list[str], str]:
+    program = [*COMMAND[:1], "-c", EDITED.format(edit=edit)] if edit else COMMAND
+    done = command("check", program=program, **changes)
+    return done.returncode, done.stdout.splitlines(), done.stderr.strip()
+
+
+def test_the_installed_plugin() -> None:
+    """Its version and shape, that its file is the published one, and that all is well."""
+    assert check() == (
+        0,
+        [
+            f"found: livekit-plugins-xai {VERSION}",
+            f"shape: {SHAPE.value}",
+            "file: as published",
+            "can be patched: all that is wrapped or relied on is as expected",
+        ],
+        "",
+    )
+
+
+def test_one_that_was_edited() -> None:
+    """What differs is named, in one line."""
+    code, _, reason = check("del tts.TTS._close_ws")
+    assert code == 1
+    assert "cannot be patched" in reason
+    assert "TTS._close_ws is missing" in reason
+
+
+def test_one_that_was_not_verified(tmp_path: Path) -> None:
+    """How to take it all the same."""
+    info = tmp_path / "livekit_plugins_xai-1.8.99.dist-info"
+    info.mkdir()
+    metadata = "Metadata-Version: 2.1\nName: livekit-plugins-xai\nVersion: 1.8.99\n"
+    (info / "METADATA").write_text(metadata)
+    code, found, reason = check(PYTHONPATH=str(tmp_path))
+    assert (code, found) == (1, ["found: livekit-plugins-xai 1.8.99"])
+    assert "install(allow_unverified=True) takes it" in reason
+
+
+def test_one_that_cannot_be_imported(tmp_path: Path) -> None:
+    """As older versions beside openai 3, for want of httpx."""
+    (tmp_path / "aiohttp.py").write_text("raise ModuleNotFoundError('No module named aiohttp')")
+    code, _, reason = check(PYTHONPATH=str(tmp_path))
+    assert code == 1
+    assert "cannot be imported: ModuleNotFoundError: No module named aiohttp" in reason
+
+
+def test_switched_off() -> None:
+    """An operator who looks for the reason finds it."""
+    code, _, reason = check(XAI_POOL_PATCH="off")
+    assert code == 1
+    assert "XAI_POOL_PATCH=off keeps the patch out" in reason

@@ -1,0 +1,184 @@
+"""The pool that the plugin has of its own from 1.6.5 on, and what stands in for it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from livekit.agents.utils import ConnectionPool
+from livekit.plugins import xai
+
+import xai_pool_patch
+from tests.kit import API_KEY, HAS_OWN_POOL, ONCE, all_closed, line_to, quick, speak
+from xai_pool_patch.demo.standin import End
+
+pytestmark = pytest.mark.skipif(not HAS_OWN_POOL, reason="this plugin has no pool of its own")
+
+
+def pool_of(tts: xai.TTS) -> Any:
+    return tts._pool  # type: ignore[attr-defined,unused-ignore]
+
+
+async def say(ws: Any, text: str) -> None:
+    """One utterance, spoken by hand to its end."""
+    await ws.send_json({"type": "text.delta", "delta": text})
+    await ws.send_json({"type": "text.done"})
+    while (await ws.receive_json())["type"] != "audio.done":
+        pass
+
+
+async def test_what_the_plugin_asks_of_it_works_by_hand(patched: None, no_tasks_left: None) -> None:
+    """get, put, remove and connection() outside of any stream, and what the last get() told."""
+    async with line_to() as line:
+        tts = line.tts()
+        pool = pool_of(tts)
+        assert isinstance(pool, ConnectionPool)
+        ws = await pool.get(timeout=5.0)
+        assert not pool.last_connection_reused
+        assert pool.last_acquire_time > 0.0
+        await say(ws, "Given back.")
+        pool.put(ws)
+        async with pool.connection(timeout=5.0) as ws:
+            assert pool.last_connection_reused
+            assert pool.last_acquire_time == 0.0
+            await say(ws, "Again.")
+        ws = await pool.get(timeout=5.0)
+        await say(ws, "Taken out.")
+        pool.remove(ws)
+        await line.server.wait_for(lambda s: s.connections[0].ended is End.CLIENT_CLOSE)
+        with pytest.raises(ZeroDivisionError):
+            async with pool.connection(timeout=5.0) as ws:
+                raise ZeroDivisionError
+        await line.server.wait_for(lambda s: s.connections[1].ended is End.CLIENT_CLOSE)
+        await pool.aclose()
+        await all_closed(line.server)
+
+
+async def test_given_back_before_its_end(patched: None) -> None:
+    """L2: put() says that it may be used again; the protocol says otherwise."""
+    async with line_to() as line:
+        tts = line.tts()
+        ws = await pool_of(tts).get(timeout=5.0)
+        await ws.send_json({"type": "text.delta", "delta": "Half an utter"})
+        pool_of(tts).put(ws)
+        heard = await speak(tts, "Whole.")
+        assert heard.samples == {line.server.utterance_for("Whole.").number}
+        assert line.server.utterances[0].connection != line.server.utterances[-1].connection
+        await tts.aclose()
+
+
+async def test_invalidate_ends_the_reuse_of_old_options_only(patched: None) -> None:
+    """With the same options it changes nothing; with others they are warmed, the old ones kept."""
+    async with line_to() as line:
+        tts = line.tts()
+        await speak(tts, "One.")
+        pool_of(tts).invalidate()
+        await speak(tts, "Two.")
+        assert line.metrics[-1].connection_reused
+        tts.update_options(voice="eve")
+        await line.server.wait_for(lambda s: s.open_count == 2)
+        tts.update_options(voice="ara")
+        await speak(tts, "Three.")
+        assert line.metrics[-1].connection_reused
+        assert line.server.utterances[-1].connection == 1
+        await tts.aclose()
+
+
+async def test_a_stream_speaks_with_the_options_it_was_made_with(patched: None) -> None:
+    """Whatever the TTS was told between its making and its first word."""
+    async with line_to() as line:
+        tts = line.tts(voice="ara")
+        async with tts.stream(conn_options=ONCE) as stream:
+            tts.update_options(voice="eve")
+            stream.push_text("As Ara.")
+            stream.end_input()
+            async for _ in stream:
+                pass
+        await speak(tts, "As Eve.")
+        voices = {
+            text: line.server.connections[line.server.utterance_for(text).connection - 1].query[
+                "voice"
+            ]
+            for text in ("As Ara.", "As Eve.")
+        }
+        assert voices == {"As Ara.": "ara", "As Eve.": "eve"}
+        await tts.aclose()
+
+
+async def test_each_stream_is_told_of_its_own_connection(patched: None) -> None:
+    """The plugin reads it from the pool; one that waits and one that need not do so at once."""
+    async with line_to(round_trip=0.02) as line:
+        tts = line.tts()
+        await speak(tts, "Zero.")
+        line.metrics.clear()
+        await asyncio.gather(speak(tts, "One."), speak(tts, "Two."))
+        assert sorted(m.connection_reused for m in line.metrics) == [False, True]
+        [waited] = [m.acquire_time for m in line.metrics if not m.connection_reused]
+        assert waited > 0.02
+        await tts.aclose()
+
+
+async def test_what_the_plugins_pool_was_dialling_is_closed() -> None:
+    """A prewarm under way when the patch takes over leaves nothing behind."""
+    async with line_to(round_trip=0.02) as line:
+        tts = line.tts()
+        tts.prewarm()
+        await line.server.wait_for(lambda s: s.link.accepted == 1)
+        xai_pool_patch.install()
+        await speak(tts, "Hello.")
+        await line.server.wait_for(lambda s: s.open_count == 1)
+        xai_pool_patch.uninstall()
+        await all_closed(line.server)
+        await tts.aclose()
+
+
+async def test_what_the_plugins_pool_had_in_use_is_closed() -> None:
+    """When it comes back, though nothing is asked of that pool any more."""
+    async with line_to(quick(pace=5.0, speech_per_character=0.05)) as line:
+        tts = line.tts()
+        before = asyncio.create_task(speak(tts, "Before the patch."))
+        await line.server.wait_for(lambda s: len(s.utterances) == 1)
+        xai_pool_patch.install()
+        await speak(tts, "Hi.")
+        assert (await before).samples == {1}
+        await line.server.wait_for(lambda s: s.connections[0].ended is End.CLIENT_CLOSE)
+        assert line.server.connections[1].ended is None
+        xai_pool_patch.uninstall()
+        await tts.aclose()
+
+
+async def test_an_interruption_is_counted_as_one(patched: None) -> None:
+    """The framework's pool knows only of connections taken out."""
+    async with line_to(quick(pace=5.0, speech_per_character=0.05)) as line:
+        tts = line.tts()
+        turn = asyncio.create_task(speak(tts, "A sentence that is cut off."))
+        await line.server.wait_for(lambda s: s.utterances and s.utterances[0].first_audio_at)
+        turn.cancel()
+        await asyncio.wait([turn])
+        assert xai_pool_patch.stats()["discarded_interrupted"] == 1
+        await tts.aclose()
+
+
+async def test_a_subclass_that_connects_in_its_own_way_keeps_its_pool(patched: None) -> None:
+    """Nothing of the patch's would call what it overrides."""
+
+    class Own(xai.TTS):
+        async def _connect_pooled_ws(self, timeout: float) -> Any:
+            return await super()._connect_pooled_ws(timeout)  # type: ignore[misc,unused-ignore]
+
+    async with line_to() as line:
+        tts = Own(api_key=API_KEY, http_session=line.http)
+        assert type(pool_of(tts)) is ConnectionPool
+        for text in ("First.", "Second."):
+            heard = await speak(tts, text)
+            assert heard.samples == {line.server.utterance_for(text).number}
+        assert len(line.server.connections) == 1
+        await tts.aclose()
+        await all_closed(line.server)
+
+
+async def test_a_tts_that_was_never_made_has_no_pool(patched: None) -> None:
+    """The attribute behaves as the plugin's does."""
+    with pytest.raises(AttributeError, match="'TTS' object has no attribute '_pool'"):
+        pool_of(xai.TTS.__new__(xai.TTS))

@@ -1,0 +1,152 @@
+"""What stands in for the pool that the plugin has of its own from 1.6.5 on."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from typing import Any
+
+import aiohttp
+from livekit.agents.utils import ConnectionPool
+
+from .background import spawn
+from .lease import Lease
+from .leasing import Leasing, Turn, current_turn, has_loop
+from .pool import Reason
+
+NAME = "_pool"
+
+WAYS_TO_CONNECT = ("_connect_ws", "_connect_pooled_ws")
+
+
+class PluginPool(ConnectionPool[aiohttp.ClientWebSocketResponse]):
+    """The shared pools, as one TTS of the plugin asks for connections.
+
+    Only what the plugin calls is overridden; `connection()` is the base class's, and built on it.
+
+    Args:
+        tts: which keeps this pool alive, and not the other way round.
+        leasing: the shared pools.
+    """
+
+    def __init__(self, tts: Any, leasing: Leasing) -> None:
+        super().__init__()
+        self._tts = weakref.ref(tts)
+        self._leasing = leasing
+        own = self._own
+        # Replaced on the instance, since nothing else tells when a connection comes back that was
+        # in use, or being dialled, when this pool took over.
+        own.put = own.remove = self._close_own
+        prewarming = own._prewarm_task and own._prewarm_task()
+        if prewarming is not None:
+            prewarming.cancel()
+        for ws in list(own._available):
+            self._close_own(ws)
+
+    def __repr__(self) -> str:
+        return f"<PluginPool for {type(self._tts()).__name__}>"
+
+    @property
+    def _own(self) -> Any:
+        return vars(self._tts())[NAME]
+
+    def restore(self) -> None:
+        """The plugin's own pool serves again."""
+        for name in ("put", "remove"):
+            vars(self._own).pop(name, None)
+
+    async def get(self, *, timeout: float) -> aiohttp.ClientWebSocketResponse:
+        tts = self._tts()
+        turn = current_turn() or Turn()
+        opts = turn.stream._opts if turn.stream is not None else None
+        own = self._own
+        ws = await self._leasing.connect(turn, tts, timeout, opts, lambda: own.get(timeout=timeout))
+        self.last_acquire_time, self.last_connection_reused = turn.waited, turn.reused
+        return ws  # type: ignore[no-any-return]
+
+    def put(self, conn: aiohttp.ClientWebSocketResponse) -> None:
+        if isinstance(conn, Lease):
+            self._end(conn, None)
+        else:
+            self._own.put(conn)
+
+    def remove(self, conn: aiohttp.ClientWebSocketResponse) -> None:
+        if isinstance(conn, Lease):
+            self._end(conn, Reason.ERROR)
+        else:
+            self._own.remove(conn)
+
+    def invalidate(self) -> None:
+        """The options have changed. What was made for the old ones is not asked for any more."""
+        self._leasing.follow(self._tts())
+
+    def prewarm(self) -> None:
+        self._leasing.prewarm(self._tts())
+
+    async def aclose(self) -> None:
+        await self._leasing.closing(self._tts(), self._own.aclose)
+
+    def _end(self, lease: Lease, cut_off: Reason | None) -> None:
+        # Within a turn, how that ends decides: the plugin may yet fail after it gave it back.
+        if current_turn() is None:
+            lease.end(cut_off)
+
+    def _close_own(self, ws: Any) -> None:
+        own = self._own
+        type(own).remove(own, ws)
+        if has_loop():
+            spawn(own._drain_to_close(), name="xai_pool_patch.close_own")
+
+
+class PoolAttribute:
+    """`TTS._pool`, for every instance: the plugin's own pool stays where the plugin put it.
+
+    Args:
+        tts_type: the plugin's `TTS`.
+        leasing: the shared pools.
+    """
+
+    def __init__(self, tts_type: type, leasing: Leasing) -> None:
+        self._tts_type = tts_type
+        self._leasing = leasing
+        self._is_restored = False
+        self._stand_ins: weakref.WeakKeyDictionary[Any, PluginPool | None]
+        self._stand_ins = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()  # worker threads have TTS instances of their own
+
+    def __get__(self, tts: Any, owner: type | None = None) -> Any:
+        if tts is None:
+            return self
+        if NAME not in vars(tts):
+            raise AttributeError(f"{type(tts).__name__!r} object has no attribute {NAME!r}")
+        if self._leasing.has_failed:
+            self.restore()
+        own = vars(tts)[NAME]
+        return own if self._is_restored else self._stand_in_for(tts, own) or own
+
+    def __set__(self, tts: Any, own: Any) -> None:
+        vars(tts)[NAME] = own
+
+    def restore(self) -> None:
+        """From here on the plugin's own pools serve again."""
+        with self._lock:
+            self._is_restored = True
+            stand_ins = [stand_in for stand_in in self._stand_ins.values() if stand_in]
+            self._stand_ins.clear()
+        for stand_in in stand_ins:
+            stand_in.restore()
+
+    def _stand_in_for(self, tts: Any, own: Any) -> PluginPool | None:
+        with self._lock:
+            if tts not in self._stand_ins:
+                is_known = type(own) is ConnectionPool and self._connects_as_published(type(tts))
+                self._stand_ins[tts] = PluginPool(tts, self._leasing) if is_known else None
+            return self._stand_ins[tts]
+
+    def _connects_as_published(self, tts_type: type) -> bool:
+        """A subclass that connects in a way of its own keeps the pool that calls it."""
+        return all(
+            inspect.getattr_static(tts_type, name) is vars(self._tts_type)[name]
+            for name in WAYS_TO_CONNECT
+        )
