@@ -64,12 +64,11 @@ class Wrappers:
         def plain() -> Any:
             return wrapped(*args, **kwargs)
 
-        def connect(timeout: float, opts: Any = None) -> Any:
-            # Without a turn nobody would say how the utterance ended.
-            turn = current_turn()
-            return self._leasing.connect(turn, tts, timeout, opts, plain) if turn else plain()
-
-        return await connect(*args, **kwargs)
+        turn = current_turn()
+        if turn is None:  # then nobody would say how the utterance ended
+            return await plain()
+        timeout, opts = _asked_for(*args, **kwargs)
+        return await self._leasing.connect(turn, tts, timeout, opts, plain)
 
     def prewarm(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
         wrapped(*args, **kwargs)
@@ -81,3 +80,8 @@ class Wrappers:
 
     async def aclose(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
         await self._leasing.closing(tts, lambda: wrapped(*args, **kwargs))
+
+
+def _asked_for(timeout: float, opts: Any = None) -> tuple[float, Any]:
+    """The arguments of `_connect_ws`, in either shape."""
+    return timeout, opts
