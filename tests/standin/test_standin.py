@@ -17,7 +17,7 @@ import pytest
 from aiohttp import WSMsgType
 
 from xai_pool_patch.demo.link import Link
-from xai_pool_patch.demo.standin import Behaviour, End, Ending, Outcome, StandIn
+from xai_pool_patch.demo.standin import Behaviour, Clearing, End, Ending, Outcome, StandIn
 
 pytestmark = [pytest.mark.asyncio]
 if sys.version_info < (3, 11):  # it warns of every TLS connection that the peer has ended
@@ -214,6 +214,47 @@ class TestRound:
             ws = await client.connect()
             await send(ws, "text.clear")
             assert await hear(ws) == {"type": "audio.clear"}
+
+    @pytest.mark.parametrize(
+        ("clearing", "answers"),
+        [
+            (Clearing.ACKNOWLEDGED, ["audio.clear"]),
+            (Clearing.IGNORED, ["audio.delta", "audio.delta", "audio.delta", "audio.done"]),
+            (Clearing.REFUSED, ["error", "audio.delta", "audio.delta", "audio.delta"]),
+            (Clearing.LATE, ["audio.delta", "audio.clear"]),
+            (Clearing.CROSSED, ["audio.done", "audio.clear"]),
+            (Clearing.LEAKING, ["audio.clear", "audio.delta"]),
+        ],
+    )
+    async def test_what_a_clear_is_answered_with(
+        self, clearing: Clearing, answers: list[str]
+    ) -> None:
+        """One audio.delta of four has come by then; the others would follow, 0.1 s apart."""
+        async with standing_in(pace=1.0, chunk=0.1, clearing=clearing, clear_delay=0.15) as client:
+            ws = await client.connect()
+            await say(ws, "a text of 39 characters is 0.39 s long.")
+            await hear(ws)
+            await send(ws, "text.clear")
+            assert [(await hear(ws))["type"] for _ in answers] == answers
+            await assert_silent(ws)
+            (connection,) = client.server.connections
+            assert connection.clears == 1
+            assert connection.leaks == (clearing is Clearing.LEAKING)
+
+    async def test_nothing_leaks_once_the_client_was_heard(self) -> None:
+        """From then on the audio could be the answer to what it said."""
+        async with standing_in(
+            pace=1.0, clearing=Clearing.LEAKING, clear_delay=SILENCE / 2
+        ) as client:
+            ws = await client.connect(autoping=False)
+            await say(ws, "a long text " * 10)
+            await hear(ws)
+            await send(ws, "text.clear")
+            assert (await hear(ws))["type"] == "audio.clear"
+            await ws.ping()
+            assert (await ws.receive()).type is WSMsgType.PONG
+            await assert_silent(ws)
+            assert client.server.connections[0].leaks == 0
 
     @pytest.mark.parametrize(
         "frame", ['{"type": "text.delta", "delta": "more"}', "no JSON", '{"type": "new"}', b"\0"]

@@ -67,6 +67,17 @@ class Outcome(enum.Enum):
     CUT_OFF = "the connection ended first"
 
 
+class Clearing(enum.Enum):
+    """What the server does about `text.clear`."""
+
+    ACKNOWLEDGED = "it stops speaking and says audio.clear, as documented"
+    IGNORED = "nothing"
+    REFUSED = "it says that it does not know the message, and speaks on"
+    LATE = "it speaks on, and does as documented only after `clear_delay`"
+    CROSSED = "it has just finished the utterance: audio.done comes, and audio.clear behind it"
+    LEAKING = "it does as documented, and after `clear_delay` more audio of the utterance comes"
+
+
 @dataclass
 class Behaviour:
     """How the server behaves; every field may be changed while it runs, with effect at once."""
@@ -120,6 +131,11 @@ class Behaviour:
     """Seconds after audio.done when one more audio.delta of the same utterance comes."""
     stray_done: bool = False
     """Sends an audio.done when a connection opens."""
+    clearing: Clearing = Clearing.ACKNOWLEDGED
+    """What is done about a text.clear."""
+    clear_delay: float = 0.0
+    """Seconds; see `Clearing`. Audio leaks only until the client says something: from then on it
+    could not be told from what the client has asked for."""
 
     _on_change: Callable[[], None] | None = field(default=None, init=False, repr=False)
 
@@ -182,6 +198,10 @@ class Connection:
     pings_received: int = 0
     pongs_received: int = 0
     violations: list[str] = field(default_factory=list)
+    clears: int = 0
+    """text.clear messages that have come."""
+    leaks: int = 0
+    """Times that audio came after the acknowledgement of one; see `Clearing.LEAKING`."""
 
     @property
     def is_open(self) -> bool:
@@ -406,6 +426,7 @@ class _Session:
         self._idle_since = connection.opened_at
         self._pinged_at = connection.opened_at
         self._pong_due = False
+        self._frames_heard = 0
         self._expired = False
 
     async def run(self) -> None:
@@ -474,6 +495,7 @@ class _Session:
         """Reads until the client has closed or is gone."""
         while True:
             frame = await self._ws.receive()
+            self._frames_heard += 1
             if frame.type is WSMsgType.TEXT:
                 await self._on_message(frame.data)
             elif frame.type is WSMsgType.BINARY:
@@ -529,12 +551,38 @@ class _Session:
             self._conclude(utterance, Outcome.FAILED)
 
     async def _on_clear(self) -> None:
-        if self._is_mute:
+        self._connection.clears += 1
+        clearing = self._server.behaviour.clearing
+        if self._is_mute or clearing is Clearing.IGNORED:
             return
-        if self._current is not None:
+        if clearing is Clearing.REFUSED:
+            await self._say("error", message="unknown message type: text.clear")
+        elif clearing is Clearing.LATE:
+            self._start(self._clear_late())
+        else:
+            await self._clear(clearing)
+
+    async def _clear_late(self) -> None:
+        await asyncio.sleep(self._server.behaviour.clear_delay)
+        await self._clear(Clearing.LATE)
+
+    async def _clear(self, clearing: Clearing) -> None:
+        cleared = self._current
+        if cleared is not None:
             self._stop_speaker()
-            self._conclude(self._current, Outcome.CLEARED)
+            self._conclude(cleared, Outcome.CLEARED)
+            if clearing is Clearing.CROSSED:
+                await self._say("audio.done", trace_id=f"trace-{cleared.number}")
         await self._say("audio.clear")
+        if cleared is not None and clearing is Clearing.LEAKING:
+            self._start(self._leak(cleared))
+
+    async def _leak(self, cleared: Utterance) -> None:
+        heard_before = self._frames_heard
+        await asyncio.sleep(self._server.behaviour.clear_delay)
+        if self._connection.is_open and self._frames_heard == heard_before:
+            self._connection.leaks += 1
+            await self._say_audio(cleared, self._chunk_size)
 
     async def _object(self, violation: str) -> None:
         self._connection.violations.append(violation)
