@@ -27,9 +27,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
-def patched() -> Iterator[None]:
-    """The patch with its default options."""
-    xai_pool_patch.install()
+def patched(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The patch with its default options, or with those that the fixture is parametrized with."""
+    xai_pool_patch.install(getattr(request, "param", None))
     yield
     xai_pool_patch.uninstall()
 

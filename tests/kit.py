@@ -13,7 +13,7 @@ from livekit.agents import APIConnectOptions
 from livekit.plugins import xai
 
 from xai_pool_patch import plugin
-from xai_pool_patch.demo.standin import Behaviour, StandIn
+from xai_pool_patch.demo.standin import Behaviour, Connection, StandIn
 
 API_KEY = "stand-in-key"
 VERSION = plugin.installed_version()
@@ -57,6 +57,17 @@ async def speak(
         except Exception as error:
             heard.error = error
     return heard
+
+
+async def interrupted(
+    line: Line, tts: xai.TTS, text: str = "This is a long sentence."
+) -> Connection:
+    """A turn that is closed in the middle of its audio; the connection it spoke on."""
+    async with tts.stream() as stream:
+        stream.push_text(text)
+        stream.end_input()
+        await stream.__anext__()
+    return line.server.connections[line.server.utterances[-1].connection - 1]
 
 
 @dataclass

@@ -17,6 +17,8 @@ from .utterance import Stage, UtteranceTracker, type_of
 ENDINGS = (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR)
 CLOSED_MESSAGE = aiohttp.WSMessage(WSMsgType.CLOSED, None, None)
 
+TEXT_CLEAR = '{"type":"text.clear"}'
+
 Sink = Callable[[aiohttp.WSMessage, str], None]
 """Takes what the reader read: the message, and the type that its JSON names."""
 
@@ -43,6 +45,7 @@ class Connection:
     Attributes:
         last_heard: when anything came last, a PONG included; time of the event loop.
         round_trip: seconds that the last PONG took; None while none has come.
+        broke_word: it acknowledged a `text.clear`, and more came of what was cleared.
     """
 
     def __init__(
@@ -60,7 +63,9 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self.last_heard = self._loop.time()
         self.round_trip: float | None = None
+        self.broke_word = False
         self._pinged_at: dict[bytes, float] = {}
+        self._fence: bytes | None = None
         self._close_timeout = close_timeout
         self._sink: Sink | None = None
         self._closer: asyncio.Task[None] | None = None
@@ -88,10 +93,17 @@ class Connection:
         self._sink = None
 
     async def ping(self) -> None:
-        """Asks for a sign of life; the PONG sets `last_heard` and `round_trip`."""
+        """Asks for a sign of life; the PONG sets `last_heard` and `round_trip`.
+
+        Sent ahead of an utterance's first text it is a fence, too: audio that comes before the
+        PONG left the server before it knew of that text. Where an utterance was cleared, such
+        audio is what remained of that one; elsewhere nobody depends on PONGs.
+        """
         now = self._loop.time()
         token = repr(now).encode()
         self._pinged_at = {token: now}
+        if self.utterance.was_cleared:
+            self._fence = token
         await self.ws.ping(token)
 
     async def send_str(self, frame: str, compress: int | None) -> None:
@@ -105,6 +117,32 @@ class Connection:
     async def send_frame(self, data: bytes, opcode: WSMsgType, compress: int | None) -> None:
         self.utterance.sent(data)
         await self.ws.send_frame(data, opcode, compress)
+
+    async def restore(self) -> None:
+        """Has the server cancel what it owes, or prove that it owes nothing, by `text.clear`.
+
+        Ends with the acknowledgement, or as soon as none can come any more; `is_reusable` tells
+        which. For a connection that nobody uses.
+        """
+        over = self._loop.create_future()
+
+        def take(message: aiohttp.WSMessage, type_: str) -> None:
+            if not over.done() and (message.type in ENDINGS or not self.utterance.awaits_clear):
+                over.set_result(None)
+
+        self.attach(take)
+        try:
+            await self.send_str(TEXT_CLEAR, None)
+            if self.utterance.awaits_clear:
+                # What was read together with the acknowledgement is seen before this goes on: the
+                # reader does not pause in between.
+                await over
+        except OSError:
+            pass  # its reader hears of its end
+        except Exception as fault:
+            self._on_fault(fault)
+        finally:
+            self.detach()
 
     def close(self) -> asyncio.Task[None] | None:
         """Closes in the background: a Close frame, `close_timeout` for the answer, then abort.
@@ -166,17 +204,22 @@ class Connection:
         if message.type is WSMsgType.PING:
             await self.ws.pong(message.data)
         elif message.type is WSMsgType.PONG:
-            pinged_at = self._pinged_at.pop(bytes(message.data), None)
+            token = bytes(message.data)
+            pinged_at = self._pinged_at.pop(token, None)
             if pinged_at is not None:
                 self.round_trip = self.last_heard - pinged_at
+            if token == self._fence:
+                self._fence = None
         else:
             self._take(message)
 
     def _take(self, message: aiohttp.WSMessage) -> None:
         type_ = type_of(message.data)
-        may_be_heard = self.utterance.received(type_)
+        is_early = self._fence is not None and type_.startswith("audio.")
+        may_be_heard = self.utterance.received(type_) and not is_early
         is_idle_and_spoiled = self._sink is None and self.utterance.stage is Stage.SPOILED
         if not may_be_heard or is_idle_and_spoiled:
+            self.broke_word = not may_be_heard and self.utterance.was_cleared
             self._lose()
         else:
             self._deliver(message, type_)

@@ -25,9 +25,9 @@ from .utterance import UNREADABLE, Stage
 PROBE_ROUND_TRIPS = 4
 SHORTEST_PROBE = 0.25
 LONGEST_PROBE = 1.5
-"""Seconds. A PING leaves with an utterance's first text; nothing heard for four round trips,
-between these bounds, is no sign of life. The dial of a replacement begins after half of that:
-most of a handshake is over by the time it is known whether it is needed."""
+"""Seconds. A PING leaves just ahead of an utterance's first text; nothing heard for four round
+trips, between these bounds, is no sign of life. The dial of a replacement begins after half of
+that: most of a handshake is over by the time it is known whether it is needed."""
 
 Frame = Callable[[Connection], Awaitable[None]]
 """Sends one frame of the utterance on the given connection."""
@@ -77,7 +77,7 @@ class Delivery:
         """The one that is heard; while there is none, a failure can still be mended."""
         self._redialling: asyncio.Task[None] | None = None
         self._alarms: list[asyncio.TimerHandle] = []
-        first = self._begin(Attempt(acquired.connection, not acquired.reused, acquired.waited))
+        first = self._begin(Attempt(acquired.connection, acquired.fresh, acquired.waited))
         self.connection = first.connection
         if first.is_fresh:
             self._heard = first
@@ -114,6 +114,8 @@ class Delivery:
             attempt.connection.detach()
             if attempt is self._heard and cut_off is None:
                 self._pool.release(attempt.connection)
+            elif cut_off is Reason.INTERRUPTED and self._redialling is None:
+                self._pool.reclaim(attempt.connection)
             else:
                 self._pool.discard(attempt.connection, cut_off or Reason.ERROR)
         self._attempts.clear()
@@ -140,22 +142,28 @@ class Delivery:
         attempt.is_sending = True
         try:
             while attempt.sent < len(self._frames):
+                if attempt.sent == 0 and not attempt.is_fresh:
+                    await self._probe(attempt.connection)
                 attempt.sent += 1
                 await self._frames[attempt.sent - 1](attempt.connection)
                 if self._heard is None and not attempt.is_fresh:
-                    await self._watch(attempt)
+                    self._watch(attempt.connection)
         finally:
             attempt.is_sending = False
 
-    async def _watch(self, attempt: Attempt) -> None:
-        """Sets the alarms for a reused connection that has given nothing yet."""
-        connection, now = attempt.connection, asyncio.get_running_loop().time()
-        if attempt.sent == 1 and connection.round_trip is not None:
+    async def _probe(self, connection: Connection) -> None:
+        """Asks a reused connection for a sign of life, and sets an alarm for it."""
+        now = asyncio.get_running_loop().time()
+        if connection.round_trip is not None:
             patience = PROBE_ROUND_TRIPS * connection.round_trip
             patience = min(LONGEST_PROBE, max(SHORTEST_PROBE, patience))
             self._alarm(now + patience / 2, lambda: connection.last_heard <= now)
-            await connection.ping()
+        await connection.ping()
+
+    def _watch(self, connection: Connection) -> None:
+        """Sets the alarm for a reused connection that has the whole text and has given nothing."""
         if connection.utterance.stage in (Stage.AWAITING, Stage.EMPTY):
+            now = asyncio.get_running_loop().time()
             self._alarm(now + self._first_audio_timeout, lambda: True)
 
     def _alarm(self, when: float, is_silent: Callable[[], bool]) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 from .errors import InvalidOptionError
+
+Interruption = Literal["discard", "clear"]
+Keepalive = Literal["ping", "clear"]
 
 MAX_SESSIONS = 50
 """Concurrent sessions that xAI allows a team (xAI's documentation)."""
@@ -46,13 +50,35 @@ class PoolOptions:
     that the utterance is sent again on a new one. An open socket is not a live session: xAI's
     speech to text was seen to answer PINGs and do nothing else."""
 
+    interruption: Interruption = "discard"
+    """What becomes of a connection whose utterance was interrupted. Discarding it needs nothing
+    from the server. `"clear"` asks the server to cancel the utterance (`text.clear`), and uses the
+    connection again once that is acknowledged: one round trip instead of a handshake."""
+
+    clear_timeout: float = 1.0
+    """Longest time the server has to acknowledge a `text.clear`; less over a short round trip. It
+    is spent in the background, and the connection is of no use meanwhile."""
+
+    keepalive: Keepalive = "ping"
+    """What an idle connection has to answer to count as alive: the heartbeat's PINGs, or also a
+    `text.clear` now and then, which proves the session behind the socket."""
+
+    keepalive_after: float = 300.0
+    """Time without use after which `keepalive="clear"` asks for that proof: half of the 600 s for
+    which a session of xAI's speech to text had lain idle when it was seen to have died."""
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name == "min_size":
                 _check_count(field.name, value)
+            elif field.name in _CHOICES:
+                _check_choice(field.name, value)
             else:
                 _check_seconds(field.name, value)
+
+
+_CHOICES = {"interruption": get_args(Interruption), "keepalive": get_args(Keepalive)}
 
 
 def _check_count(name: str, value: object) -> None:
@@ -60,6 +86,12 @@ def _check_count(name: str, value: object) -> None:
         raise InvalidOptionError(
             f"{name} must be a whole number from 0 to {MAX_SESSIONS}, not {value!r}"
         )
+
+
+def _check_choice(name: str, value: object) -> None:
+    if value not in _CHOICES[name]:
+        choices = " or ".join(map(repr, _CHOICES[name]))
+        raise InvalidOptionError(f"{name} must be {choices}, not {value!r}")
 
 
 def _check_seconds(name: str, value: object) -> None:

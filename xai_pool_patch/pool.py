@@ -8,6 +8,7 @@ and the I/O happens in tasks of its own. No lock is needed, and none is held.
 from __future__ import annotations
 
 import asyncio
+import bisect
 import enum
 import math
 import random
@@ -29,6 +30,21 @@ twice the 0.45 to 0.6 s a handshake takes in production (livekit/agents issue 60
 ROTATION_LEAD = 0.05
 """Part of `max_age` before its end in which an idle connection is replaced: 90 s of 1,800 s, time
 for several attempts while the old connection still serves."""
+
+CLEAR_ROUND_TRIPS = 6
+SHORTEST_CLEAR = 0.5
+"""Seconds. A clear that is not acknowledged for six round trips, half a second at least and
+`clear_timeout` at most, has failed. Generous, since the acknowledgement comes behind all audio
+under way, of which a slow line holds back more than its round trip tells: audio is sent five
+times faster than it is played. No caller waits for it that long (`RELIED_ROUND_TRIPS`)."""
+
+RELIED_ROUND_TRIPS = 2
+SHORTEST_RELIANCE = 0.05
+"""Seconds. For two round trips, and this at least, a caller relies on a clear under way; then it
+dials. On time the connection is there sooner than any dial could bring one."""
+
+REFUSALS = 2
+"""Clears in a row that fail before no more are tried."""
 
 SHORT_LIFE = 30.0
 """Seconds. A server that ends a connection sooner, unused, is dialled again with backoff only."""
@@ -70,6 +86,15 @@ class Poolable(Protocol):
     @property
     def is_reusable(self) -> bool: ...
 
+    round_trip: float | None
+    """Seconds that an answer takes; None if that is not known."""
+
+    broke_word: bool
+    """It was restored, and yet was not clean."""
+
+    async def restore(self) -> None:
+        """Makes it reusable again, or proves that it still is; ends when that is known."""
+
     def close(self) -> asyncio.Task[None] | None: ...
 
 
@@ -83,6 +108,8 @@ class Acquired(Generic[C]):
     """Seconds; 0.0 for a connection that was there when asked for."""
     reused: bool
     """It was there when asked for."""
+    fresh: bool
+    """It was dialled meanwhile, and nobody has used it before."""
 
 
 @dataclass(eq=False)
@@ -93,8 +120,10 @@ class _Member(Generic[C]):
     expires_at: float
     """From here on it is not handed out."""
     made_at: float
-    idle_since: float = 0.0
-    was_leased: bool = False
+    idle_since: float
+    proven_at: float
+    """When it was last known to be alive, its session included."""
+    loans: int = 0
 
 
 @dataclass(eq=False)
@@ -107,7 +136,7 @@ class _Waiter(Generic[C]):
 
     def accept(self, member: _Member[C]) -> bool:
         """Whether it still wanted one, and this one."""
-        if self.future.done() or (self.wants_fresh and member.was_leased):
+        if self.future.done() or (self.wants_fresh and member.loans):
             return False
         self.future.set_result(member)
         return True
@@ -130,6 +159,14 @@ class _Dial(Generic[C]):
     late_at: float
     waiter: _Waiter[C] | None
     """Who asked for it; nobody, for a standby."""
+    task: asyncio.Task[None] | None = None
+
+
+@dataclass(eq=False)
+class _Restoration:
+    failing: Reason
+    """What the connection is discarded for if it fails."""
+    late_at: float
     task: asyncio.Task[None] | None = None
 
 
@@ -168,18 +205,22 @@ class Pool(Generic[C]):
         self._loop = asyncio.get_running_loop()
         self._members: dict[C, _Member[C]] = {}
         self._idle: list[_Member[C]] = []  # by the time they became idle: last in, first out
+        self._restoring: dict[_Member[C], _Restoration] = {}
         self._dials: set[_Dial[C]] = set()
         self._waiters: deque[_Waiter[C]] = deque()
         self._closing: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._kept = 0
+        self._reclaims = options.interruption == "clear"
+        self._refusals = 0
         self.is_closed = False
 
     def __repr__(self) -> str:
         state = "closed" if self.is_closed else "open"
         return (
-            f"<Pool {state} idle={self.idle} leased={self.leased} dialling={self.dialling}"
-            f" waiting={len(self._waiters)} closing={len(self._closing)} kept={self._kept}>"
+            f"<Pool {state} idle={self.idle} leased={self.leased} restoring={self.restoring}"
+            f" dialling={self.dialling} waiting={len(self._waiters)}"
+            f" closing={len(self._closing)} kept={self._kept}>"
         )
 
     @property
@@ -188,7 +229,12 @@ class Pool(Generic[C]):
 
     @property
     def leased(self) -> int:
-        return len(self._members) - len(self._idle)
+        return len(self._members) - len(self._idle) - len(self._restoring)
+
+    @property
+    def restoring(self) -> int:
+        """Neither idle nor leased: a clear is under way."""
+        return len(self._restoring)
 
     @property
     def dialling(self) -> int:
@@ -217,12 +263,12 @@ class Pool(Generic[C]):
         member = None if fresh else self._take_idle()
         if member is not None:
             self.counters.reused()
-            return Acquired(member.connection, waited=0.0, reused=True)
+            return Acquired(member.connection, waited=0.0, reused=True, fresh=False)
         asked = self._now()
         member = await self._wait(_Waiter(asked + timeout, fresh))
         waited = self._now() - asked
         self.counters.waited(waited)
-        return Acquired(member.connection, waited=waited, reused=False)
+        return Acquired(member.connection, waited, reused=False, fresh=member.loans == 1)
 
     def release(self, connection: C) -> None:
         """Gives back a connection of which nothing more is expected."""
@@ -233,10 +279,23 @@ class Pool(Generic[C]):
             self._remove(member, Reason.CLOSED)
         elif not connection.is_reusable:
             self._remove(member, Reason.ERROR)
-        elif self._now() >= member.expires_at:
-            self._remove(member, Reason.EXPIRED)
         else:
+            member.idle_since = self._now()
             self._offer(member)
+        self._settle()
+
+    def reclaim(self, connection: C) -> None:
+        """Takes back one whose use was cut off: as it is, made clean again, or not at all."""
+        member = self._members.get(connection)
+        if member is None:
+            return
+        member.idle_since = self._now()
+        if self.is_closed or not self._reclaims:
+            self._remove(member, Reason.INTERRUPTED)
+        elif connection.is_reusable:
+            self._offer(member)  # nothing is owed
+        else:
+            self._restore(member, Reason.INTERRUPTED)
         self._settle()
 
     def discard(self, connection: C, reason: Reason) -> None:
@@ -276,7 +335,7 @@ class Pool(Generic[C]):
             self._dial(None, self._standby_timeout)
 
     def close(self) -> None:
-        """Ends the pool: idle connections now, leased ones when they come back.
+        """Ends the pool: leased connections when they come back, the others now.
 
         Whoever waits for a dial still gets it: no turn falls silent because its pool ends.
         """
@@ -284,7 +343,7 @@ class Pool(Generic[C]):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        for member in list(self._idle):
+        for member in [*self._idle, *self._restoring]:
             self._remove(member, Reason.CLOSED)
         self._settle()
 
@@ -336,12 +395,16 @@ class Pool(Generic[C]):
         return None
 
     def _lend(self, member: _Member[C]) -> None:
-        if not member.was_leased and self._backoff.next_attempt < math.inf:
+        if not member.loans and self._backoff.next_attempt < math.inf:
             self._backoff.succeeded()
-        member.was_leased = True
+        member.loans += 1
 
     def _offer(self, member: _Member[C]) -> None:
-        """To whoever asked first, else to the idle ones."""
+        """To whoever asked first, else to the idle ones; unless its time is over."""
+        member.proven_at = self._now()
+        if member.proven_at >= member.expires_at:
+            self._remove(member, Reason.EXPIRED)
+            return
         for waiter in self._waiters:
             if waiter.accept(member):
                 self._waiters.remove(waiter)
@@ -350,22 +413,24 @@ class Pool(Generic[C]):
         if self.is_closed:
             self._remove(member, Reason.CLOSED)
             return
-        member.idle_since = self._now()
-        self._idle.append(member)
+        bisect.insort(self._idle, member, key=lambda each: each.idle_since)
 
     # Dialling
 
     def _dial_for_waiters(self) -> None:
-        """One dial under way for each waiter, whoever began it.
+        """One dial under way for each waiter, whoever began it, or one clear.
 
         From the last in line: those before it have dials of their own, or were content with
-        somebody else's. A dial that takes longer than a handshake should is not relied on.
+        somebody else's. What takes longer than it should is not relied on.
         """
         now = self._now()
         # One that was served, failed or cancelled leaves the line only when its task wakes up.
         waiting = [waiter for waiter in self._waiters if not waiter.future.done()]
+        restored = sum(1 for restoration in self._restoring.values() if now < restoration.late_at)
+        restored = min(restored, sum(1 for waiter in waiting if not waiter.wants_fresh))
         for waiter in reversed(waiting):
-            if sum(1 for dial in self._dials if now < dial.late_at) >= len(waiting):
+            dialled = sum(1 for dial in self._dials if now < dial.late_at)
+            if dialled + restored >= len(waiting):
                 return
             if not any(dial.waiter is waiter for dial in self._dials):
                 self._dial(waiter, waiter.deadline - now)
@@ -405,6 +470,8 @@ class Pool(Generic[C]):
             rotate_at=now + lifetime - self._options.max_age * ROTATION_LEAD,
             expires_at=now + lifetime,
             made_at=now,
+            idle_since=now,
+            proven_at=now,
         )
         self._members[connection] = member
         connection.on_lost = lambda: self._lost(member)
@@ -421,12 +488,77 @@ class Pool(Generic[C]):
             log().warning("standby failed", error=describe(error), retry_in_s=round(delay, 1))
         self._settle()
 
+    # Restoring
+
+    def _restore(self, member: _Member[C], failing: Reason) -> None:
+        now, round_trip = self._now(), member.connection.round_trip
+        timeout, late_at = self._options.clear_timeout, now
+        if round_trip is not None:
+            timeout = min(timeout, max(SHORTEST_CLEAR, CLEAR_ROUND_TRIPS * round_trip))
+            late_at = now + max(SHORTEST_RELIANCE, RELIED_ROUND_TRIPS * round_trip)
+        restoration = self._restoring[member] = _Restoration(failing, late_at)
+        restoration.task = spawn(self._run_restore(member, timeout), name="xai_pool_patch.restore")
+
+    async def _run_restore(self, member: _Member[C], timeout: float) -> None:
+        restoring = spawn(member.connection.restore(), name="xai_pool_patch.clear")
+        try:
+            await asyncio.wait([restoring], timeout=timeout)
+        finally:
+            if not self._loop.is_closed():
+                restoring.cancel()
+        await asyncio.wait([restoring])  # until it has let go of the connection
+        self._restored(member)
+
+    def _restored(self, member: _Member[C]) -> None:
+        restoration = self._restoring.pop(member, None)
+        if restoration is None:
+            return
+        is_clean = member.connection.is_reusable
+        if restoration.failing is Reason.INTERRUPTED:
+            self._learn(is_clean)
+        if is_clean:
+            self._offer(member)
+        else:
+            self._remove(member, restoration.failing)
+        self._settle()
+
+    def _learn(self, is_clean: bool) -> None:
+        """What one clear of an interrupted connection says about the next."""
+        if is_clean:
+            self._refusals = 0
+            self.counters.reclaimed()
+            log().debug("reclaimed")
+        else:
+            self._refusals += 1
+            if self._refusals >= REFUSALS:
+                self._stop_reclaiming("clears are not acknowledged")
+
+    def _stop_reclaiming(self, reason: str) -> None:
+        if self._reclaims:
+            self._reclaims = False
+            log().warning("interrupted connections are discarded from here on", reason=reason)
+
+    def _prove(self) -> None:
+        """Has an idle connection prove that it lives. One at a time: callers may need the rest."""
+        if self._restoring or self._options.keepalive != "clear":
+            return
+        now = self._now()
+        for member in self._idle:
+            if member.proven_at + self._options.keepalive_after <= now:
+                self._idle.remove(member)
+                self._restore(member, Reason.STALE)
+                return
+
     # Losing and closing
 
     def _lost(self, member: _Member[C]) -> None:
+        if member.connection.broke_word:
+            self._stop_reclaiming("audio came after the acknowledgement of a clear")
+        if member in self._restoring:
+            self._restored(member)
         if member.connection not in self._members:
             return
-        if not member.was_leased and self._now() - member.made_at < SHORT_LIFE:
+        if not member.loans and self._now() - member.made_at < SHORT_LIFE:
             self._backoff.failed(Setback.PASSING, self._now())
         self._remove(member, Reason.STALE if member in self._idle else Reason.ERROR)
         self._settle()
@@ -435,9 +567,12 @@ class Pool(Generic[C]):
         del self._members[member.connection]
         if member in self._idle:
             self._idle.remove(member)
+        restoration = self._restoring.pop(member, None)
         self.counters.discarded(reason.value)
         log().info("discarded", reason=reason.value)
         if not self._loop.is_closed():
+            if restoration is not None and restoration.task is not None:
+                restoration.task.cancel()
             task = member.connection.close()
             if task is not None:
                 self._closing.add(task)
@@ -451,6 +586,7 @@ class Pool(Generic[C]):
         if not self.is_closed:
             self._retire_aged()
             self._trim()
+            self._prove()
             self._top_up()
         self._arm()
 
@@ -501,9 +637,15 @@ class Pool(Generic[C]):
 
     def _next_due(self) -> float:
         now = self._now()
-        moments = [dial.late_at for dial in self._dials if self._waiters and now < dial.late_at]
+        moments: list[float] = []
+        if self._waiters:
+            moments += [dial.late_at for dial in self._dials]
+            moments += [restoration.late_at for restoration in self._restoring.values()]
+            moments = [late_at for late_at in moments if now < late_at]
         if not self.is_closed:
             moments += [m.expires_at if m.rotate_at <= now else m.rotate_at for m in self._idle]
+            if self._options.keepalive == "clear" and not self._restoring:
+                moments += [m.proven_at + self._options.keepalive_after for m in self._idle]
             surplus = self._fresh() + len(self._dials) - self._kept
             if surplus > 0 and self._idle:
                 moments.append(self._idle[0].idle_since + self._options.max_idle_time)

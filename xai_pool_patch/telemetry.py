@@ -47,6 +47,7 @@ class Totals(TypedDict):
 
     connections_made: int
     connections_reused: int
+    connections_reclaimed: int
     discarded_interrupted: int
     discarded_stale: int
     discarded_error: int
@@ -67,6 +68,7 @@ class Stats(Totals):
     pools: int
     idle: int
     leased: int
+    restoring: int
     dialling: int
 
 
@@ -78,6 +80,9 @@ class Counters:
 
     def reused(self) -> None:
         self.totals["connections_reused"] += 1
+
+    def reclaimed(self) -> None:
+        self.totals["connections_reclaimed"] += 1
 
     def waited(self, seconds: float) -> None:
         milliseconds = seconds * 1e3
@@ -114,6 +119,8 @@ class Countable(Protocol):
     @property
     def leased(self) -> int: ...
     @property
+    def restoring(self) -> int: ...
+    @property
     def dialling(self) -> int: ...
 
 
@@ -123,5 +130,6 @@ def stats_of(pools: Sequence[Countable], counters: Counters) -> Stats:
         "pools": len(pools),
         "idle": sum(pool.idle for pool in pools),
         "leased": sum(pool.leased for pool in pools),
+        "restoring": sum(pool.restoring for pool in pools),
         "dialling": sum(pool.dialling for pool in pools),
     }

@@ -10,6 +10,7 @@ from livekit.plugins import xai
 
 import xai_pool_patch
 from tests.kit import Line, all_closed, line_to, quick, speak
+from xai_pool_patch import PoolOptions
 from xai_pool_patch.demo.standin import End
 
 
@@ -29,9 +30,17 @@ async def replayed(line: Line, tts: xai.TTS) -> None:
     line.server.reset_all()
 
 
+@pytest.mark.parametrize(
+    "patched",
+    [PoolOptions(interruption="discard"), PoolOptions(interruption="clear")],
+    indirect=True,
+    ids=lambda options: options.interruption,
+)
 @pytest.mark.parametrize("prepare", [cold, warm, replayed])
 async def test_cancelled_at_every_step(
-    prepare: Callable[[Line, xai.TTS], Awaitable[None]], patched: None, no_tasks_left: None
+    prepare: Callable[[Line, xai.TTS], Awaitable[None]],
+    patched: None,
+    no_tasks_left: None,
 ) -> None:
     """One step of the event loop further each time, until a turn comes to its end first."""
     async with line_to(quick(generation=0.0)) as line:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 import xai_pool_patch
-from tests.kit import Line, all_closed, line_to, quick, speak
+from tests.kit import Line, all_closed, interrupted, line_to, quick, speak
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.demo.standin import End, Ending
+from xai_pool_patch.demo.standin import Clearing, End, Ending
 
 
 async def test_pings_are_answered_while_idle(patched: None) -> None:
@@ -113,12 +113,12 @@ def test_a_session_closed_just_before_its_loop() -> None:
     xai_pool_patch.uninstall()
 
 
-@pytest.mark.parametrize("when", ["idle", "dialling"])
+@pytest.mark.parametrize("when", ["idle", "dialling", "clearing"])
 def test_a_loop_that_just_stops(
     when: str, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
     """P9: a loop closed without cancelling its tasks takes the pool's tasks along in silence."""
-    xai_pool_patch.install()
+    xai_pool_patch.install(PoolOptions(interruption="clear"))
 
     async def begin() -> tuple[Any, Line]:
         context = line_to(round_trip=0.05)
@@ -127,6 +127,10 @@ def test_a_loop_that_just_stops(
         tts.prewarm()
         if when == "idle":
             await speak(tts, "Hello.")
+        elif when == "clearing":
+            line.server.behaviour.clearing = Clearing.IGNORED
+            line.server.behaviour.pace = 1.0
+            await interrupted(line, tts)
         else:
             await line.server.wait_for(lambda s: s.link.accepted == 1)
         return context, line
@@ -139,6 +143,7 @@ def test_a_loop_that_just_stops(
     context, line = loop.run_until_complete(begin())
     ours = {t for t in asyncio.all_tasks(loop) if t.get_name().startswith("xai_pool_patch")}
     assert ours, "there was nothing in flight"
+    assert xai_pool_patch.stats()["restoring"] == (when == "clearing")
     loop.run_until_complete(end(context, line))
     loop.close()
     xai_pool_patch.uninstall()

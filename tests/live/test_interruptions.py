@@ -10,8 +10,8 @@ import pytest
 from livekit.plugins import xai
 
 import xai_pool_patch
-from tests.kit import ONCE, Heard, Line, all_closed, line_to, quick, speak
-from xai_pool_patch.demo.standin import Connection, End
+from tests.kit import ONCE, Heard, Line, all_closed, interrupted, line_to, quick, speak
+from xai_pool_patch.demo.standin import End
 
 TURNS = 300
 SEED = 6078
@@ -80,7 +80,7 @@ async def test_a_cut_off_connection_gets_its_close_frame_at_once(patched: None) 
     """The server stops speaking, and its session is free, long before the next turn."""
     async with line_to(quick(pace=1.0, speech_per_character=1.0)) as line:
         tts = line.tts()
-        await _interrupted(line, tts)
+        await interrupted(line, tts)
         await line.server.wait_for(lambda s: s.connections[0].ended is End.CLIENT_CLOSE, 1.0)
         assert line.server.utterances[0].cut_off
         await tts.aclose()
@@ -91,7 +91,7 @@ async def test_a_stream_closes_at_once_though_the_server_never_answers_close() -
     xai_pool_patch.install(xai_pool_patch.PoolOptions(close_timeout=0.3))
     async with line_to(quick(pace=1.0, speech_per_character=1.0, answer_close=False)) as line:
         tts = line.tts()
-        connection = await _interrupted(line, tts)
+        connection = await interrupted(line, tts)
         assert connection.is_open, "the interruption waited for the close"
         closed_at = asyncio.get_running_loop().time()
         await line.server.wait_for(lambda s: not connection.is_open)
@@ -120,7 +120,7 @@ async def test_late_audio_after_an_interruption_is_never_heard(patched: None) ->
     async with line_to(quick(pace=1.0, speech_per_character=1.0), round_trip=0.05) as line:
         tts = line.tts()
         for number in range(5):
-            await _interrupted(line, tts)
+            await interrupted(line, tts)
             line.server.behaviour.pace = 1000.0
             heard = await speak(tts, f"And now {number}.")
             assert heard.samples == {line.server.utterance_for(f"And now {number}.").number}
@@ -197,15 +197,6 @@ async def test_audio_out_of_turn_condemns_the_connection(
         assert heard.error is None
         assert heard.samples == {line.server.utterance_for("Second.").number}
         await tts.aclose()
-
-
-async def _interrupted(line: Line, tts: xai.TTS) -> Connection:
-    """A turn that is closed in the middle of its audio; the connection it spoke on."""
-    async with tts.stream() as stream:
-        stream.push_text("This is a long sentence.")
-        stream.end_input()
-        await stream.__anext__()
-    return line.server.connections[line.server.utterances[-1].connection - 1]
 
 
 async def test_closing_a_tts_that_speaks_dials_nothing(patched: None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import logging
 import random
@@ -16,17 +17,21 @@ from livekit.plugins import xai
 import xai_pool_patch
 from tests.kit import Heard, Line, all_closed, line_to, quick, speak
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.demo.standin import Ending
+from xai_pool_patch.demo.standin import Clearing, Ending
 
 CONVERSATIONS = 4
 OPTIONS = PoolOptions(
     heartbeat=0.3, first_audio_timeout=0.3, close_timeout=0.3, max_age=3.0, max_idle_time=0.5
+)
+CLEARING = dataclasses.replace(
+    OPTIONS, interruption="clear", keepalive="clear", clear_timeout=0.1, keepalive_after=0.02
 )
 FLAT = 1_500_000
 """Bytes: what caches hold, however many turns there were. 2,000 leases would be several times
 that."""
 RETRYING = APIConnectOptions(max_retry=2, retry_interval=0.01, timeout=2.0)
 ENDINGS = [Ending.CLOSE, Ending.RESET]
+ACKNOWLEDGED = [Clearing.ACKNOWLEDGED, Clearing.CROSSED, Clearing.LATE]
 
 
 @dataclass
@@ -42,6 +47,8 @@ class Conversation:
     async def hold(self) -> None:
         for number in range(self.turns):
             self._befall()
+            behaviour = self.line.server.behaviour
+            behaviour.clearing = self.chance.choice(ACKNOWLEDGED)
             # In time for the framework's retries, by which the unpatched plugin would speak too.
             relenting = asyncio.get_running_loop().call_later(0.03, self._relent)
             await self._turn(f"This is turn {number}.")
@@ -90,10 +97,13 @@ class Conversation:
             self.silent.append(f"{text} {heard.error!r}")
 
 
-async def test_soak(pytestconfig: pytest.Config, no_tasks_left: None) -> None:
+@pytest.mark.parametrize(("options", "share"), [(OPTIONS, 1), (CLEARING, 4)])
+async def test_soak(
+    options: PoolOptions, share: int, pytestconfig: pytest.Config, no_tasks_left: None
+) -> None:
     """No wrong sample, no turn that stays silent after the framework's retries, nothing leaked."""
-    turns: int = pytestconfig.getoption("--soak-turns")
-    xai_pool_patch.install(OPTIONS)
+    turns: int = pytestconfig.getoption("--soak-turns") // share
+    xai_pool_patch.install(options)
     logging.disable()  # pytest would keep every record, with the frames of its traceback
     try:
         await _converse(turns // 10)  # so that what is cached once is there before counting
@@ -105,6 +115,8 @@ async def test_soak(pytestconfig: pytest.Config, no_tasks_left: None) -> None:
         tracemalloc.stop()
         stats = xai_pool_patch.stats()
         assert (stats["idle"], stats["leased"], stats["dialling"]) == (0, 0, 0)
+        assert stats["restoring"] == 0
+        assert (stats["connections_reclaimed"] > turns / 20) == (options is CLEARING), stats
         assert leaked < FLAT, f"{leaked} bytes kept after {turns} turns"
     finally:
         logging.disable(logging.NOTSET)
@@ -119,7 +131,7 @@ async def _converse(turns: int) -> None:
 
 
 async def _conversation(seed: int, turns: int) -> None:
-    async with line_to(quick(generation=0.005), round_trip=0.002) as line:
+    async with line_to(quick(generation=0.005, clear_delay=0.01), round_trip=0.002) as line:
         tts = line.tts()
         conversation = Conversation(line, tts, random.Random(seed), turns)
         await conversation.hold()

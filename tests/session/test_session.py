@@ -14,6 +14,7 @@ from livekit.plugins import xai
 
 import xai_pool_patch
 from tests.kit import Line, all_closed, line_to, quick
+from xai_pool_patch import PoolOptions
 from xai_pool_patch.demo.conversation import Loudspeaker, Playback, ignore_reported
 from xai_pool_patch.demo.standin import End
 
@@ -89,6 +90,12 @@ async def test_a_conversation_over_one_connection() -> None:
         await all_closed(line.server)
 
 
+@pytest.mark.parametrize(
+    "patched",
+    [PoolOptions(interruption="discard"), PoolOptions(interruption="clear")],
+    indirect=True,
+    ids=lambda options: options.interruption,
+)
 async def test_interruptions() -> None:
     """After each the caller hears the next sentence, all of it, and nothing of the last."""
     chance = random.Random(3)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
+from tests.virtual import run
 from xai_pool_patch.backoff import Account, Backoff, Setback
 from xai_pool_patch.options import PoolOptions
-from xai_pool_patch.pool import Pool
+from xai_pool_patch.pool import Pool, Reason
 from xai_pool_patch.telemetry import Counters
 
 HANDSHAKE = 0.45
+ROUND_TRIP = 0.15
 
 
 class RefusedError(Exception):
@@ -28,8 +31,20 @@ class Wire:
     made_at: float
     on_lost: Callable[[], None] | None = None
     is_reusable: bool = True
+    round_trip: float | None = ROUND_TRIP
+    broke_word: bool = False
+    restored_after: float = ROUND_TRIP
+    is_restorable: bool = True
+    restorations: int = 0
     is_open: bool = True
     closed_at: float | None = None
+
+    async def restore(self) -> None:
+        assert self.is_open
+        self.restorations += 1
+        self.is_reusable = False
+        await asyncio.sleep(self.restored_after)
+        self.is_reusable = self.is_open and self.is_restorable
 
     def close(self) -> asyncio.Task[None]:
         assert self.is_open or not self.is_reusable, f"{self!r} is closed twice"
@@ -95,3 +110,38 @@ def make_pool(
         is_defunct=lambda: network.is_gone,
         jitter=jitter,
     )
+
+
+Scenario = Callable[[Network, Pool[Wire]], Coroutine[Any, Any, None]]
+
+
+def play(scenario: Scenario, options: PoolOptions | None = None) -> None:
+    """Runs a scenario on a pool, and holds the pool to leaving nothing behind."""
+
+    async def whole() -> None:
+        network = Network()
+        pool = make_pool(network, options)
+        await scenario(network, pool)
+        pool.close()
+        for wire in network.open:
+            pool.discard(wire, Reason.INTERRUPTED)
+        await pool.aclose()
+        assert pool.is_empty, pool
+        assert network.open == []
+
+    run(whole())
+
+
+async def leased(pool: Pool[Wire]) -> Wire:
+    return (await pool.acquire(10.0)).connection
+
+
+async def idle(pool: Pool[Wire], count: int) -> list[Wire]:
+    wires = list(await asyncio.gather(*(leased(pool) for _ in range(count))))
+    for wire in wires:
+        pool.release(wire)
+    return wires
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 )
 
 from tests.virtual import VirtualLoop
-from xai_pool_patch.connection import Connection
+from xai_pool_patch.connection import TEXT_CLEAR, Connection
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool import AcquireTimeoutError, DialFailedError, Pool, Reason
 from xai_pool_patch.shared import Connect, Key, LoopPools
@@ -32,7 +32,20 @@ from xai_pool_patch.shared import Connect, Key, LoopPools
 T = TypeVar("T")
 
 HANDSHAKE = 0.4
+ROUND_TRIP = 0.1
 MAX_AGE = 1800.0
+TEXT, CLEARED = '{"type":"text.delta","delta":"Hello"}', '{"type":"audio.clear"}'
+AUDIO, ERROR = '{"type":"audio.delta","delta":"AAAA"}', '{"type":"error","message":"no"}'
+CLEARS = {
+    "acknowledged": {0.0: [AUDIO, CLEARED]},
+    "late": {0.0: [AUDIO], 0.45: [CLEARED]},
+    "too late": {0.7: [CLEARED]},
+    "ignored": {},
+    "refused": {0.0: [ERROR]},
+    "leaking": {0.0: [CLEARED], 0.2: [AUDIO]},
+    "twice": {0.0: [CLEARED, CLEARED]},
+}
+"""What comes of a clear, by the seconds over the round trip that it takes."""
 VOICES = st.sampled_from(["ara", "eve", "rex"])
 
 
@@ -47,8 +60,9 @@ class TTS:
 class Socket:
     """A WebSocket of which nobody but the pool is on the other side."""
 
-    def __init__(self, voice: str) -> None:
+    def __init__(self, voice: str, clearing: str) -> None:
         self.voice = voice
+        self.clearing = clearing
         self.made_at = asyncio.get_running_loop().time()
         self.is_open = True
         self.closed = False
@@ -59,6 +73,15 @@ class Socket:
 
     async def ping(self, token: bytes) -> None:
         self._messages.put_nowait(aiohttp.WSMessage(WSMsgType.PONG, token, None))
+
+    async def send_str(self, frame: str, compress: int | None) -> None:
+        assert frame == TEXT_CLEAR
+        for delay, answers in CLEARS[self.clearing].items():
+            for answer in answers:
+                message = aiohttp.WSMessage(WSMsgType.TEXT, answer, None)
+                asyncio.get_running_loop().call_later(
+                    ROUND_TRIP + delay, self._messages.put_nowait, message
+                )
 
     async def close(self) -> None:
         self.is_open, self.closed = False, True
@@ -80,6 +103,8 @@ class World:
 
     sockets: list[Socket] = field(default_factory=list)
     next_dials: list[int | str] = field(default_factory=list)
+    clearing: str = "acknowledged"
+    """What the connections dialled from now on do."""
     session: Session = field(default_factory=Session)
 
     def at(self, voice: str) -> tuple[Key, Callable[[], Connect]]:
@@ -88,7 +113,7 @@ class World:
             await asyncio.wait_for(asyncio.sleep(1e9 if fate == "hangs" else HANDSHAKE), timeout)
             if isinstance(fate, int):
                 raise RefusedError(fate)
-            self.sockets.append(Socket(voice))
+            self.sockets.append(Socket(voice, self.clearing))
             return self.sockets[-1]
 
         session: Any = self.session
@@ -111,12 +136,18 @@ class Turn:
 
 
 class Agents(RuleBasedStateMachine):
-    @initialize(min_size=st.integers(0, 2))
-    def begin(self, min_size: int) -> None:
+    @initialize(min_size=st.integers(0, 2), clears=st.booleans(), proves=st.booleans())
+    def begin(self, min_size: int, clears: bool, proves: bool) -> None:
         self.loop = VirtualLoop()
         self.complaints: list[Any] = []
         self.loop.set_exception_handler(lambda _, context: self.complaints.append(context))
-        self.options = PoolOptions(min_size=min_size, max_age=MAX_AGE)
+        self.options = PoolOptions(
+            min_size=min_size,
+            max_age=MAX_AGE,
+            interruption="clear" if clears else "discard",
+            keepalive="clear" if proves else "ping",
+            keepalive_after=30.0,
+        )
         self.world = World()
         self.ttss = [TTS()]
         self.turns: list[Turn] = []
@@ -180,14 +211,18 @@ class Agents(RuleBasedStateMachine):
             self.let()
 
     @precondition(lambda self: self.speaking)
-    @rule(data=st.data(), completed=st.booleans())
-    def end_turn(self, data: st.DataObject, completed: bool) -> None:
+    @rule(data=st.data(), how=st.sampled_from(["completed", "failed", "interrupted", "cut early"]))
+    def end_turn(self, data: st.DataObject, how: str) -> None:
         turn = self.pick(data, self.speaking)
         self.turns.remove(turn)
-        if completed:
+        if how == "completed":
             self.inside(turn.pool.release, turn.connection)
+        elif how == "failed":
+            self.inside(turn.pool.discard, turn.connection, Reason.ERROR)
         else:
-            self.inside(turn.pool.discard, turn.connection, Reason.INTERRUPTED)
+            if how == "interrupted":
+                turn.connection.utterance.sent(TEXT)  # type: ignore[union-attr]
+            self.inside(turn.pool.reclaim, turn.connection)
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
@@ -232,6 +267,10 @@ class Agents(RuleBasedStateMachine):
     def prepare_dials(self, fates: list[int | str]) -> None:
         self.world.next_dials = fates
 
+    @rule(clearing=st.sampled_from(sorted(CLEARS)))
+    def answer_clears(self, clearing: str) -> None:
+        self.world.clearing = clearing
+
     @precondition(lambda self: self.world.open)
     @rule(data=st.data())
     def lose(self, data: st.DataObject) -> None:
@@ -245,7 +284,7 @@ class Agents(RuleBasedStateMachine):
     @rule()
     def rest(self) -> None:
         """Nothing fails for a while: then everything is as it should be."""
-        self.world.next_dials = []
+        self.world.next_dials, self.world.clearing = [], "acknowledged"
         self.let(120.0)
         assert self.waiting == [], "a caller was forgotten"
         for key, pool in self.pools.pools.items():
@@ -255,7 +294,8 @@ class Agents(RuleBasedStateMachine):
             )
             least = self.options.min_size if used else 0
             assert pool.dialling == 0
-            assert pool.leased + pool.idle <= max(least, pool.leased), "holds more than it uses"
+            unused = pool.idle + pool.restoring
+            assert pool.leased + unused <= max(least, pool.leased), "holds more than it uses"
 
     # What holds at all times
 
@@ -269,6 +309,12 @@ class Agents(RuleBasedStateMachine):
         for turn in self.speaking:
             state = turn.connection.state.value  # type: ignore[union-attr]
             assert state in ("open", "lost"), state
+
+    @invariant()
+    def no_clear_goes_on_for_ever(self) -> None:
+        for pool in self.pools.pools.values():
+            for restoration in pool._restoring.values():
+                assert self.loop.time() <= restoration.late_at + self.options.clear_timeout
 
     @invariant()
     def failures_are_those_that_callers_know(self) -> None:

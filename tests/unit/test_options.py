@@ -9,7 +9,16 @@ import pytest
 
 from xai_pool_patch import InvalidOptionError, PoolOptions, XaiPoolPatchError
 
-SECONDS = ["max_age", "max_idle_time", "close_timeout", "heartbeat", "first_audio_timeout"]
+SECONDS = [
+    "max_age",
+    "max_idle_time",
+    "close_timeout",
+    "heartbeat",
+    "first_audio_timeout",
+    "clear_timeout",
+    "keepalive_after",
+]
+CHOICES = {"interruption": ["discard", "clear"], "keepalive": ["ping", "clear"]}
 
 
 def test_defaults() -> None:
@@ -21,6 +30,10 @@ def test_defaults() -> None:
         "close_timeout": 5.0,
         "heartbeat": 20.0,
         "first_audio_timeout": 5.0,
+        "interruption": "discard",
+        "clear_timeout": 1.0,
+        "keepalive": "ping",
+        "keepalive_after": 300.0,
     }
 
 
@@ -30,6 +43,22 @@ def test_nonsense_seconds(name: str, value: object) -> None:
     """Durations are finite numbers above zero."""
     with pytest.raises(InvalidOptionError, match=rf"^{name} must be a number of seconds above 0"):
         PoolOptions(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("value", ["Clear", "", None, True, 1, ["clear"]])
+def test_nonsense_choices(name: str, value: object) -> None:
+    """The message has all there is to choose from."""
+    first, second = CHOICES[name]
+    with pytest.raises(InvalidOptionError, match=rf"^{name} must be '{first}' or '{second}', not"):
+        PoolOptions(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices(name: str) -> None:
+    """Each of them is taken."""
+    for value in CHOICES[name]:
+        assert getattr(PoolOptions(**{name: value}), name) == value  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [-1, 51, 1.0, "1", None, True, math.nan])

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any
 
 import pytest
 
-from tests.unit.pool_kit import HANDSHAKE, Network, RefusedError, Wire, make_pool
+from tests.unit.pool_kit import (
+    HANDSHAKE,
+    Network,
+    RefusedError,
+    Wire,
+    idle,
+    leased,
+    make_pool,
+    now,
+    play,
+)
 from tests.virtual import run
 from xai_pool_patch.backoff import Account, Setback
 from xai_pool_patch.options import PoolOptions
@@ -20,41 +28,6 @@ from xai_pool_patch.pool import (
     PoolClosedError,
     Reason,
 )
-
-Scenario = Callable[[Network, Pool[Wire]], Coroutine[Any, Any, None]]
-
-
-def play(scenario: Scenario, options: PoolOptions | None = None) -> None:
-    """Runs a scenario on a pool, and holds the pool to leaving nothing behind."""
-
-    async def whole() -> None:
-        network = Network()
-        pool = make_pool(network, options)
-        await scenario(network, pool)
-        pool.close()
-        for wire in network.open:
-            pool.discard(wire, Reason.INTERRUPTED)
-        await pool.aclose()
-        assert pool.is_empty, pool
-        assert network.open == []
-
-    run(whole())
-
-
-async def leased(pool: Pool[Wire]) -> Wire:
-    return (await pool.acquire(10.0)).connection
-
-
-async def idle(pool: Pool[Wire], count: int) -> list[Wire]:
-    wires = list(await asyncio.gather(*(leased(pool) for _ in range(count))))
-    for wire in wires:
-        pool.release(wire)
-    return wires
-
-
-def now() -> float:
-    return asyncio.get_running_loop().time()
-
 
 # Acquire and release
 
@@ -731,6 +704,8 @@ def test_repr_tells_the_whole_state() -> None:
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         pool.keep(1)
         await leased(pool)
-        assert repr(pool) == "<Pool open idle=0 leased=1 dialling=0 waiting=0 closing=0 kept=1>"
+        assert repr(pool) == (
+            "<Pool open idle=0 leased=1 restoring=0 dialling=0 waiting=0 closing=0 kept=1>"
+        )
 
     play(scenario)

@@ -10,6 +10,7 @@ from xai_pool_patch.utterance import Stage, UtteranceTracker, type_of
 
 TEXT, DONE = '{"type":"text.delta","delta":"Hello"}', '{"type":"text.done"}'
 AUDIO, AUDIO_DONE = '{"type":"audio.delta","delta":"AAAA"}', '{"type":"audio.done","trace_id":"t"}'
+CLEAR, CLEARED = '{"type":"text.clear"}', '{"type":"audio.clear"}'
 ERROR, NEWS = '{"type":"error","message":"no"}', '{"type":"session.updated"}'
 
 Step = tuple[str, object]
@@ -50,11 +51,72 @@ ROUND = [*up(TEXT, TEXT), *down(AUDIO), *up(DONE), *down(AUDIO, AUDIO_DONE)]
         (ROUND + down(NEWS), Stage.CLEAN),
         (up(TEXT) + down(NEWS), Stage.ASKED),
         (ROUND[:-1], Stage.FINISHING),
+        (up(CLEAR), Stage.PROVING),
+        (up(TEXT, CLEAR), Stage.CLEARING),
+        ([*up(TEXT, CLEAR), *down(AUDIO, AUDIO)], Stage.CLEARING),
+        ([*up(TEXT, DONE, CLEAR), *down(AUDIO, AUDIO_DONE)], Stage.PROVING),
+        (up(TEXT, CLEAR) + down(NEWS), Stage.CLEARING),
     ],
 )
 def test_whole_and_unfinished_rounds(steps: list[Step], stage: Stage) -> None:
     """Only a round that was finished on both sides leaves the connection clean."""
     assert after(steps).stage is stage
+
+
+OWING = [
+    up(TEXT),
+    up(TEXT) + down(AUDIO),
+    up(TEXT, DONE),
+    [*up(TEXT), *down(AUDIO), *up(DONE)],
+    up(DONE),
+]
+"""One conversation for each stage in which something is owed."""
+
+
+@pytest.mark.parametrize("steps", OWING)
+@pytest.mark.parametrize("under_way", [[], [AUDIO], [AUDIO, AUDIO_DONE], [AUDIO_DONE]])
+def test_a_clear_that_is_acknowledged_leaves_it_clean(
+    steps: list[Step], under_way: list[object]
+) -> None:
+    """Whatever was under way, an `audio.done` that crosses it included; and so does the next."""
+    cleared = [*steps, *up(CLEAR), *down(*under_way, CLEARED)]
+    assert after(cleared).stage is Stage.CLEAN
+    assert after(cleared + cleared + ROUND).stage is Stage.CLEAN
+    assert after(cleared[:-1]).stage is not Stage.CLEAN
+
+
+def test_whose_word_is_all_there_is() -> None:
+    """After a clear of an utterance, but not after one that only proved a connection alive."""
+    assert not after(ROUND + up(CLEAR) + down(CLEARED)).was_cleared
+    assert after(up(TEXT, CLEAR) + down(CLEARED) + ROUND).was_cleared
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        down(CLEARED),
+        up(TEXT) + down(CLEARED),
+        up(TEXT, DONE) + down(CLEARED),
+        [*up(CLEAR), *down(AUDIO, CLEARED)],
+        [*up(CLEAR), *down(AUDIO_DONE, CLEARED)],
+        [*up(CLEAR), *down(ERROR, CLEARED)],
+        up(CLEAR, CLEAR) + down(CLEARED, CLEARED),
+        up(CLEAR, TEXT) + down(CLEARED),
+        [*up(CLEAR), *down(CLEARED, CLEARED)],
+        [*up(TEXT, CLEAR), *down(AUDIO_DONE, AUDIO, CLEARED)],
+        [*up(TEXT, CLEAR), *down(AUDIO_DONE, AUDIO_DONE, CLEARED)],
+        [*up(TEXT, CLEAR), *down(ERROR, CLEARED)],
+        [*up(TEXT, CLEAR), *down("not json", CLEARED)],
+        [*up(TEXT, CLEAR), *down(CLEARED, AUDIO)],
+        [*up(TEXT, CLEAR), *down(CLEARED, AUDIO_DONE)],
+        up(TEXT, CLEAR, TEXT) + down(CLEARED),
+        up(TEXT, CLEAR, DONE) + down(CLEARED),
+        up(TEXT, CLEAR, CLEAR) + down(CLEARED, CLEARED),
+    ],
+)
+def test_a_clear_that_goes_otherwise_spoils_the_connection(steps: list[Step]) -> None:
+    """One at a time, nothing sent meanwhile, and nothing that the answer does not account for."""
+    assert after(steps).stage is Stage.SPOILED
 
 
 @pytest.mark.parametrize(

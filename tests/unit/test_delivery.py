@@ -1,0 +1,113 @@
+"""What one utterance does with its connection: in which order, and how it gives it back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.virtual import run
+from xai_pool_patch.connection import Connection
+from xai_pool_patch.delivery import Delivery
+from xai_pool_patch.pool import Acquired, Reason
+
+TEXT, DONE = '{"type":"text.delta","delta":"Hello"}', '{"type":"text.done"}'
+
+
+class Socket:
+    """Keeps what is sent, and says nothing."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+
+    async def receive(self) -> aiohttp.WSMessage:
+        return await asyncio.get_running_loop().create_future()
+
+    async def ping(self, token: bytes) -> None:
+        self.sent.append("PING")
+
+    async def send_str(self, frame: str, compress: int | None) -> None:
+        self.sent.append(frame)
+
+
+class Pool:
+    """Keeps how a connection came back."""
+
+    def __init__(self) -> None:
+        self.came_back: list[Any] = []
+
+    def release(self, connection: Connection) -> None:
+        self.came_back.append("released")
+
+    def reclaim(self, connection: Connection) -> None:
+        self.came_back.append("to be reclaimed")
+
+    def discard(self, connection: Connection, reason: Reason) -> None:
+        self.came_back.append(reason)
+
+
+def deliver(cut_off: Reason | None, *, fresh: bool) -> tuple[Socket, Pool]:
+    socket: Any = Socket()
+    pool: Any = Pool()
+
+    async def utterance() -> None:
+        connection = Connection(socket, close_timeout=1.0, on_fault=_raise)
+        await asyncio.sleep(0)
+        delivery = Delivery(
+            Acquired(connection, waited=0.0, reused=not fresh, fresh=fresh),
+            pool,
+            redial=_no_redial,
+            first_audio_timeout=5.0,
+            on_replaced=_raise,
+        )
+        for frame in (TEXT, DONE):
+            await delivery.send(_sending(frame))
+        delivery.end(cut_off)
+        connection._reader.cancel()
+        await asyncio.wait([connection._reader])
+
+    run(utterance())
+    return socket, pool
+
+
+def _sending(frame: str) -> Callable[[Connection], Any]:
+    return lambda connection: connection.send_str(frame, None)
+
+
+async def _no_redial() -> Any:
+    raise AssertionError("nothing has failed")
+
+
+def _raise(fault: object) -> None:
+    raise AssertionError(fault)
+
+
+@pytest.mark.parametrize(
+    ("fresh", "sent"), [(True, ["PING", TEXT, DONE]), (False, ["PING", "PING", TEXT, DONE])]
+)
+def test_a_ping_leaves_ahead_of_the_text(fresh: bool, sent: list[str]) -> None:
+    """Of a connection that was used before: its PONG comes between old audio and new.
+
+    The first PING is that of the dial.
+    """
+    socket, _ = deliver(None, fresh=fresh)
+    assert socket.sent == sent
+
+
+@pytest.mark.parametrize(
+    ("cut_off", "comes_back"),
+    [
+        (None, "released"),
+        (Reason.INTERRUPTED, "to be reclaimed"),
+        (Reason.ERROR, Reason.ERROR),
+    ],
+)
+def test_only_an_interruption_is_worth_a_clear(cut_off: Reason | None, comes_back: Any) -> None:
+    """What ended otherwise proves nothing good of its connection."""
+    _, pool = deliver(cut_off, fresh=True)
+    assert pool.came_back == [comes_back]

@@ -1,0 +1,474 @@
+"""What the pool does with connections that can be made clean again, and proven alive."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+
+import pytest
+
+from tests.unit.pool_kit import (
+    HANDSHAKE,
+    ROUND_TRIP,
+    Network,
+    Wire,
+    idle,
+    leased,
+    now,
+)
+from tests.unit.pool_kit import play as play_with
+from xai_pool_patch.options import PoolOptions
+from xai_pool_patch.pool import (
+    RELIED_ROUND_TRIPS,
+    SHORTEST_CLEAR,
+    SHORTEST_RELIANCE,
+    AcquireTimeoutError,
+    Pool,
+)
+
+RELIED_ON = RELIED_ROUND_TRIPS * ROUND_TRIP
+KEEPALIVE_AFTER = 300.0
+
+play = functools.partial(play_with, options=PoolOptions(interruption="clear"))
+play_proving = functools.partial(
+    play_with, options=PoolOptions(keepalive="clear", keepalive_after=KEEPALIVE_AFTER)
+)
+
+
+def interrupt(pool: Pool[Wire], wire: Wire) -> None:
+    """In the middle of an utterance: something is owed."""
+    wire.is_reusable = False
+    pool.reclaim(wire)
+
+
+async def interrupted(pool: Pool[Wire]) -> Wire:
+    wire = await leased(pool)
+    interrupt(pool, wire)
+    return wire
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+
+
+# Reclaiming
+
+
+def test_the_default_discards() -> None:
+    """Nothing is asked of the server, not even where nothing was asked of it before."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        for is_clean in (True, False):
+            wire = await leased(pool)
+            wire.is_reusable = is_clean
+            pool.reclaim(wire)
+            assert (wire.is_open, wire.restorations) == (False, 0)
+        assert pool.counters.totals["discarded_interrupted"] == 2
+
+    play_with(scenario)
+
+
+def test_an_interrupted_connection_is_reclaimed_in_the_background() -> None:
+    """reclaim() waits for nothing; a round trip later the connection is there, and nothing else."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        wire = await interrupted(pool)
+        assert (pool.idle, pool.leased, pool.restoring) == (0, 0, 1)
+        await asyncio.sleep(ROUND_TRIP + 0.01)
+        assert (pool.idle, pool.leased, pool.restoring) == (1, 0, 0)
+        acquired = await pool.acquire(10.0)
+        assert (acquired.connection, acquired.reused, acquired.fresh) == (wire, True, False)
+        assert len(network.dialled_at) == 1, "it counts as kept"
+        assert pool.counters.totals["connections_reclaimed"] == 1
+
+    play(scenario)
+
+
+def test_nothing_is_cleared_where_nothing_is_owed() -> None:
+    """Interrupted before anything was sent, a connection is as good as before."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        wire = await leased(pool)
+        pool.reclaim(wire)
+        assert (pool.idle, wire.restorations) == (1, 0)
+
+    play(scenario)
+
+
+def test_a_caller_gets_the_connection_that_is_being_cleared() -> None:
+    """On time, that is sooner than a dial: none is made. The connection is no fresh one."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        wire = await interrupted(pool)
+        await asyncio.sleep(0.1)
+        acquired = await pool.acquire(10.0)
+        assert acquired.connection is wire
+        assert acquired.waited == pytest.approx(ROUND_TRIP - 0.1)
+        assert (acquired.reused, acquired.fresh) == (False, False)
+        assert len(network.dialled_at) == 1
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("clear_takes", [0.4, 1e9])
+def test_a_caller_does_not_rely_on_a_clear_that_is_late(clear_takes: float) -> None:
+    """After two round trips it dials, and takes whichever is first."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        first = await leased(pool)
+        first.restored_after = clear_takes
+        interrupt(pool, first)
+        began = now()
+        wire = await leased(pool)
+        assert network.dialled_at[1:] == [pytest.approx(began + RELIED_ON)]
+        assert (wire is first) == (clear_takes == 0.4)
+        assert now() - began == pytest.approx(min(clear_takes, RELIED_ON + HANDSHAKE))
+
+    play(scenario)
+
+
+def test_a_caller_does_not_rely_on_a_clear_over_an_unknown_distance() -> None:
+    """It dials at once."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        wire = await leased(pool)
+        wire.round_trip = None
+        interrupt(pool, wire)
+        began = now()
+        assert await leased(pool) is wire
+        assert network.dialled_at[1:] == [began]
+
+    play(scenario)
+
+
+def test_over_no_distance_a_clear_still_has_a_moment() -> None:
+    """The server's own time is not in the round trip."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        wire = await leased(pool)
+        wire.round_trip, wire.restored_after = 0.0, SHORTEST_RELIANCE - 0.01
+        interrupt(pool, wire)
+        assert await leased(pool) is wire
+        assert len(network.dialled_at) == 1
+
+    play(scenario)
+
+
+def test_only_as_many_callers_rely_on_clears_as_there_are() -> None:
+    """The second one dials at once."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        wire = await interrupted(pool)
+        began = now()
+        first, second = await asyncio.gather(leased(pool), leased(pool))
+        assert first is wire
+        assert second is not wire
+        assert network.dialled_at[1:] == [began]
+
+    play(scenario)
+
+
+def test_whoever_wants_a_fresh_one_does_not_rely_on_a_clear() -> None:
+    """A replacement is dialled at once."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        wire = await interrupted(pool)
+        began = now()
+        assert (await pool.acquire(10.0, fresh=True)).connection is not wire
+        assert network.dialled_at[1:] == [began]
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("fresh_first", [True, False])
+def test_one_wants_a_fresh_one_and_another_relies_on_a_clear(fresh_first: bool) -> None:
+    """Each gets its own, by one dial, whoever came first."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        wire = await interrupted(pool)
+        began = now()
+        callers = [pool.acquire(10.0, fresh=True), pool.acquire(10.0)]
+        results = await asyncio.gather(*(callers if fresh_first else callers[::-1]))
+        fresh, other = results if fresh_first else results[::-1]
+        assert other.connection is wire
+        assert fresh.connection is not wire
+        assert network.dialled_at[1:] == [began]
+
+    play(scenario)
+
+
+def test_a_caller_that_gives_up_leaves_the_clear_alone() -> None:
+    """P3: the next one finds the connection."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        wire = await interrupted(pool)
+        with pytest.raises(AcquireTimeoutError):
+            await pool.acquire(0.1)
+        await asyncio.sleep(0.1)
+        assert await leased(pool) is wire
+        assert len(network.dialled_at) == 1
+
+    play(scenario)
+
+
+# Clears that fail
+
+
+@pytest.mark.parametrize(
+    ("round_trip", "bound"), [(0.001, SHORTEST_CLEAR), (0.1, 0.6), (1.0, 1.0), (None, 1.0)]
+)
+def test_a_clear_that_is_not_acknowledged_is_given_up(
+    round_trip: float | None, bound: float
+) -> None:
+    """By the distance, and after clear_timeout at most; P4: a standby is dialled at once."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        wire = await leased(pool)
+        wire.round_trip, wire.restored_after = round_trip, 1e9
+        interrupt(pool, wire)
+        given_up_at = now() + bound
+        await asyncio.sleep(5.0)
+        assert wire.closed_at == pytest.approx(given_up_at)
+        assert network.dialled_at[1:] == [pytest.approx(given_up_at)]
+        assert pool.counters.totals["discarded_interrupted"] == 1
+
+    play(scenario)
+
+
+def test_a_connection_that_is_lost_meanwhile_is_replaced_at_once() -> None:
+    """C3: nobody waits for an acknowledgement that cannot come."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        wire = await interrupted(pool)
+        await asyncio.sleep(0.1)
+        wire.break_off()
+        assert (pool.restoring, pool.dialling) == (0, 1)
+        await asyncio.sleep(5.0)
+        assert pool.counters.totals["discarded_interrupted"] == 1
+
+    play(scenario)
+
+
+def test_a_connection_that_grew_old_meanwhile_is_not_handed_on() -> None:
+    """P5: though a caller waits for it."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        wire = await leased(pool)
+        await asyncio.sleep(1800.0)
+        interrupt(pool, wire)
+        assert await leased(pool) is not wire
+        assert pool.counters.totals["discarded_expired"] == 1
+
+    play(scenario)
+
+
+async def _refuse(pool: Pool[Wire]) -> Wire:
+    """An interruption whose clear is not acknowledged; the connection that nothing came of."""
+    wire = await leased(pool)
+    wire.is_restorable = False
+    interrupt(pool, wire)
+    await asyncio.sleep(ROUND_TRIP + 0.01)
+    assert not wire.is_open
+    return wire
+
+
+def test_after_two_refusals_in_a_row_it_discards(caplog: pytest.LogCaptureFixture) -> None:
+    """And says so once."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        wires = [await _refuse(pool) for _ in range(4)]
+        assert [wire.restorations for wire in wires] == [1, 1, 0, 0]
+        assert pool.counters.totals["discarded_interrupted"] == 4
+
+    play(scenario)
+    assert warnings(caplog) == ["interrupted connections are discarded from here on"]
+
+
+def test_a_refusal_is_forgiven(caplog: pytest.LogCaptureFixture) -> None:
+    """As soon as a clear is acknowledged."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        for _ in range(3):
+            await _refuse(pool)
+            wire = await interrupted(pool)
+            await asyncio.sleep(ROUND_TRIP + 0.01)
+            assert wire.is_open
+            pool.release(await leased(pool))
+
+    play(scenario)
+    assert warnings(caplog) == []
+
+
+@pytest.mark.parametrize("use", ["idle", "leased"])
+def test_a_broken_word_is_not_forgiven(use: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A server whose acknowledgement proved wrong once is not asked for another."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        wire = await interrupted(pool)
+        await asyncio.sleep(ROUND_TRIP + 0.01)
+        if use == "leased":
+            assert await leased(pool) is wire
+        wire.broke_word = True
+        wire.break_off()
+        other = await interrupted(pool)
+        assert (other.is_open, other.restorations) == (False, 0)
+
+    play(scenario)
+    assert warnings(caplog) == ["interrupted connections are discarded from here on"]
+
+
+# Closing
+
+
+def test_closing_does_not_wait_for_an_acknowledgement() -> None:
+    """P7: what is being cleared is closed at once, like an idle connection."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        wire = await leased(pool)
+        wire.restored_after = 1e9
+        interrupt(pool, wire)
+        began = now()
+        await pool.aclose()
+        assert wire.closed_at == began
+        assert now() - began < 0.2
+        assert pool.counters.totals["discarded_closed"] == 1
+
+    play(scenario)
+
+
+def test_closing_leaves_whoever_relies_on_a_clear_a_dial() -> None:
+    """No turn falls silent because its pool ends."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        cleared = await interrupted(pool)
+        caller = asyncio.create_task(leased(pool))
+        await asyncio.sleep(0.05)
+        pool.close()
+        wire = await caller
+        assert wire is not cleared
+        assert wire.is_open
+
+    play(scenario)
+
+
+def test_a_closed_pool_clears_nothing() -> None:
+    """What comes back after the end is discarded."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        wire = await leased(pool)
+        pool.close()
+        interrupt(pool, wire)
+        assert (wire.is_open, wire.restorations) == (False, 0)
+
+    play(scenario)
+
+
+# Proving
+
+
+def test_pings_are_proof_enough_by_default() -> None:
+    """Nothing else is asked of an idle connection."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        [wire] = await idle(pool, 1)
+        await asyncio.sleep(1500.0)
+        assert wire.restorations == 0
+
+    play_with(scenario)
+
+
+def test_an_idle_connection_proves_that_it_lives() -> None:
+    """Again and again, each time that long after the last use or proof."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        [wire] = await idle(pool, 1)
+        await asyncio.sleep(KEEPALIVE_AFTER - 1.0)
+        await idle(pool, 1)
+        await asyncio.sleep(KEEPALIVE_AFTER - 1.0)
+        assert wire.restorations == 0
+        await asyncio.sleep(2.0)
+        assert wire.restorations == 1
+        await asyncio.sleep(3 * KEEPALIVE_AFTER)
+        assert wire.restorations == 4
+        assert (pool.idle, len(network.dialled_at)) == (1, 1)
+        assert pool.counters.totals["connections_reclaimed"] == 0
+
+    play_proving(scenario)
+
+
+def test_one_that_does_not_is_lost_and_replaced() -> None:
+    """P4: long before a turn would have found out; and no clear of an utterance was refused."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        for count in (1, 2, 3):
+            [wire] = await idle(pool, 1)
+            wire.restored_after = 1e9
+            await asyncio.sleep(KEEPALIVE_AFTER + 5.0)
+            assert not wire.is_open
+            assert (pool.idle, len(network.dialled_at)) == (1, count + 1)
+            assert pool.counters.totals["discarded_stale"] == count
+
+    play_proving(scenario)
+
+
+def test_while_one_proves_it_the_others_serve() -> None:
+    """One at a time: a caller finds a connection."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(2)
+        wires = await idle(pool, 2)
+        await asyncio.sleep(KEEPALIVE_AFTER + 0.01)
+        pool.keep(2)  # any event will do
+        await asyncio.sleep(0.01)
+        assert (pool.idle, pool.restoring) == (1, 1)
+        assert (await pool.acquire(10.0)).waited == 0.0
+        await asyncio.sleep(3 * ROUND_TRIP)
+        assert [wire.restorations for wire in wires] == [1, 0]
+        pool.release(wires[1])
+
+    play_proving(scenario)
+
+
+def test_a_caller_takes_the_only_one_as_soon_as_it_has_proven_it() -> None:
+    """Or dials, when the proof is late."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        [wire] = await idle(pool, 1)
+        await asyncio.sleep(KEEPALIVE_AFTER + 0.1)
+        acquired = await pool.acquire(10.0)
+        assert acquired.connection is wire
+        assert acquired.waited == pytest.approx(ROUND_TRIP - 0.1)
+        pool.release(wire)
+        wire.restored_after = 1e9
+        await asyncio.sleep(KEEPALIVE_AFTER + 0.1)
+        acquired = await pool.acquire(10.0)
+        assert acquired.connection is not wire
+        assert acquired.waited == pytest.approx(RELIED_ON - 0.1 + HANDSHAKE)
+
+    play_proving(scenario)
+
+
+def test_a_proof_is_no_use() -> None:
+    """P1, P6: last in is still first out, and a spare connection is still trimmed in its time."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        first, second = await asyncio.gather(leased(pool), leased(pool))
+        pool.release(first)
+        await asyncio.sleep(5.0)
+        pool.release(second)
+        await asyncio.sleep(36.0)
+        assert (first.restorations, second.restorations) == (2, 1)
+        assert await leased(pool) is second
+        pool.release(second)
+        await asyncio.sleep(20.0)
+        assert (first.is_open, second.is_open) == (False, True)
+
+    play_with(scenario, PoolOptions(keepalive="clear", keepalive_after=20.0))
