@@ -13,7 +13,15 @@ import pytest
 
 from tests.demo.test_demo import COMMAND, TIMEOUT, command, environment, refused
 
-CASES = ["steady", "interrupted-0.8s", "interrupted-0.1s", "voices", "ten-cold", "cut-early"]
+CASES = [
+    "steady",
+    "interrupted-0.8s",
+    "interrupted-0.1s",
+    "interrupted-clear",
+    "voices",
+    "ten-cold",
+    "cut-early",
+]
 QUICK = ["--turns", "2", "--rtt", "20"]
 PERCENTILES = {"p50", "p95", "max"}
 
@@ -81,6 +89,7 @@ def test_json_counts_turns_and_connections(report: Any) -> None:
     }
     assert counts["steady"] == [2, 2, 1, 2, 1, 1]
     assert counts["interrupted-0.8s"][0::3] == [1, 1]
+    assert counts["interrupted-clear"] == [1, 2, 1, 1, 1, 1]
     assert counts["voices"][4:] == [2, 2]
     assert counts["ten-cold"] == [2, 2, 2, 2, 2, 2]
     assert counts["cut-early"][0::3] == [2, 2]
@@ -89,7 +98,7 @@ def test_json_counts_turns_and_connections(report: Any) -> None:
 def test_goals_are_for_gaps_that_a_handshake_fits_into(report: Any) -> None:
     """Of the others it is not asked."""
     without = {case["name"] for case in report["cases"] if case["missed_goals"] is None}
-    assert without == {"interrupted-0.1s", "ten-cold"}
+    assert without == {"interrupted-0.1s", "interrupted-clear", "ten-cold"}
 
 
 def test_shows_a_line_per_case_and_a_table() -> None:

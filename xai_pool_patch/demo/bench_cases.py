@@ -184,6 +184,14 @@ CASES = (
         gap=0.1,
         turns_each=10,
     ),
+    Case(
+        name="interrupted-clear",
+        shows='the same in one conversation, with interruption="clear"',
+        play=_interrupted,
+        gap=0.1,
+        turns_each=40,
+        options=PoolOptions(interruption="clear"),
+    ),
     Case(name="voices", shows="the voice is switched before every turn", play=_voices),
     Case(
         name="ten-cold",
