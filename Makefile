@@ -1,17 +1,22 @@
-# Both commands of the README, and what they need. Everything goes into a virtual environment.
+# The commands of the README, and what they need. Everything goes into a virtual environment.
 PYTHON ?= python3
 PLUGIN ?= 1.6.0
 CONSTRAINTS := constraints/plugin-$(PLUGIN).txt
 VENV := .venv$(PLUGIN:1.6.0=)
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test matrix bench lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/xai-pool-patch demo
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest
+
+# Every environment of noxfile.py, two at a time: most of a test is waiting. A pyenv shows only the
+# interpreters it is asked for.
+matrix: $(VENV)/ready
+	PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | paste -sd:) $(BIN)/nox --parallel 2
 
 bench: $(VENV)/ready
 	$(BIN)/xai-pool-patch bench
@@ -27,4 +32,4 @@ $(VENV)/ready: pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf .venv*
+	rm -rf .venv* .nox

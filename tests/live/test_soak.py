@@ -65,7 +65,8 @@ class Conversation:
             lambda: setattr(behaviour, "end_after_audio", self.chance.choice(ENDINGS)),
             lambda: setattr(behaviour, "refuse_next", [503]),
             lambda: setattr(behaviour, "raw_before_audio", ["{not json"]),
-            lambda: setattr(behaviour, "late_audio", 0.001),
+            # At once: after the next utterance's first text nobody could tell it from that one's.
+            lambda: setattr(behaviour, "late_audio", 0.0),
             lambda: setattr(behaviour, "answer_close", False),
             lambda: self.tts.update_options(voice=self.chance.choice(["ara", "eve"])),
         ]

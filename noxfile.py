@@ -1,0 +1,99 @@
+"""The matrix: every environment the package is declared for, each with its pinned file.
+
+`make matrix` runs it, and says at its end which sessions found no interpreter. `nox -s constraints`
+resolves the pinned files anew, with the newest of everything that an environment leaves open.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import nox
+
+PLUGINS = [
+    *["1.5.2", "1.5.17", "1.6.0", "1.6.1", "1.6.4"],
+    *["1.6.5", "1.6.10", "1.7.1", "1.8.0", "1.8.9"],
+]
+"""Each runs with the livekit-agents of its own version."""
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+THOROUGH = ["1.6.0", "1.8.9"]
+"""One plugin without and one with a pool of its own: on every Python, and on the floors."""
+FLOORS = ["aiohttp==3.10.6", "structlog==24.1", "typer==0.15.1", "wrapt==1.16"]
+"""The lowest declared. All other environments have the newest of each."""
+
+
+def _releases(plugin: str, agents: str) -> list[str]:
+    # Before 1.8.7 both import the httpx that openai 2 brings, and few say so.
+    openai = "openai>=3" if agents == "1.8.9" else "openai<3"
+    return [f"livekit-plugins-xai=={plugin}", f"livekit-agents=={agents}", openai]
+
+
+ENVIRONMENTS = {
+    **{f"plugin-{version}": _releases(version, version) for version in PLUGINS},
+    **{f"plugin-{version}-floors": _releases(version, version) + FLOORS for version in THOROUGH},
+    "plugin-1.6.0-agents-1.8.9": [*_releases("1.6.0", "1.8.9"), "httpx"],
+}
+"""By the name of its file in constraints/: what an environment fixes."""
+
+RUNS = [(THIS_PYTHON, environment) for environment in ENVIRONMENTS] + [
+    (python, f"plugin-{version}")
+    for version in THOROUGH
+    for python in PYTHONS
+    if python != THIS_PYTHON
+]
+"""The sessions of the matrix: a Python, and what is installed."""
+TOUCH_THE_PLUGIN = ["tests/live", "tests/session", "tests/demo/test_check.py"]
+
+nox.needs_version = ">=2026.8.10"
+nox.options.sessions = ["wheels", "matrix"]
+nox.options.default_venv_backend = "uv"
+nox.options.download_python = "never"
+nox.options.error_on_missing_interpreters = False
+
+
+def _file(environment: str) -> str:
+    return f"constraints/{environment}.txt"
+
+
+def _named(python: str, environment: str) -> Any:
+    return nox.param(python, environment, id=f"{environment}-python-{python}")
+
+
+@nox.session(allow_parallel=True)
+@nox.parametrize("python, environment", [_named(*run) for run in RUNS])
+def matrix(session: nox.Session, environment: str) -> None:
+    """The tests that touch the plugin, in one environment."""
+    pinned = _file(environment)
+    session.install("-r", pinned, "--build-constraints", pinned, "--editable", ".[demo,dev]")
+    session.run("python", "-m", "pytest", *TOUCH_THE_PLUGIN, *session.posargs)
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """The published wheel of every listed version is the one that was read."""
+    from xai_pool_patch.plugin import EDITIONS
+
+    for edition in EDITIONS:
+        for version in edition.versions:
+            folder = Path(session.create_tmp(), version)
+            release = f"livekit-plugins-xai=={version}"
+            session.install("--no-deps", f"--target={folder}", release)
+            published = (folder / "livekit/plugins/xai/tts.py").read_bytes()
+            if hashlib.sha256(published).hexdigest() != edition.sha256:
+                session.error(f"{release} is not what the table says")
+
+
+@nox.session
+def constraints(session: nox.Session) -> None:
+    """Resolves every pinned file anew."""
+    fixed = Path(session.create_tmp(), "fixed.txt")
+    command = ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", PYTHONS[0]]
+    bare = ["--no-header", "--no-annotate", "--no-emit-index-url"]
+    for environment, requirements in ENVIRONMENTS.items():
+        fixed.write_text("\n".join([*requirements, "hatchling"]))
+        inputs = ["pyproject.toml", "--extra=demo", "--extra=dev", str(fixed)]
+        session.run(*command, "--upgrade", *bare, *inputs, "--output-file", _file(environment))

@@ -1,0 +1,83 @@
+"""That the package declares what the matrix runs, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nox.project
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+import noxfile
+
+ROOT = Path(noxfile.__file__).parent
+PINNED = sorted((ROOT / "constraints").iterdir())
+PROJECT: dict[str, Any] = nox.project.load_toml(ROOT / "pyproject.toml")["project"]
+DECLARED = {r.name: r.specifier for r in map(Requirement, PROJECT["dependencies"])}
+
+
+def pins(environment: str) -> dict[str, str]:
+    lines = (ROOT / "constraints" / f"{environment}.txt").read_text().splitlines()
+    return dict(line.split(" ;")[0].split("==") for line in lines)
+
+
+@pytest.mark.parametrize("package", ["livekit-plugins-xai", "livekit-agents"])
+def test_the_releases_declared_are_those_from_the_first_run_to_the_last(package: str) -> None:
+    """None below, none above."""
+    run = f">={noxfile.PLUGINS[0]},<={noxfile.PLUGINS[-1]}"
+    assert DECLARED[package] == SpecifierSet(run)
+
+
+@pytest.mark.parametrize("floor", noxfile.FLOORS)
+def test_the_floors_declared_are_run(floor: str) -> None:
+    """The lowest of each, in the environments named for it."""
+    package, lowest = floor.split("==")
+    assert f">={lowest}" in map(str, DECLARED[package])
+
+
+def test_every_dependency_is_of_the_matrix() -> None:
+    """A new one has a floor to run, too."""
+    floors = {floor.split("==")[0] for floor in noxfile.FLOORS}
+    assert set(DECLARED) == floors | {"livekit-plugins-xai", "livekit-agents"}
+
+
+def test_the_pythons_declared_are_those_run() -> None:
+    """By the range and by the classifiers, on both of the plugins that are run thoroughly."""
+    first, last = noxfile.PYTHONS[0], noxfile.PYTHONS[-1]
+    beyond = f"3.{int(last.split('.')[1]) + 1}"
+    assert SpecifierSet(PROJECT["requires-python"]) == SpecifierSet(f">={first},<{beyond}")
+    said = [c.rpartition(" :: ")[2] for c in PROJECT["classifiers"] if "Python :: 3." in c]
+    assert said == noxfile.PYTHONS
+    for plugin in noxfile.THOROUGH:
+        run = {python for python, environment in noxfile.RUNS if environment == f"plugin-{plugin}"}
+        assert run == set(noxfile.PYTHONS)
+
+
+def test_every_environment_has_its_file_and_every_file_its_environment() -> None:
+    """Nothing is pinned that is not run."""
+    assert {file.stem for file in PINNED} == set(noxfile.ENVIRONMENTS)
+    assert {environment for _, environment in noxfile.RUNS} == set(noxfile.ENVIRONMENTS)
+
+
+@pytest.mark.parametrize("environment", noxfile.ENVIRONMENTS)
+def test_a_file_pins_what_its_environment_fixes(environment: str) -> None:
+    """Written by hand, or forgotten, it would say something else."""
+    pinned = pins(environment)
+    for requirement in map(Requirement, noxfile.ENVIRONMENTS[environment]):
+        assert pinned[requirement.name] in requirement.specifier
+
+
+def test_all_but_the_floors_have_the_newest() -> None:
+    """One of each, above the floor."""
+    for floor in noxfile.FLOORS:
+        package, lowest = floor.split("==")
+        (newest,) = {pins(e)[package] for e in noxfile.ENVIRONMENTS if not e.endswith("floors")}
+        assert newest in SpecifierSet(f">{lowest}")
+
+
+@pytest.mark.parametrize("file", PINNED, ids=lambda file: file.stem)
+def test_no_file_names_an_index(file: Path) -> None:
+    """Whoever installs from it has one."""
+    assert not [line for line in file.read_text().splitlines() if "==" not in line or "//" in line]
