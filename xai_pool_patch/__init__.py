@@ -12,18 +12,20 @@ from .errors import (
     XaiPoolPatchError,
 )
 from .options import PoolOptions
-from .patch import install, is_installed, stats, uninstall
-from .telemetry import Stats
+from .patch import install, is_installed, pool_stats, stats, uninstall
+from .telemetry.stats import PoolStats, Stats
 
 __all__ = [
     "AlreadyInstalledError",
     "InvalidOptionError",
     "PoolOptions",
+    "PoolStats",
     "Stats",
     "UnsupportedPluginError",
     "XaiPoolPatchError",
     "install",
     "is_installed",
+    "pool_stats",
     "stats",
     "uninstall",
 ]

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -20,7 +21,7 @@ from .demo.bench import bench_command
 from .errors import UnsupportedPluginError
 from .patch import OFF_SWITCH, is_switched_off
 from .plugin import DISTRIBUTION, MODULE, installed_version, is_as_published, recognise
-from .telemetry import describe
+from .telemetry.log import describe
 
 if TYPE_CHECKING:
     from .demo.conversation import OpenLine, Setting
@@ -105,6 +106,12 @@ def demo(
     live: Annotated[
         bool, typer.Option("--live", help=f"Speak to api.x.ai, with the key in {KEY_VARIABLE}.")
     ] = False,
+    svg: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Draw what is shown into a file, too.", callback=arguments.writable
+        ),
+    ] = None,
 ) -> None:
     """Hold the same conversation with the plugin as it is and patched, and compare.
 
@@ -118,10 +125,10 @@ def demo(
     plan = conversation.Plan(turns=turns, interrupted_share=interrupt, pause=pause)
     if api_key is None:
         line = functools.partial(conversation.line_to_stand_in, rtt / 1e3)
-        _compare(conversation.Setting(plan, rtt / 1e3), line, as_json=as_json)
+        _compare(conversation.Setting(plan, rtt / 1e3), line, as_json=as_json, svg=svg)
     else:
         line = functools.partial(conversation.line_to_xai, api_key)
-        _compare(conversation.Setting(plan, round_trip=None), line, as_json=as_json)
+        _compare(conversation.Setting(plan, round_trip=None), line, as_json=as_json, svg=svg)
 
 
 def _api_key() -> str:
@@ -143,7 +150,7 @@ def _check_plugin() -> None:
     xai_pool_patch.uninstall()
 
 
-def _compare(setting: Setting, open_line: OpenLine, *, as_json: bool) -> None:
+def _compare(setting: Setting, open_line: OpenLine, *, as_json: bool, svg: Path | None) -> None:
     from rich.console import Console
 
     from .demo import conversation, report
@@ -159,6 +166,8 @@ def _compare(setting: Setting, open_line: OpenLine, *, as_json: bool) -> None:
         print(json.dumps(report.as_json(comparison, setting), indent=2))
     else:
         report.show(console, comparison, setting)
+    if svg is not None:
+        svg.write_text(report.picture(comparison, setting), encoding="utf-8")
 
 
 app.command("bench")(bench_command)

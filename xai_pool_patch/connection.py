@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import re
 from collections.abc import Callable
 
 import aiohttp
 from aiohttp import WSMsgType
 
 from .background import spawn
-from .telemetry import describe, log
+from .telemetry.log import Event, describe, tell
 from .utterance import Stage, UtteranceTracker, type_of
 
+IDENTIFIER = re.compile(r"[a-z_]{1,20}(\.[a-z_]{1,20})?")
 ENDINGS = (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR)
 CLOSED_MESSAGE = aiohttp.WSMessage(WSMsgType.CLOSED, None, None)
 
@@ -169,7 +171,7 @@ class Connection:
                 self._abort()
         for task in done:
             if not task.cancelled() and (error := task.exception()):
-                log().debug("close cut short", error=describe(error))
+                tell(Event.CLOSE_FAILED, error=describe(error))
         await asyncio.wait([self._reader])
 
     def _abort(self) -> None:
@@ -221,8 +223,12 @@ class Connection:
         if not may_be_heard or is_idle_and_spoiled:
             self.broke_word = not may_be_heard and self.utterance.was_cleared
             self._lose()
-        else:
-            self._deliver(message, type_)
+            return
+        if self._sink is None:
+            # What the server writes there is not known, and may be anything.
+            kind = type_ if IDENTIFIER.fullmatch(type_) else "?"
+            tell(Event.IGNORED, message_type=kind)
+        self._deliver(message, type_)
 
     def _deliver(self, message: aiohttp.WSMessage, type_: str = "") -> None:
         if self._sink is not None:

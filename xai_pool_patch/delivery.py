@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -19,7 +20,6 @@ from aiohttp import WSMsgType
 from .background import call_at, spawn
 from .connection import ENDINGS, Connection
 from .pool import Acquired, Pool, Reason
-from .telemetry import describe, log
 from .utterance import UNREADABLE, Stage
 
 PROBE_ROUND_TRIPS = 4
@@ -33,6 +33,18 @@ Frame = Callable[[Connection], Awaitable[None]]
 """Sends one frame of the utterance on the given connection."""
 
 
+class Failure(enum.Enum):
+    """Why the first connection was not left to carry the utterance alone."""
+
+    NOT_SENT = "send failed"
+    ENDED = "ended by the peer"
+    ERROR = "error frame"
+    UNREADABLE = "unreadable frame"
+    OUT_OF_TURN = "audio.done out of turn"
+    NO_PONG = "no sign of life"
+    NO_ANSWER = "no answer"
+
+
 @dataclass(eq=False)
 class Attempt:
     """One connection that carries the utterance."""
@@ -41,6 +53,8 @@ class Attempt:
     is_fresh: bool
     waited: float
     """Seconds that the utterance waited for it."""
+    makes_up_for: Failure | None = None
+    """Why it replaces the first one, if it does."""
     sent: int = 0
     """How many of the utterance's frames have been sent on it."""
     is_sending: bool = False
@@ -54,7 +68,8 @@ class Delivery:
         pool: where it came from, and goes back to.
         redial: waits for a fresh connection.
         first_audio_timeout: see `PoolOptions`.
-        on_replaced: is told the seconds waited when a replacement is the one that is heard.
+        on_replaced: is told the seconds waited, and for what reason, when a replacement is the one
+            that is heard.
     """
 
     def __init__(
@@ -64,7 +79,7 @@ class Delivery:
         *,
         redial: Callable[[], Awaitable[Acquired[Connection]]],
         first_audio_timeout: float,
-        on_replaced: Callable[[float], None],
+        on_replaced: Callable[[float, str], None],
     ) -> None:
         self.inbox: asyncio.Queue[aiohttp.WSMessage | Exception] = asyncio.Queue()
         self._pool = pool
@@ -103,7 +118,7 @@ class Delivery:
             try:
                 await self._catch_up(attempt)
             except OSError:
-                if not self._go_on_without(attempt):
+                if not self._go_on_without(attempt, Failure.NOT_SENT):
                     raise
 
     def end(self, cut_off: Reason | None) -> None:
@@ -157,23 +172,23 @@ class Delivery:
         if connection.round_trip is not None:
             patience = PROBE_ROUND_TRIPS * connection.round_trip
             patience = min(LONGEST_PROBE, max(SHORTEST_PROBE, patience))
-            self._alarm(now + patience / 2, lambda: connection.last_heard <= now)
+            self._alarm(now + patience / 2, lambda: connection.last_heard <= now, Failure.NO_PONG)
         await connection.ping()
 
     def _watch(self, connection: Connection) -> None:
         """Sets the alarm for a reused connection that has the whole text and has given nothing."""
         if connection.utterance.stage in (Stage.AWAITING, Stage.EMPTY):
             now = asyncio.get_running_loop().time()
-            self._alarm(now + self._first_audio_timeout, lambda: True)
+            self._alarm(now + self._first_audio_timeout, lambda: True, Failure.NO_ANSWER)
 
-    def _alarm(self, when: float, is_silent: Callable[[], bool]) -> None:
+    def _alarm(self, when: float, is_silent: Callable[[], bool], failure: Failure) -> None:
         def ring() -> None:
             # A busy loop rings late, before it reads what has long arrived: read first.
             self._alarms.append(call_at(when, check))
 
         def check() -> None:
             if self._heard is None and is_silent():
-                self._replace(is_silent)
+                self._replace(is_silent, failure)
 
         self._alarms.append(call_at(when, ring))
 
@@ -181,8 +196,8 @@ class Delivery:
 
     def _hear(self, attempt: Attempt, message: aiohttp.WSMessage, type_: str) -> None:
         if self._heard is None:
-            if _is_failure(attempt, message, type_):
-                if self._go_on_without(attempt):
+            if failure := _failure_in(attempt, message, type_):
+                if self._go_on_without(attempt, failure):
                     return
                 self._settle_on(attempt)
             elif type_.startswith("audio."):
@@ -196,12 +211,12 @@ class Delivery:
         self._stop_watching()
         for other in [other for other in self._attempts if other is not attempt]:
             self._drop(other)
-        if attempt.is_fresh:
-            self._on_replaced(attempt.waited)
+        if attempt.makes_up_for is not None:
+            self._on_replaced(attempt.waited, attempt.makes_up_for.value)
         else:
             self._stop_redialling()
 
-    def _go_on_without(self, attempt: Attempt) -> bool:
+    def _go_on_without(self, attempt: Attempt, failure: Failure) -> bool:
         """Whether something else will carry the utterance; else its failure is the plugin's."""
         if self._heard is not None or attempt not in self._attempts:
             return False
@@ -209,7 +224,7 @@ class Delivery:
         if is_last and (attempt.is_fresh or self._has_redialled):
             return False
         self._drop(attempt)
-        self._replace(lambda: True)
+        self._replace(lambda: True, failure)
         return True
 
     def _drop(self, attempt: Attempt) -> None:
@@ -230,16 +245,17 @@ class Delivery:
     def _has_redialled(self) -> bool:
         return self._redialling is not None and self._redialling.done()
 
-    def _replace(self, is_wanted: Callable[[], bool]) -> None:
+    def _replace(self, is_wanted: Callable[[], bool], failure: Failure) -> None:
         """Begins to dial a replacement, if none has been dialled for this utterance."""
         if self._redialling is None:
-            self._redialling = spawn(self._send_again(is_wanted), name="xai_pool_patch.redial")
+            redial = self._send_again(is_wanted, failure)
+            self._redialling = spawn(redial, name="xai_pool_patch.redial")
 
-    async def _send_again(self, is_wanted: Callable[[], bool]) -> None:
+    async def _send_again(self, is_wanted: Callable[[], bool], failure: Failure) -> None:
         try:
             acquired = await self._redial()
         except Exception as error:
-            log().warning("replacement failed", error=describe(error))
+            self._pool.journal.replacement_failed(error, failure.value)
             if not self._attempts:
                 self.inbox.put_nowait(error)
             return
@@ -248,9 +264,8 @@ class Delivery:
             self._redialling = None
             self._pool.release(acquired.connection)
             return
-        self._pool.counters.replayed()
-        log().info("replaced during an utterance", waited_ms=round(acquired.waited * 1e3, 1))
-        attempt = self._begin(Attempt(acquired.connection, is_fresh=True, waited=acquired.waited))
+        self._pool.journal.replaced(acquired.waited, failure.value)
+        attempt = self._begin(Attempt(acquired.connection, True, acquired.waited, failure))
         with contextlib.suppress(OSError):  # then its reader has heard of its end
             await self._catch_up(attempt)
 
@@ -264,10 +279,12 @@ class Delivery:
             self._redialling.cancel()
 
 
-def _is_failure(attempt: Attempt, message: aiohttp.WSMessage, type_: str) -> bool:
+def _failure_in(attempt: Attempt, message: aiohttp.WSMessage, type_: str) -> Failure | None:
     if message.type in ENDINGS:
-        return True
-    if type_ == "audio.done":
+        return Failure.ENDED
+    if type_ == "audio.done" and attempt.connection.utterance.stage is Stage.SPOILED:
         # Before any audio of an utterance with text: an answer to something else.
-        return attempt.connection.utterance.stage is Stage.SPOILED
-    return message.type is WSMsgType.TEXT and type_ in ("error", UNREADABLE)
+        return Failure.OUT_OF_TURN
+    if message.type is WSMsgType.TEXT:
+        return {"error": Failure.ERROR, UNREADABLE: Failure.UNREADABLE}.get(type_)
+    return None

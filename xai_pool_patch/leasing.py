@@ -7,13 +7,14 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Awaitable, Callable, Iterator
+import weakref
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import aiohttp
 import multidict
 import yarl
-from livekit.agents import APIConnectionError, APIError, APIStatusError
+from livekit.agents import APIConnectionError, APIError, APIStatusError, get_job_context
 
 from .connection import Connection
 from .delivery import Delivery
@@ -28,7 +29,8 @@ from .pool import (
     Reason,
 )
 from .shared import Connect, Key, LoopPools, Registry
-from .telemetry import log
+from .telemetry.log import Event, in_ms, tell
+from .telemetry.stats import Tally
 
 NETWORK_ERRORS = (aiohttp.ClientError, APIError, OSError, asyncio.TimeoutError)
 """What the plugin's connect raises when the network or the server is at fault."""
@@ -52,18 +54,38 @@ class Turn:
         self.stream = stream
         self.waited = 0.0
         self.reused = False
+        self._reporting = [stream, *(outer() for outer in _synthesis.get())]
+        self._tally = Tally()
         self._lease: Lease | None = None
 
-    def begin(self, lease: Lease) -> None:
+    def begin(self, lease: Lease, tally: Tally) -> None:
         self.end(Reason.ERROR)  # of a subclass that connects more than once
         self._lease = lease
+        self._tally = tally
+
+    def acquired(self, waited: float, *, reused: bool) -> None:
+        self.note(waited, reused=reused)
+        self._tally.begun(waited, reused=reused)
+        if not reused:
+            self._mark("waited", wait_ms=in_ms(waited))
+
+    def replaced(self, waited: float, reason: str) -> None:
+        self.note(waited)
+        self._tally.replaced(waited)
+        self._mark("replaced", reason=reason, wait_ms=in_ms(waited))
 
     def note(self, waited: float, *, reused: bool = False) -> None:
         self.waited, self.reused = waited, reused
-        if self.stream is not None:
+        for stream in filter(None, self._reporting):
             # Where livekit-agents takes it from for its TTSMetrics.
-            self.stream._acquire_time = waited
-            self.stream._connection_reused = reused
+            stream._acquire_time = waited
+            stream._connection_reused = reused
+
+    def _mark(self, event: str, **attributes: str | float) -> None:
+        """On the stream's own span: the pool's tasks, which notice what happens, have none."""
+        span = getattr(self.stream, "_tts_request_span", None)
+        if span is not None:
+            span.add_event(f"xai_pool_patch.{event}", attributes)
 
     def end(self, cut_off: Reason | None) -> None:
         if self._lease is not None:
@@ -72,6 +94,11 @@ class Turn:
 
 _turn: contextvars.ContextVar[Turn | None] = contextvars.ContextVar("xai_pool_patch", default=None)
 current_turn = _turn.get
+
+_synthesis: contextvars.ContextVar[Sequence[weakref.ref[Any]]] = contextvars.ContextVar(
+    "xai_pool_patch.synthesis", default=()
+)
+"""The stream of a `TTS.synthesize()`, for the stream that does its work in its task."""
 
 
 class Leasing:
@@ -108,6 +135,16 @@ class Leasing:
             with self._guarded("giving back"):
                 turn.end(cut_off)
 
+    @contextlib.contextmanager
+    def synthesis(self) -> Iterator[list[weakref.ref[Any]]]:
+        """Takes a stream that is made in here, whose metrics are to tell what another one did."""
+        streams: list[weakref.ref[Any]] = []
+        token = _synthesis.set(streams)
+        try:
+            yield streams
+        finally:
+            _synthesis.reset(token)
+
     async def connect(
         self, turn: Turn, tts: Any, timeout: float, opts: Any, otherwise: Callable[[], Any]
     ) -> Any:
@@ -135,12 +172,12 @@ class Leasing:
 
     def prewarm(self, tts: Any) -> None:
         if not has_loop():
-            log().debug("prewarm skipped, no event loop is running")
+            tell(Event.PREWARM_SKIPPED, reason="no event loop is running")
             return
         try:
             tts._ensure_session()
         except RuntimeError:
-            log().debug("prewarm skipped, there is no HTTP session outside a job")
+            tell(Event.PREWARM_SKIPPED, reason="there is no HTTP session outside a job")
             return
         with self._guarded("prewarm"):
             self._use(self._registry.here(), tts).prewarm()
@@ -181,6 +218,7 @@ class Leasing:
     async def _lease(self, turn: Turn, tts: Any, timeout: float, opts: Any) -> Lease:
         pools = self._registry.here()
         pool = self._use(pools, tts)
+        tally = pools.tally(tts)  # the TTS may have left by the time there is a connection
         if opts is not None:
             pool = pools.visit(tts, _key(tts, opts), lambda: self._dialler(tts, opts))
         acquired = await _acquire(pool, timeout)
@@ -190,16 +228,30 @@ class Leasing:
                 pool,
                 redial=lambda: _acquire(pool, timeout, fresh=True),
                 first_audio_timeout=self._registry.options.first_audio_timeout,
-                on_replaced=turn.note,
+                on_replaced=turn.replaced,
             )
         )
-        turn.begin(lease)
-        turn.note(acquired.waited, reused=acquired.reused)
-        log().debug("acquired", reused=acquired.reused, waited_ms=round(acquired.waited * 1e3, 1))
+        turn.begin(lease, tally)
+        turn.acquired(acquired.waited, reused=acquired.reused)
         return lease
 
     def _use(self, pools: LoopPools, tts: Any) -> Pool[Connection]:
+        self._end_with_job(pools)
         return pools.use(tts, _key(tts, tts._opts), lambda: self._dialler(tts, tts._opts))
+
+    def _end_with_job(self, pools: LoopPools) -> None:
+        """Closes the pools before the job closes its HTTP session: nothing calls `TTS.aclose()`."""
+        try:
+            job = get_job_context()
+        except RuntimeError:  # not in a job
+            return
+        if not pools.is_first_use_by(job):
+            return
+
+        async def close_pools() -> None:
+            await pools.aclose()
+
+        job.add_shutdown_callback(close_pools)
 
     def _dialler(self, tts: Any, opts: Any) -> Connect:
         heartbeat = self._registry.options.heartbeat
@@ -237,24 +289,33 @@ async def _acquire(
     try:
         return await pool.acquire(timeout, fresh=fresh)
     except DialFailedError as failure:
-        raise _with_status(failure.error) from failure.error.__cause__
-    except AcquireTimeoutError as error:
-        raise APIConnectionError("failed to connect to xAI") from error
+        error = failure.error
+    except AcquireTimeoutError as late:
+        raise APIConnectionError("failed to connect to xAI") from late
+    # Out here no other error becomes its context. What the plugin has hidden there carries headers.
+    if error.__suppress_context__:
+        error.__context__ = None
+    raise _with_status(error) from error.__cause__
 
 
 def _with_status(error: Exception) -> Exception:
     """A refused handshake as the error from which the plugin makes an `APIStatusError`.
 
     From 1.8.0 on its connect makes one itself, which its stream then takes for a connection that
-    failed: without a status, and to be tried again.
+    failed: without a status, and to be tried again. Before that, it is aiohttp's, with the headers
+    of the request, and so with the API key, for everybody who prints it.
     """
-    if not isinstance(error, APIStatusError) or not 400 <= error.status_code < 500:
+    if isinstance(error, APIStatusError) and 400 <= error.status_code < 500:
+        status = error.status_code
+    elif isinstance(error, aiohttp.ClientResponseError):
+        status = error.status
+    else:
         return error
     url = yarl.URL()
     return aiohttp.ClientResponseError(
         aiohttp.RequestInfo(url, "GET", multidict.CIMultiDictProxy(multidict.CIMultiDict()), url),
         (),
-        status=error.status_code,
+        status=status,
         message=error.message,
     )
 

@@ -7,6 +7,7 @@ each, so that putting in and taking out walk the same list.
 from __future__ import annotations
 
 import enum
+import logging
 import os
 import sys
 import threading
@@ -22,7 +23,8 @@ from .errors import (
     XaiPoolPatchError,
 )
 from .options import PoolOptions
-from .telemetry import Counters, Stats, describe, log, stats_of
+from .telemetry.log import Event, describe, tell
+from .telemetry.stats import Counters, PoolStats, Stats, stats_of
 
 if TYPE_CHECKING:
     from .shared import Registry
@@ -62,10 +64,7 @@ class Patch:
         """Takes out what is ours. Beneath somebody else's wrapper it only passes through."""
         self.is_active = False
         if vars(self.owner).get(self.name) is not self._ours:
-            log().warning(
-                "wrapped by others, left in place to pass calls through",
-                attribute=f"{self.owner.__name__}.{self.name}",
-            )
+            tell(Event.COVERED, attribute=f"{self.owner.__name__}.{self.name}")
         elif self._original is _Missing.MISSING:
             delattr(self.owner, self.name)
         else:
@@ -102,7 +101,7 @@ class Installation:
         except BaseException:
             self.undo()
             raise
-        log().info("installed", plugin=self.version, shape=shape.value)
+        tell(Event.INSTALLED, plugin=self.version, shape=shape.value)
 
     def on_import(self, module: ModuleType) -> None:
         """Patches the plugin as soon as it has been imported.
@@ -119,7 +118,7 @@ class Installation:
             except Exception as error:
                 _installation = None
                 told = str(error) if isinstance(error, XaiPoolPatchError) else describe(error)
-                log().error("not installed", reason=told)
+                tell(Event.REFUSED, level=logging.ERROR, reason=told)
 
     def undo(self) -> None:
         while self.patches:
@@ -159,7 +158,7 @@ def install(
     global _installation
     options = _checked(options, allow_unverified, on_unsupported)
     if is_switched_off():
-        log().warning("not installed, switched off by the environment", variable=OFF_SWITCH)
+        tell(Event.SWITCHED_OFF, variable=OFF_SWITCH)
         return
     with _lock:
         if _installation is not None:
@@ -170,7 +169,7 @@ def install(
         except UnsupportedPluginError as error:
             if on_unsupported == "raise":
                 raise
-            log().warning("not installed", reason=str(error))
+            tell(Event.REFUSED, reason=str(error))
 
 
 def uninstall() -> None:
@@ -184,7 +183,7 @@ def uninstall() -> None:
         installation, _installation = _installation, None
     if installation is not None:
         installation.undo()
-        log().info("uninstalled")
+        tell(Event.UNINSTALLED)
 
 
 def is_switched_off() -> bool:
@@ -206,6 +205,18 @@ def stats() -> Stats:
     if installation is None or installation.registry is None:
         return stats_of([], Counters())
     return installation.registry.stats()
+
+
+def pool_stats() -> list[PoolStats]:
+    """A snapshot of each pool that there is; like `stats()` otherwise.
+
+    There is one for every event loop, API key, HTTP session and set of options in use. They are
+    told apart by the number that their log records carry, and by nothing that would be secret.
+    """
+    installation = _installation
+    if installation is None or installation.registry is None:
+        return []
+    return installation.registry.pool_stats()
 
 
 def _checked(

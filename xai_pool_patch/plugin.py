@@ -121,6 +121,7 @@ _RUN_WS = ("self", "input_stream", "output_emitter")
 _IN_EVERY_SHAPE = (
     _Method("TTS", "_close_ws", ("self", "ws"), uses=_uses("close")),
     _Method("TTS", "_ensure_session", ("self",), is_coroutine=False),
+    _Method("TTS", "synthesize", is_coroutine=False, uses=_uses("_synthesize_with_stream")),
     _Method("SynthesizeStream", "__init__", is_coroutine=False, uses=_uses("_tts", "_opts")),
     _Method("SynthesizeStream", "_run", uses=_uses("ClientResponseError", "APIStatusError")),
 )

@@ -21,7 +21,8 @@ from .background import call_at, spawn
 from .backoff import Backoff, Setback
 from .errors import XaiPoolPatchError
 from .options import PoolOptions
-from .telemetry import Counters, describe, log
+from .telemetry.journal import Journal
+from .telemetry.log import Event
 
 PATIENCE = 1.0
 """Seconds a caller relies on a dial that somebody else began, before it begins its own: about
@@ -59,6 +60,9 @@ class Reason(enum.Enum):
     EXPIRED = "expired"
     TRIMMED = "trimmed"
     CLOSED = "closed"
+
+
+_TOLD_AS = {Reason.TRIMMED: Event.TRIMMED, Reason.CLOSED: Event.CLOSED}
 
 
 class PoolClosedError(XaiPoolPatchError):
@@ -178,6 +182,7 @@ class Pool(Generic[C]):
         options: see `PoolOptions`.
         standby_timeout: seconds a background dial may take.
         backoff: when background dials may be made.
+        journal: is told what happens.
         setback_of: what the error of a dial means for the next ones.
         is_defunct: whether what it dials with is gone for good, so that it should end quietly.
     """
@@ -189,7 +194,7 @@ class Pool(Generic[C]):
         *,
         standby_timeout: float,
         backoff: Backoff,
-        counters: Counters,
+        journal: Journal,
         setback_of: Callable[[Exception], Setback],
         is_defunct: Callable[[], bool],
         jitter: random.Random,
@@ -198,7 +203,7 @@ class Pool(Generic[C]):
         self._options = options
         self._standby_timeout = standby_timeout
         self._backoff = backoff
-        self.counters = counters
+        self.journal = journal
         self._setback_of = setback_of
         self._is_defunct = is_defunct
         self._jitter = jitter
@@ -229,7 +234,8 @@ class Pool(Generic[C]):
 
     @property
     def leased(self) -> int:
-        return len(self._members) - len(self._idle) - len(self._restoring)
+        # Another thread may ask between two changes that belong together.
+        return max(0, len(self._members) - len(self._idle) - len(self._restoring))
 
     @property
     def restoring(self) -> int:
@@ -262,12 +268,12 @@ class Pool(Generic[C]):
             raise PoolClosedError("acquire() on a pool that has ended")
         member = None if fresh else self._take_idle()
         if member is not None:
-            self.counters.reused()
+            self.journal.reused()
             return Acquired(member.connection, waited=0.0, reused=True, fresh=False)
         asked = self._now()
         member = await self._wait(_Waiter(asked + timeout, fresh))
         waited = self._now() - asked
-        self.counters.waited(waited)
+        self.journal.waited(waited)
         return Acquired(member.connection, waited, reused=False, fresh=member.loans == 1)
 
     def release(self, connection: C) -> None:
@@ -460,8 +466,7 @@ class Pool(Generic[C]):
 
     def _dial_succeeded(self, dial: _Dial[C], connection: C) -> None:
         now = self._now()
-        self.counters.connected(now - dial.began)
-        log().info("connected", handshake_ms=round((now - dial.began) * 1e3, 1))
+        self.journal.connected(now - dial.began)
         if dial.waiter is not None:
             self._backoff.succeeded()
         lifetime = self._options.max_age * self._jitter.uniform(0.9, 1.0)
@@ -483,9 +488,7 @@ class Pool(Generic[C]):
         if dial.waiter is not None:
             dial.waiter.fail(DialFailedError(error))
         elif not self._is_defunct():
-            self.counters.standby_failed()
-            delay = self._backoff.next_attempt - self._now()
-            log().warning("standby failed", error=describe(error), retry_in_s=round(delay, 1))
+            self.journal.standby_failed(error, self._backoff.next_attempt - self._now())
         self._settle()
 
     # Restoring
@@ -526,8 +529,7 @@ class Pool(Generic[C]):
         """What one clear of an interrupted connection says about the next."""
         if is_clean:
             self._refusals = 0
-            self.counters.reclaimed()
-            log().debug("reclaimed")
+            self.journal.reclaimed()
         else:
             self._refusals += 1
             if self._refusals >= REFUSALS:
@@ -536,7 +538,7 @@ class Pool(Generic[C]):
     def _stop_reclaiming(self, reason: str) -> None:
         if self._reclaims:
             self._reclaims = False
-            log().warning("interrupted connections are discarded from here on", reason=reason)
+            self.journal.reclaiming_stopped(reason)
 
     def _prove(self) -> None:
         """Has an idle connection prove that it lives. One at a time: callers may need the rest."""
@@ -560,16 +562,21 @@ class Pool(Generic[C]):
             return
         if not member.loans and self._now() - member.made_at < SHORT_LIFE:
             self._backoff.failed(Setback.PASSING, self._now())
-        self._remove(member, Reason.STALE if member in self._idle else Reason.ERROR)
+        if member in self._idle:
+            self._remove(member, Reason.STALE, Event.LOST)
+        else:
+            self._remove(member, Reason.ERROR)
         self._settle()
 
-    def _remove(self, member: _Member[C], reason: Reason) -> None:
-        del self._members[member.connection]
+    def _remove(self, member: _Member[C], reason: Reason, event: Event | None = None) -> None:
+        now, idle_for = self._now(), None
         if member in self._idle:
             self._idle.remove(member)
+            idle_for = now - member.idle_since
+        del self._members[member.connection]
         restoration = self._restoring.pop(member, None)
-        self.counters.discarded(reason.value)
-        log().info("discarded", reason=reason.value)
+        event = event or _TOLD_AS.get(reason, Event.DISCARDED)
+        self.journal.removed(event, reason.value, now - member.made_at, idle_for)
         if not self._loop.is_closed():
             if restoration is not None and restoration.task is not None:
                 restoration.task.cancel()
@@ -593,7 +600,9 @@ class Pool(Generic[C]):
     def _retire_aged(self) -> None:
         now = self._now()
         for member in [m for m in self._idle if m.rotate_at <= now]:
-            if now >= member.expires_at or self._fresh() >= self._kept:
+            if 0 < self._kept <= self._fresh():
+                self._remove(member, Reason.EXPIRED, Event.ROTATED)
+            elif now >= member.expires_at or not self._kept:
                 self._remove(member, Reason.EXPIRED)
 
     def _trim(self) -> None:

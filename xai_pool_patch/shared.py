@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import logging
 import random
 import threading
 import weakref
@@ -16,7 +18,10 @@ from .backoff import Account, Backoff, Setback
 from .connection import Connection
 from .options import PoolOptions
 from .pool import Pool
-from .telemetry import Counters, Stats, describe, log, stats_of
+from .telemetry import metrics
+from .telemetry.journal import Journal
+from .telemetry.log import Event, describe, status_of, tell
+from .telemetry.stats import Counters, PoolStats, Stats, Tally, counts_of, stats_of
 
 STANDBY_TIMEOUT = 10.0
 """Seconds a background dial may take: what LiveKit allows a caller's (`APIConnectOptions`)."""
@@ -28,11 +33,16 @@ class Key:
 
     api_key: str = field(repr=False)
     session: aiohttp.ClientSession = field(repr=False)
-    options: tuple[tuple[str, object], ...]
+    options: tuple[tuple[str, object], ...] = field(repr=False)
+    """Of them a voice may be somebody's own."""
 
 
 Connect = Callable[[float], Awaitable[aiohttp.ClientWebSocketResponse]]
 """Dials for one key, within the seconds given, and without holding on to the TTS that asked."""
+
+
+_numbers = itertools.count(1)
+"""For the pools of this process."""
 
 
 @dataclass(eq=False)
@@ -42,10 +52,15 @@ class _User:
     finalizer: weakref.finalize[..., object] | None = None
     current: Key | None = None
     visited: set[Key] = field(default_factory=set)
+    tally: Tally = field(default_factory=Tally)
 
 
 class LoopPools:
-    """The pools of one event loop. Everything here happens in that loop's thread."""
+    """The pools of one event loop. Everything here happens in that loop's thread.
+
+    Attributes:
+        pools: never changed but replaced, since other threads look at it for their statistics.
+    """
 
     def __init__(
         self, options: PoolOptions, on_fault: Callable[[str, Exception], None] = lambda *_: None
@@ -53,9 +68,11 @@ class LoopPools:
         self.counters = Counters()
         self._on_fault = on_fault
         self.pools: dict[Key, Pool[Connection]] = {}
+        self._ending: list[Pool[Connection]] = []
         self._options = options
         self._loop = asyncio.get_running_loop()
         self._users: weakref.WeakKeyDictionary[object, _User] = weakref.WeakKeyDictionary()
+        self._jobs: weakref.WeakSet[object] = weakref.WeakSet()
         self._accounts: dict[str, Account] = {}
         self._jitter = random.Random()
 
@@ -83,9 +100,19 @@ class LoopPools:
         user.visited.add(key)
         pool = self.pools.get(key)
         if pool is None or pool.is_closed:
-            pool = self.pools[key] = self._make(key, dialler())
+            pool = self._make(key, dialler())
+            self.pools = {**self.pools, key: pool}
             self._keep_if_used(key)
         return pool
+
+    def is_first_use_by(self, job: object) -> bool:
+        is_first = job not in self._jobs
+        self._jobs.add(job)
+        return is_first
+
+    def tally(self, tts: object) -> Tally:
+        """Of a TTS that uses these pools."""
+        return self._users[tts].tally
 
     def leave(self, tts: object) -> list[Pool[Connection]]:
         """The TTS is closed. Ends the pools that nobody else uses, and returns them."""
@@ -93,12 +120,16 @@ class LoopPools:
         return self._depart(user) if user is not None else []
 
     def close(self) -> None:
-        for pool in self.pools.values():
-            pool.close()
+        self._end(set(self.pools))
         for user in list(self._users.values()):
             self._depart(user)
-        self.pools.clear()
         self._users.clear()
+
+    async def aclose(self) -> None:
+        """Ends them all, and waits until those too that ended before have closed everything."""
+        self.close()
+        ending, self._ending = self._ending, []
+        await asyncio.gather(*(pool.aclose() for pool in ending))
 
     def _join(self, tts: object) -> _User:
         user = self._users[tts] = _User()
@@ -114,25 +145,28 @@ class LoopPools:
     def _depart(self, user: _User) -> list[Pool[Connection]]:
         if user.finalizer is not None:
             user.finalizer.detach()
+        tell(Event.TTS_CLOSED, **user.tally.as_fields())
         visited, user.visited, user.current = user.visited, set(), None
         still_visited = {key for other in self._users.values() for key in other.visited}
-        ended = []
-        for key in visited & self.pools.keys():
-            if key in still_visited:
-                self._keep_if_used(key)
-            else:
-                ended.append(self.pools.pop(key))
+        for key in visited & still_visited:
+            self._keep_if_used(key)
+        return self._end(visited - still_visited)
+
+    def _end(self, keys: set[Key]) -> list[Pool[Connection]]:
+        ended = [self.pools[key] for key in keys & self.pools.keys()]
+        self.pools = {key: pool for key, pool in self.pools.items() if key not in keys}
         for pool in ended:
             pool.close()
+        self._ending = [pool for pool in (*self._ending, *ended) if not pool.is_empty]
         return ended
 
     def _forget_empty(self, user: _User) -> None:
         """An application may go through any number of options in the life of a TTS."""
         in_use = {other.current for other in self._users.values()}
-        for key in [k for k in user.visited if k not in in_use]:
-            if key not in self.pools or self.pools[key].is_empty:
-                user.visited.discard(key)
-                self.pools.pop(key, None)
+        left = user.visited - in_use
+        empty = {key for key in left if key not in self.pools or self.pools[key].is_empty}
+        user.visited -= empty
+        self._end(empty)
 
     def _keep_if_used(self, key: Key | None) -> None:
         if key in self.pools:
@@ -160,7 +194,7 @@ class LoopPools:
             options,
             standby_timeout=STANDBY_TIMEOUT,
             backoff=Backoff(account, self._jitter),
-            counters=self.counters,
+            journal=Journal(next(_numbers), into=self.counters),
             setback_of=setback_of,
             is_defunct=lambda: key.session.closed,
             jitter=self._jitter,
@@ -180,6 +214,7 @@ class Registry:
         self._loops: dict[asyncio.AbstractEventLoop, LoopPools] = {}
         self._ended = Counters()
         self._lock = threading.Lock()  # worker threads have a loop each
+        metrics.observe(self)
 
     def here(self) -> LoopPools:
         """The pools of the running loop.
@@ -196,9 +231,9 @@ class Registry:
 
     def fail(self, deed: str, fault: Exception) -> None:
         """A fault of the pools' own. From here on the plugin connects by itself."""
-        tell = log().debug if self.has_failed else log().error
+        level = logging.DEBUG if self.has_failed else logging.ERROR
         self.has_failed = True
-        tell("pool failed, the plugin connects by itself", deed=deed, error=describe(fault))
+        tell(Event.FAULT, level=level, deed=deed, error=describe(fault))
 
     def close(self) -> None:
         """Ends every pool, each in its own loop. Connections in use end when they come back."""
@@ -213,11 +248,20 @@ class Registry:
         with self._lock:
             counters = Counters()
             counters.add(self._ended)
-            pools = []
             for loop_pools in self._loops.values():
                 counters.add(loop_pools.counters)
-                pools += list(loop_pools.pools.values())
-        return stats_of(pools, counters)
+        return stats_of(self._pools(), counters)
+
+    def pool_stats(self) -> list[PoolStats]:
+        return [
+            {**counts_of([pool], pool.journal.counters), "pool": pool.journal.pool}
+            for pool in self._pools()
+        ]
+
+    def _pools(self) -> list[Pool[Connection]]:
+        with self._lock:
+            loops = list(self._loops.values())
+        return [pool for loop in loops for pool in loop.pools.values()]
 
     def _forget_closed_loops(self) -> None:
         for loop in [loop for loop in self._loops if loop.is_closed()]:
@@ -225,8 +269,8 @@ class Registry:
 
 
 def setback_of(error: Exception) -> Setback:
-    """By the HTTP status, which aiohttp calls `status` and LiveKit `status_code`."""
-    status = getattr(error, "status", None) or getattr(error, "status_code", None)
+    """What the answer to a handshake says about the next."""
+    status = status_of(error)
     if status == 429:
         return Setback.OVER_LIMIT
     if status in (400, 401, 403, 404):

@@ -6,6 +6,7 @@ when `_run_ws` is left. Only then is it known whether the utterance was finished
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -29,6 +30,7 @@ def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> list[Pa
     wrappers = Wrappers(leasing)
     patches = [
         Patch(stream, "_run_ws", _wrapped(wrappers.run_ws)),
+        Patch(tts, "synthesize", _wrapped(wrappers.synthesize)),
         Patch(tts, "aclose", _wrapped(wrappers.aclose)),
     ]
     if has_pool:
@@ -59,6 +61,12 @@ class Wrappers:
     async def run_ws(self, wrapped: Any, stream: Any, args: Any, kwargs: Any) -> Any:
         with self._leasing.turn_of(stream):
             return await wrapped(*args, **kwargs)
+
+    def synthesize(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
+        with self._leasing.synthesis() as synthesis:
+            stream = wrapped(*args, **kwargs)
+        synthesis.append(weakref.ref(stream))
+        return stream
 
     async def connect_ws(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
         def plain() -> Any:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from livekit import rtc
@@ -17,7 +19,7 @@ from tests.virtual import run
 from xai_pool_patch.demo.conversation import Loudspeaker
 
 COMMAND = [sys.executable, "-m", "xai_pool_patch"]
-TIMEOUT = 60.0
+TIMEOUT = 180.0
 SAMPLE_RATE = 24_000
 
 REFUSING = """
@@ -54,9 +56,15 @@ def refused(done: subprocess.CompletedProcess[str], code: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def report() -> Any:
-    """What --json prints of two turns, the first of them interrupted."""
-    done = command("demo", "--turns", "2", "--interrupt", "0.5", "--rtt", "20", "--json")
+def svg(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("picture") / "demo.svg"
+
+
+@pytest.fixture(scope="module")
+def report(svg: Path) -> Any:
+    """What --json prints of two turns, the first of them interrupted, while --svg draws them."""
+    options = ["--turns", "2", "--interrupt", "0.5", "--rtt", "20", "--json", "--svg", str(svg)]
+    done = command("demo", *options, COLUMNS="40", NO_COLOR="1")
     assert (done.returncode, done.stderr) == (0, "")
     return json.loads(done.stdout)
 
@@ -87,6 +95,21 @@ def test_no_turn_is_faster_than_the_floor(report: Any) -> None:
             assert turn["time_to_first_audio_ms"] >= least
 
 
+def test_draws_what_it_shows(report: Any, svg: Path) -> None:
+    """Every line of it, in colour and as wide as any other, whatever the terminal is like."""
+    lines: dict[str, str] = {}
+    for element in ElementTree.parse(svg).iter("{http://www.w3.org/2000/svg}text"):
+        line = element.get("clip-path", "")
+        lines[line] = lines.get(line, "") + (element.text or "").replace("\xa0", " ")
+    shown = "\n".join(lines.values())
+    for part in ("turn  1 of 2", "turns reused", "connections made", "floor, 330 ms", "█", "░"):
+        assert part in shown
+    times = [turn["time_to_first_audio_ms"] for turn in report["unpatched"]["turns"]]
+    assert all(f"{time:,.0f} ms" in shown for time in times)
+    assert 80 < max(len(line) for line in shown.splitlines()) <= 88
+    assert len(set(re.findall(r"fill: (#\w+)", svg.read_text()))) > 3
+
+
 def test_shows_tables_without_a_terminal() -> None:
     """Piped, there is a line per turn, no colour and no cursor movement."""
     done = command("demo", "--turns", "1", "--interrupt", "0", "--rtt", "20", COLUMNS="80")
@@ -108,6 +131,8 @@ def test_shows_tables_without_a_terminal() -> None:
         ("--rtt", "inf", "from 0 to 1000"),
         ("--interrupt", "2", "from 0 (no turn) to 1 (all)"),
         ("--interrupt", "nan", "from 0 (no turn) to 1 (all)"),
+        ("--svg", "/nowhere/at/all.svg", "a file that can be written"),
+        ("--svg", "/", "a file that can be written"),
     ],
 )
 def test_refuses_nonsense(option: str, value: str, right: str) -> None:

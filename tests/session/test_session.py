@@ -165,15 +165,18 @@ async def test_two_agents_with_two_voices() -> None:
 
 
 async def test_synthesize() -> None:
-    """One-shot synthesis goes through the same stream, and so through the same pool."""
-    async with line_to() as line:
+    """A3: one-shot synthesis goes through the same pool, and both its metrics events say so."""
+    async with line_to(round_trip=0.01) as line:
         tts = line.tts()
         for text in ("First.", "Second."):
-            frame = await tts.synthesize(text).collect()
+            async with tts.synthesize(text) as stream:
+                frame = await stream.collect()
             assert set(frame.data) - {0} == {line.server.utterance_for(text).number}
         assert len(line.server.connections) == 1
-        streamed = [metric for metric in line.metrics if metric.streamed]
-        assert [metric.connection_reused for metric in streamed] == [False, True]
+        for streamed in (True, False):
+            events = [metric for metric in line.metrics if metric.streamed == streamed]
+            assert [metric.connection_reused for metric in events] == [False, True]
+            assert [metric.acquire_time > 0.0 for metric in events] == [True, False]
         await tts.aclose()
         await all_closed(line.server)
 

@@ -12,7 +12,7 @@ from tests.virtual import run
 from xai_pool_patch.backoff import Account, Backoff, Setback
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool import Pool, Reason
-from xai_pool_patch.telemetry import Counters
+from xai_pool_patch.telemetry.journal import Journal
 
 HANDSHAKE = 0.45
 ROUND_TRIP = 0.15
@@ -105,7 +105,7 @@ def make_pool(
         options or PoolOptions(),
         standby_timeout=10.0,
         backoff=Backoff(account or Account(), jitter),
-        counters=Counters(),
+        journal=Journal(pool=1),
         setback_of=setback_of,
         is_defunct=lambda: network.is_gone,
         jitter=jitter,

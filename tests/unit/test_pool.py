@@ -698,6 +698,18 @@ def test_a_session_that_is_gone_ends_the_pool_quietly(caplog: pytest.LogCaptureF
     assert [r for r in caplog.records if r.levelname == "WARNING"] == []
 
 
+def test_asked_by_another_thread_between_two_changes() -> None:
+    """Statistics are looked at from anywhere: a count that cannot be is not told."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        [wire] = await idle(pool, 1)
+        member = pool._members.pop(wire)
+        assert (pool.idle, pool.leased) == (1, 0)
+        pool._members[wire] = member
+
+    play(scenario)
+
+
 def test_repr_tells_the_whole_state() -> None:
     """A failing test, or an operator with a debugger, sees what there is."""
 

@@ -63,7 +63,7 @@ def test_the_default_discards() -> None:
             wire.is_reusable = is_clean
             pool.reclaim(wire)
             assert (wire.is_open, wire.restorations) == (False, 0)
-        assert pool.counters.totals["discarded_interrupted"] == 2
+        assert pool.journal.counters.totals["discarded_interrupted"] == 2
 
     play_with(scenario)
 
@@ -80,7 +80,7 @@ def test_an_interrupted_connection_is_reclaimed_in_the_background() -> None:
         acquired = await pool.acquire(10.0)
         assert (acquired.connection, acquired.reused, acquired.fresh) == (wire, True, False)
         assert len(network.dialled_at) == 1, "it counts as kept"
-        assert pool.counters.totals["connections_reclaimed"] == 1
+        assert pool.journal.counters.totals["connections_reclaimed"] == 1
 
     play(scenario)
 
@@ -232,7 +232,7 @@ def test_a_clear_that_is_not_acknowledged_is_given_up(
         await asyncio.sleep(5.0)
         assert wire.closed_at == pytest.approx(given_up_at)
         assert network.dialled_at[1:] == [pytest.approx(given_up_at)]
-        assert pool.counters.totals["discarded_interrupted"] == 1
+        assert pool.journal.counters.totals["discarded_interrupted"] == 1
 
     play(scenario)
 
@@ -247,7 +247,7 @@ def test_a_connection_that_is_lost_meanwhile_is_replaced_at_once() -> None:
         wire.break_off()
         assert (pool.restoring, pool.dialling) == (0, 1)
         await asyncio.sleep(5.0)
-        assert pool.counters.totals["discarded_interrupted"] == 1
+        assert pool.journal.counters.totals["discarded_interrupted"] == 1
 
     play(scenario)
 
@@ -260,7 +260,7 @@ def test_a_connection_that_grew_old_meanwhile_is_not_handed_on() -> None:
         await asyncio.sleep(1800.0)
         interrupt(pool, wire)
         assert await leased(pool) is not wire
-        assert pool.counters.totals["discarded_expired"] == 1
+        assert pool.journal.counters.totals["discarded_expired"] == 1
 
     play(scenario)
 
@@ -281,7 +281,7 @@ def test_after_two_refusals_in_a_row_it_discards(caplog: pytest.LogCaptureFixtur
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         wires = [await _refuse(pool) for _ in range(4)]
         assert [wire.restorations for wire in wires] == [1, 1, 0, 0]
-        assert pool.counters.totals["discarded_interrupted"] == 4
+        assert pool.journal.counters.totals["discarded_interrupted"] == 4
 
     play(scenario)
     assert warnings(caplog) == ["interrupted connections are discarded from here on"]
@@ -334,7 +334,7 @@ def test_closing_does_not_wait_for_an_acknowledgement() -> None:
         await pool.aclose()
         assert wire.closed_at == began
         assert now() - began < 0.2
-        assert pool.counters.totals["discarded_closed"] == 1
+        assert pool.journal.counters.totals["discarded_closed"] == 1
 
     play(scenario)
 
@@ -396,7 +396,7 @@ def test_an_idle_connection_proves_that_it_lives() -> None:
         await asyncio.sleep(3 * KEEPALIVE_AFTER)
         assert wire.restorations == 4
         assert (pool.idle, len(network.dialled_at)) == (1, 1)
-        assert pool.counters.totals["connections_reclaimed"] == 0
+        assert pool.journal.counters.totals["connections_reclaimed"] == 0
 
     play_proving(scenario)
 
@@ -412,7 +412,7 @@ def test_one_that_does_not_is_lost_and_replaced() -> None:
             await asyncio.sleep(KEEPALIVE_AFTER + 5.0)
             assert not wire.is_open
             assert (pool.idle, len(network.dialled_at)) == (1, count + 1)
-            assert pool.counters.totals["discarded_stale"] == count
+            assert pool.journal.counters.totals["discarded_stale"] == count
 
     play_proving(scenario)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import typer
 
 LONGEST_ROUND_TRIP = 1000
@@ -19,4 +22,13 @@ def milliseconds(value: float) -> float:
         raise typer.BadParameter(
             f"must be a number of milliseconds from 0 to {LONGEST_ROUND_TRIP}, not {value:g}"
         )
+    return value
+
+
+def writable(value: Path | None) -> Path | None:
+    if value is None:
+        return None
+    touched = value if value.exists() else value.parent
+    if value.is_dir() or not os.access(touched, os.W_OK):
+        raise typer.BadParameter(f"must be a file that can be written, not {value}")
     return value

@@ -23,7 +23,7 @@ from ..errors import UnsupportedPluginError
 from ..options import PoolOptions
 from ..patch import OFF_SWITCH
 from ..pool import ROTATION_LEAD
-from ..telemetry import describe
+from ..telemetry.log import describe
 from .conversation import HANDSHAKE_ROUND_TRIPS, INTERRUPT_AFTER, TYPICAL_ROUND_TRIP
 from .standin import Behaviour, StandIn
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ UNPATCHED = "unpatched"
 PATCHED = "patched"
 GOOD, BAD, QUIET = "green", "red", "dim"
 NAME_WIDTH = len(UNPATCHED)
+PICTURE_WIDTH = 88
+"""Columns, whatever terminal the picture is made in."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,14 @@ class Progress:
         self._status.update(f"{self._run}, turn {number} of {self._turns}")
 
     def turn_ended(self, turn: Turn) -> None:
-        line = Text(f"{self._run:<{NAME_WIDTH}}  turn {turn.number:>2} of {self._turns}")
-        line.append(f"  first audio after {_ms(turn.time_to_first_audio):>8}")
-        line.append(_remark(turn), style=QUIET)
-        self._console.print(line)
+        self._console.print(_line(self._run, turn, self._turns))
+
+
+def _line(run: str, turn: Turn, turns: int) -> Text:
+    line = Text(f"{run:<{NAME_WIDTH}}  turn {turn.number:>2} of {turns}")
+    line.append(f"  first audio after {_ms(turn.time_to_first_audio):>8}")
+    line.append(_remark(turn), style=QUIET)
+    return line
 
 
 def _remark(turn: Turn) -> str:
@@ -108,6 +115,18 @@ def show(console: Console, comparison: Comparison, setting: Setting) -> None:
     console.print()
     console.print(_summary(comparison, yardstick))
     console.print(_saving(comparison))
+
+
+def picture(comparison: Comparison, setting: Setting) -> str:
+    """All that a terminal shows of it in the end, as SVG."""
+    console = Console(record=True, file=io.StringIO(), width=PICTURE_WIDTH, highlight=False)
+    announce(console, setting)
+    for name, run in ((UNPATCHED, comparison.unpatched), (PATCHED, comparison.patched)):
+        console.print()
+        for turn in run.turns:
+            console.print(_line(name, turn, len(run.turns)))
+    show(console, comparison, setting)
+    return console.export_svg(title="xai-pool-patch demo")
 
 
 # The table per turn

@@ -1,0 +1,203 @@
+"""The end of a LiveKit job, run by LiveKit's own job process code."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from livekit import api
+from livekit.agents import JobContext, JobExecutorType
+from livekit.agents.ipc import job_proc_lazy_main, proto
+from livekit.agents.job import JobAcceptArguments, RunningJobInfo
+from livekit.agents.utils import aio, http_context
+from livekit.plugins import xai
+from livekit.protocol import agent
+
+import xai_pool_patch
+from tests.kit import API_KEY, line_to, quick, speak
+from xai_pool_patch.demo.standin import End, StandIn
+from xai_pool_patch.pool import Pool
+
+Entrypoint = Callable[[JobContext], Awaitable[None]]
+
+
+class Worker:
+    """The other end of a job process's pipe."""
+
+    async def send(self, message: Any) -> None: ...
+
+
+async def run_job(entrypoint: Entrypoint, server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its start to its end, with an HTTP session of the job's own that leads to the server."""
+
+    def new_session_context() -> Callable[[], Any]:
+        session = server.client_session()
+        http_context._ContextVar.set(lambda: session)
+        return lambda: session
+
+    monkeypatch.setattr(http_context, "_new_session_ctx", new_session_context)
+    failures: list[Exception] = []
+
+    async def noted(job: JobContext) -> None:
+        try:
+            await entrypoint(job)
+        except Exception as failure:  # LiveKit would only log it
+            failures.append(failure)
+            raise
+
+    thread = JobExecutorType.THREAD
+    process = job_proc_lazy_main._JobProc(
+        lambda _: None, noted, None, session_end_timeout=1.0, executor_type=thread
+    )
+    process.initialize(proto.InitializeRequest(), Worker())  # type: ignore[arg-type]
+    pipe = aio.Chan[Any]()
+    start = proto.StartJobRequest()
+    start.running_job = job_info()
+    pipe.send_nowait(start)
+    await process.entrypoint(pipe)
+    pipe.close()
+    assert failures == []
+
+
+def job_info() -> RunningJobInfo:
+    arguments = JobAcceptArguments(name="agent", identity="agent", metadata="")
+    return RunningJobInfo(
+        accept_arguments=arguments,
+        job=agent.Job(id="job", room=api.Room(name="room")),
+        url="ws://127.0.0.1",
+        token="",
+        worker_id="worker",
+        fake_job=True,
+    )
+
+
+async def converse(**voices: int) -> None:
+    """Some turns with each voice, by TTS instances that nobody closes."""
+    for voice, turns in voices.items():
+        tts = xai.TTS(api_key=API_KEY, voice=voice)
+        kept.append(tts)
+        for number in range(turns):
+            assert (await speak(tts, f"Turn {number}.")).error is None
+
+
+kept: list[xai.TTS] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept() -> Any:
+    yield
+    kept.clear()
+
+
+async def test_every_connection_gets_a_close_frame(
+    patched: None, no_tasks_left: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it xAI might count their sessions for ten minutes more."""
+    async with line_to(round_trip=0.01) as line:
+
+        async def entrypoint(job: JobContext) -> None:
+            await converse(ara=2, eve=2)
+            assert len(job._shutdown_callbacks) == 1, "once a job"
+            job.shutdown()
+
+        await run_job(entrypoint, line.server, monkeypatch)
+        assert [c.ended for c in line.server.connections] == [End.CLIENT_CLOSE] * 2
+        assert [c.close_code for c in line.server.connections] == [1000] * 2
+        assert xai_pool_patch.stats()["pools"] == 0
+
+
+async def test_a_prewarmed_connection_too(
+    patched: None, no_tasks_left: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that ends before its agent has said anything leaves nothing open."""
+    async with line_to(round_trip=0.01) as line:
+
+        async def entrypoint(job: JobContext) -> None:
+            tts = xai.TTS(api_key=API_KEY)
+            kept.append(tts)
+            tts.prewarm()
+            await line.server.wait_for(lambda s: s.link.accepted == 1)
+            job.shutdown()
+
+        await run_job(entrypoint, line.server, monkeypatch)
+        assert [c.ended for c in line.server.connections] == [End.CLIENT_CLOSE]
+
+
+async def test_a_peer_that_does_not_answer_does_not_hold_up_the_job(
+    no_tasks_left: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P7: `close_timeout`, for all of them together; the worker would wait ten seconds."""
+    xai_pool_patch.install(xai_pool_patch.PoolOptions(close_timeout=0.2))
+    async with line_to(quick(answer_close=False)) as line:
+
+        async def entrypoint(job: JobContext) -> None:
+            await converse(ara=1, eve=1, rex=1)
+            job.shutdown()
+
+        began = asyncio.get_running_loop().time()
+        await run_job(entrypoint, line.server, monkeypatch)
+        assert asyncio.get_running_loop().time() - began < 2.0
+        assert [c.close_code for c in line.server.connections] == [1000] * 3
+    xai_pool_patch.uninstall()
+
+
+async def test_the_next_job_has_its_own(patched: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the same loop, as in a console: nothing of the first one is kept, nothing is missed."""
+    async with line_to() as line:
+
+        async def entrypoint(job: JobContext) -> None:
+            await converse(ara=1)
+            job.shutdown()
+
+        for _ in range(2):
+            await run_job(entrypoint, line.server, monkeypatch)
+            kept.clear()
+        assert [c.ended for c in line.server.connections] == [End.CLIENT_CLOSE] * 2
+        gc.collect()
+        assert [pool for pool in gc.get_objects() if isinstance(pool, Pool)] == []
+
+
+async def test_uninstalled_before_the_job_ends(
+    patched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The callback that is left behind finds nothing to do."""
+    async with line_to() as line:
+
+        async def entrypoint(job: JobContext) -> None:
+            await converse(ara=1)
+            xai_pool_patch.uninstall()
+            job.shutdown()
+
+        await run_job(entrypoint, line.server, monkeypatch)
+        assert [c.ended for c in line.server.connections] == [End.CLIENT_CLOSE]
+
+
+async def test_a_tts_that_was_dropped_just_before(
+    patched: None, no_tasks_left: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A local variable of the entrypoint: its pool has ended, and its connection is closing."""
+    async with line_to(round_trip=0.01) as line:
+
+        async def entrypoint(job: JobContext) -> None:
+            await converse(ara=1)
+            kept.clear()
+            gc.collect()
+            job.shutdown()
+
+        await run_job(entrypoint, line.server, monkeypatch)
+        assert [c.ended for c in line.server.connections] == [End.CLIENT_CLOSE]
+
+
+async def test_outside_of_a_job_nothing_changes(patched: None) -> None:
+    """Who owns the loop and the session closes them as before."""
+    async with line_to() as line:
+        tts = line.tts()
+        await speak(tts, "Hello.")
+        with contextlib.suppress(TimeoutError):
+            await line.server.wait_for(lambda s: s.open_count == 0, timeout=0.05)
+        assert line.server.open_count == 1
+        await tts.aclose()

@@ -1,0 +1,178 @@
+"""T2: no key, header or spoken text in anything that the patch tells or hands on."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import logging
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from livekit import agents
+from livekit.agents import APIConnectOptions, telemetry
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+import xai_pool_patch
+from tests.kit import API_KEY, Heard, line_to, quick, speak
+from tests.live.test_errors import FAILURES, REFUSALS
+from tests.live.test_faults import FAULTS, OPTIONS, ROUND_TRIP, TEXT, _befall
+from tests.otel import empty_reader
+
+VOICE = "somebodys-own-voice"
+FIRST_TEXT = "Whatever was spoken first."
+SECRETS = (
+    API_KEY,
+    "'wrong'",
+    "Bearer",
+    "Authorization",
+    VOICE,
+    *TEXT.split()[-2:],
+    "Whatever",
+    "spoken",
+)
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> Iterator[Told]:
+    caplog.set_level(logging.DEBUG)
+    told, before = Told(caplog), telemetry.tracer._tracer_provider
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(told.spans))
+    telemetry.set_tracer_provider(provider)
+    xai_pool_patch.install(OPTIONS)
+    yield told
+    xai_pool_patch.uninstall()
+    telemetry.set_tracer_provider(before)
+
+
+class Told:
+    """All that the patch tells, in every place where it may be read, and on request."""
+
+    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
+        self._caplog = caplog
+        self._reader = empty_reader()
+        self.spans = InMemorySpanExporter()
+        self.errors: list[str] = []
+
+    def note(self, event: Any) -> None:
+        """At once: to whoever speaks, the framework raises it with another context."""
+        self.errors += exception_texts(event.error)
+
+    def records(self) -> Iterator[str]:
+        for record in self._caplog.records:
+            if record.name.startswith("xai_pool_patch"):
+                every = " ".join(f"%({attribute})s" for attribute in vars(record))
+                yield logging.Formatter(every).format(record)
+                yield repr(vars(record))
+
+    def objects(self) -> Iterator[str]:
+        for thing in gc.get_objects():
+            module = str(getattr(type(thing), "__module__", ""))
+            if module.startswith("xai_pool_patch") and not module.startswith("xai_pool_patch.demo"):
+                yield repr(thing)
+                yield str(thing)
+        for task in asyncio.all_tasks():
+            if task.get_name().startswith("xai_pool_patch"):
+                yield repr(task)
+
+    def measured(self) -> Iterator[str]:
+        yield repr(xai_pool_patch.stats())
+        yield repr(xai_pool_patch.pool_stats())
+        data = self._reader.get_metrics_data()
+        for resource in data.resource_metrics if data is not None else ():
+            for scope in resource.scope_metrics:
+                if scope.scope.name == "xai_pool_patch":
+                    yield scope.to_json()
+        for span in self.spans.get_finished_spans():
+            for event in span.events:
+                if event.name.startswith("xai_pool_patch"):
+                    yield repr((event.name, dict(event.attributes or {})))
+
+    def check(self, *heard: Heard) -> None:
+        errors = [text for one in heard if one.error for text in exception_texts(one.error)]
+        told = [*self.records(), *self.objects(), *self.measured(), *self.errors, *errors]
+        assert [text for text in told if any(secret in text for secret in SECRETS)] == []
+
+
+def exception_texts(error: BaseException) -> Iterator[str]:
+    """As it is printed, and each of its chain by itself, those included that are not printed."""
+    yield "".join(traceback.format_exception(error))
+    seen: set[int] = set()
+    chain: list[BaseException | None] = [error]
+    while chain:
+        link = chain.pop()
+        if link is not None and id(link) not in seen:
+            seen.add(id(link))
+            yield f"{link!r} {link!s} {link.args!r} {vars(link)!r}"
+            chain += [link.__cause__, link.__context__]
+
+
+@pytest.mark.parametrize("name", FAULTS)
+async def test_every_fault(name: str, told: Told) -> None:
+    """While it is dealt with and afterwards."""
+    times = {"pace": 20.0, "speech_per_character": 0.02}
+    async with line_to(quick(**times), ROUND_TRIP) as line:
+        tts = line.tts(voice=VOICE)
+        tts.on("error", told.note)
+        await speak(tts, FIRST_TEXT)
+        befalling = asyncio.create_task(_befall(line, FAULTS[name]))
+        turn = asyncio.create_task(
+            speak(tts, TEXT, APIConnectOptions(max_retry=0, timeout=2.0), heard=Heard())
+        )
+        await asyncio.sleep(2 * ROUND_TRIP)
+        told.check()
+        heard = await turn
+        befalling.cancel()
+        told.check(heard)
+        line.server.link.unfreeze()
+        await tts.aclose()
+        told.check(heard)
+
+
+@pytest.mark.parametrize("name", [*REFUSALS, *FAILURES])
+async def test_every_failed_dial(name: Any, told: Told) -> None:
+    """aiohttp's own errors carry the headers of the request; what is handed on does not."""
+    async with line_to() as line:
+        prepared = {**REFUSALS, **FAILURES}[name](line)
+        tts = line.tts(**{"voice": VOICE, **prepared})
+        tts.on("error", told.note)
+        tts.prewarm()
+        options = APIConnectOptions(max_retry=0, timeout=0.3)
+        heard = [await speak(tts, TEXT, options) for _ in range(2)]
+        assert told.errors
+        told.check(*heard)
+        await tts.aclose()
+        told.check(*heard)
+
+
+async def test_what_a_server_says_to_nobody(told: Told) -> None:
+    """The type of a message that is ignored is told only if it can be nothing else."""
+    async with line_to() as line:
+        tts = line.tts(voice=VOICE)
+        await speak(tts, FIRST_TEXT)
+        for kind in ("session.updated", FIRST_TEXT, API_KEY):
+            await line.server.broadcast(json.dumps({"type": kind, "text": TEXT}))
+        while "".join(told.records()).count("ignored while idle") < 3 * 2:
+            await asyncio.sleep(0)
+        told.check()
+        assert any("session.updated" in text for text in told.records())
+        await tts.aclose()
+
+
+def test_the_search_finds_what_is_there(told: Told) -> None:
+    """It would find a key in a record, in an object and in an exception that is not printed."""
+    from xai_pool_patch.pool import DialFailedError
+    from xai_pool_patch.telemetry.log import Event, tell
+
+    tell(Event.LOST, reason=API_KEY)
+    hidden = DialFailedError(OSError())
+    hidden.args = (API_KEY,)
+    shown = agents.APIError("shown")
+    shown.__context__, shown.__suppress_context__ = hidden, True
+    for found in (told.records(), told.objects(), exception_texts(shown)):
+        assert any(API_KEY in text for text in found)

@@ -1,0 +1,102 @@
+"""`stats()` and `pool_stats()`: what an operator asks for, from wherever he asks."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+
+import pytest
+
+import xai_pool_patch
+from tests.kit import API_KEY, line_to, speak
+from xai_pool_patch import PoolStats, Stats
+
+
+@pytest.mark.parametrize("when", ["never installed", "waiting for the plugin", "installed"])
+def test_every_key_is_always_there(when: str, request: pytest.FixtureRequest) -> None:
+    """All zero until something happens, so that nobody has to ask whether a key exists."""
+    if when == "waiting for the plugin":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delitem(sys.modules, "livekit.plugins.xai.tts")
+            xai_pool_patch.install()
+    elif when == "installed":
+        xai_pool_patch.install()
+    request.addfinalizer(xai_pool_patch.uninstall)
+    assert xai_pool_patch.stats() == dict.fromkeys(Stats.__annotations__, 0)
+    assert xai_pool_patch.pool_stats() == []
+
+
+async def test_one_entry_for_each_pool(patched: None) -> None:
+    """They add up to the whole, and are told apart by the number that the log records carry."""
+    async with line_to() as line:
+        ttss = {voice: line.tts(voice=voice) for voice in ("ara", "a voice of somebody's own")}
+        for number, tts in enumerate(ttss.values()):
+            for turn in range(number + 2):
+                await speak(tts, f"Turn {turn} of {number}.")
+        pools, whole = xai_pool_patch.pool_stats(), xai_pool_patch.stats()
+        assert [pool.keys() for pool in pools] == [PoolStats.__annotations__.keys()] * 2
+        assert [pool["connections_reused"] for pool in pools] == [1, 2]
+        for key in ("connections_made", "connections_reused", "idle"):
+            assert whole[key] == sum(pool[key] for pool in pools)  # type: ignore[literal-required]
+        assert len({pool["pool"] for pool in pools}) == whole["pools"] == 2
+        told = str([pools, whole])
+        assert API_KEY not in told
+        assert "somebody" not in told
+        for tts in ttss.values():
+            await tts.aclose()
+
+
+async def test_what_a_pool_did_stays_in_the_totals_when_it_is_gone(patched: None) -> None:
+    """Also what it does after its end: a connection that was leased then is closed later."""
+    async with line_to() as line:
+        tts = line.tts()
+        await speak(tts, "Hello.")
+        await tts.aclose()
+        assert xai_pool_patch.pool_stats() == []
+        stats = xai_pool_patch.stats()
+        assert (stats["connections_made"], stats["discarded_closed"]) == (1, 1)
+        assert (stats["pools"], stats["idle"], stats["leased"]) == (0, 0, 0)
+
+
+def test_asked_for_while_loops_run_in_other_threads(patched: None) -> None:
+    """No exception, no negative number, and all that was done is in the end counted."""
+    jobs, turns = 3, 8
+    faults: list[BaseException] = []
+    done = threading.Event()
+
+    def ask() -> None:
+        try:
+            while not done.is_set():
+                for snapshot in [xai_pool_patch.stats(), *xai_pool_patch.pool_stats()]:
+                    negative = {k: v for k, v in snapshot.items() if v < 0}  # type: ignore[operator]
+                    assert not negative, negative
+        except BaseException as fault:
+            faults.append(fault)
+
+    async def job() -> None:
+        async with line_to() as line:
+            tts = line.tts()
+            for number in range(turns):
+                tts.update_options(voice=f"voice {number}")
+                heard = await speak(tts, f"Turn {number}.")
+                assert heard.error is None
+            await tts.aclose()
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # so that the threads get into each other's way
+    asking = threading.Thread(target=ask)
+    asking.start()
+    threads = [threading.Thread(target=asyncio.run, args=(job(),)) for _ in range(jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done.set()
+    asking.join()
+    sys.setswitchinterval(before)
+    assert faults == []
+    stats = xai_pool_patch.stats()
+    handed_out = stats["connections_reused"] + stats["connections_made"]
+    assert handed_out >= jobs * turns
+    assert (stats["idle"], stats["leased"]) == (0, 0)

@@ -1,0 +1,197 @@
+"""T1: what a pool tells of each event, in the log and in its statistics."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from tests.unit.pool_kit import HANDSHAKE, Network, make_pool
+from tests.virtual import run
+from xai_pool_patch.backoff import Setback
+from xai_pool_patch.options import PoolOptions
+from xai_pool_patch.pool import Pool, Reason
+from xai_pool_patch.telemetry.log import Event
+from xai_pool_patch.telemetry.stats import Counters, Tally
+
+Scenario = Callable[[Network, Pool[Any]], Coroutine[Any, Any, None]]
+
+
+def told(
+    caplog: pytest.LogCaptureFixture, scenario: Scenario, options: PoolOptions | None = None
+) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, Any]]:
+    """What a scenario had logged, each with its own attributes, and what it was counted as."""
+    caplog.set_level(logging.DEBUG, "xai_pool_patch")
+
+    async def whole() -> dict[str, Any]:
+        network = Network()
+        pool = make_pool(network, options)
+        await scenario(network, pool)
+        counted = dict(pool.journal.counters.totals)
+        caplog.set_level(logging.CRITICAL, "xai_pool_patch")
+        await pool.aclose()
+        return counted
+
+    counted = run(whole())
+    usual = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
+    records = [
+        (r.getMessage(), {k: v for k, v in vars(r).items() if k not in usual})
+        for r in caplog.records
+    ]
+    return records, counted
+
+
+async def one_idle(pool: Pool[Any]) -> Any:
+    wire = (await pool.acquire(10.0)).connection
+    pool.release(wire)
+    return wire
+
+
+def test_connected_waited_and_reused(caplog: pytest.LogCaptureFixture) -> None:
+    """INFO for the connection, DEBUG for each turn; waits and handshakes in milliseconds."""
+
+    async def scenario(network: Network, pool: Pool[Any]) -> None:
+        await one_idle(pool)
+        await one_idle(pool)
+
+    records, counted = told(caplog, scenario)
+    assert records == [
+        ("connected", {"pool": 1, "handshake_ms": 450.0}),
+        ("waited", {"pool": 1, "wait_ms": 450.0}),
+        ("reused", {"pool": 1}),
+    ]
+    assert [r.levelname for r in caplog.records] == ["INFO", "DEBUG", "DEBUG"]
+    assert (counted["connections_made"], counted["connections_reused"]) == (1, 1)
+    assert counted["acquire_wait_ms_total"] == pytest.approx(HANDSHAKE * 1e3)
+    assert counted["acquire_wait_ms_max"] == counted["handshake_ms_max"]
+
+
+async def interrupt(network: Network, pool: Pool[Any]) -> None:
+    pool.discard((await pool.acquire(10.0)).connection, Reason.INTERRUPTED)
+
+
+async def lose(network: Network, pool: Pool[Any]) -> None:
+    wire = await one_idle(pool)
+    await asyncio.sleep(30.0)
+    wire.break_off()
+
+
+async def lose_in_use(network: Network, pool: Pool[Any]) -> None:
+    (await pool.acquire(10.0)).connection.break_off()
+
+
+async def rotate(network: Network, pool: Pool[Any]) -> None:
+    pool.keep(1)
+    await one_idle(pool)
+    while len(network.wires) < 2:
+        await asyncio.sleep(1.0)
+
+
+async def expire(network: Network, pool: Pool[Any]) -> None:
+    wire = (await pool.acquire(10.0)).connection
+    await asyncio.sleep(2000.0)
+    pool.release(wire)
+
+
+async def trim(network: Network, pool: Pool[Any]) -> None:
+    await one_idle(pool)
+    await asyncio.sleep(61.0)
+
+
+async def close(network: Network, pool: Pool[Any]) -> None:
+    await one_idle(pool)
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    ("deed", "event", "reason", "idle_s"),
+    [
+        (interrupt, "discarded", "interrupted", None),
+        (lose, "lost", "stale", 30.0),
+        (lose_in_use, "discarded", "error", None),
+        (rotate, "rotated", "expired", pytest.approx(1600.0, abs=100.0)),
+        (expire, "discarded", "expired", None),
+        (trim, "trimmed", "trimmed", 60.0),
+        (close, "closed", "closed", 0.0),
+    ],
+)
+def test_the_end_of_a_connection(
+    deed: Scenario,
+    event: str,
+    reason: str,
+    idle_s: float | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each kind has its own name, says why and after what time, and is counted once."""
+    records, counted = told(caplog, deed)
+    [fields] = [fields for message, fields in records if message == event]
+    assert (fields["reason"], fields.get("idle_s")) == (reason, idle_s)
+    assert fields["age_s"] >= fields.get("idle_s", 0.0)
+    discarded = {name: n for name, n in counted.items() if name.startswith("discarded") and n}
+    assert discarded == {f"discarded_{reason}": 1}
+
+
+@pytest.mark.parametrize(
+    ("setback", "retry_in_s"),
+    [(Setback.PASSING, pytest.approx(0.45, abs=0.06)), (Setback.REFUSED, None)],
+)
+def test_a_failed_standby_says_when_the_next_try_is(
+    setback: Setback, retry_in_s: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A WARNING; no number where only a caller's success makes another: JSON has no infinity."""
+
+    async def scenario(network: Network, pool: Pool[Any]) -> None:
+        network.refuse = [setback]
+        pool.keep(1)
+        await asyncio.sleep(HANDSHAKE + 0.1)
+
+    records, counted = told(caplog, scenario)
+    [(message, fields)] = records
+    assert (message, caplog.records[0].levelname) == ("standby failed", "WARNING")
+    assert fields["retry_in_s"] == retry_in_s
+    assert fields["error"].startswith("RefusedError at connect:")
+    assert counted["standby_failures"] == 1
+
+
+def test_no_field_hides_what_a_log_record_says_itself(caplog: pytest.LogCaptureFixture) -> None:
+    """`logging` refuses a record whose extra fields overwrite its own."""
+    assert len({event.message for event in Event}) == len(Event)
+
+    async def scenario(network: Network, pool: Pool[Any]) -> None:
+        for deed in (lose, interrupt, trim):
+            await deed(network, pool)
+        pool.journal.replaced(0.1, "no answer")
+        pool.journal.replacement_failed(OSError("no"), "no answer")
+
+    records, _ = told(caplog, scenario)
+    assert all(fields.keys() >= {"pool"} for _, fields in records)
+
+
+def test_counters_of_a_pool_are_counted_into_those_of_its_loop() -> None:
+    """So what a pool did stays in the totals when the pool is gone."""
+    loop = Counters()
+    first, second = Counters(loop), Counters(loop)
+    for counters, seconds in ((first, 0.2), (second, 0.1)):
+        counters.count("replays")
+        counters.time("handshake", seconds)
+    assert (first.totals["replays"], loop.totals["replays"]) == (1, 2)
+    assert loop.totals["handshake_ms_total"] == pytest.approx(300.0)
+    assert loop.totals["handshake_ms_max"] == 200.0
+
+
+def test_the_tally_of_a_tts() -> None:
+    """What is told when it closes: a replay's wait is a wait of the same utterance."""
+    tally = Tally()
+    tally.begun(0.45, reused=False)
+    tally.begun(0.0, reused=True)
+    tally.replaced(0.5)
+    assert tally.as_fields() == {
+        "utterances": 2,
+        "reused": 1,
+        "replays": 1,
+        "wait_ms_total": 950.0,
+        "wait_ms_max": 500.0,
+    }

@@ -1,0 +1,108 @@
+"""Log records: what each is called, and its way into the standard `logging` tree."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import logging
+import traceback
+from logging import DEBUG, ERROR, INFO, WARNING
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import structlog
+
+_logger = logging.getLogger("xai_pool_patch")
+
+
+class Event(enum.Enum):
+    """What is told: the message, and its level. Applications may rely on both."""
+
+    INSTALLED = ("installed", INFO)
+    UNINSTALLED = ("uninstalled", INFO)
+    REFUSED = ("refused", WARNING)
+    SWITCHED_OFF = ("not installed, switched off by the environment", WARNING)
+    COVERED = ("wrapped by others, left in place to pass calls through", WARNING)
+    FAULT = ("pool failed, the plugin connects by itself", ERROR)
+
+    CONNECTED = ("connected", INFO)
+    DISCARDED = ("discarded", INFO)
+    LOST = ("lost", INFO)
+    ROTATED = ("rotated", INFO)
+    TRIMMED = ("trimmed", INFO)
+    CLOSED = ("closed", INFO)
+    RECLAIMED = ("reclaimed", DEBUG)
+    RECLAIMING_STOPPED = ("interrupted connections are discarded from here on", WARNING)
+    STANDBY_FAILED = ("standby failed", WARNING)
+
+    REUSED = ("reused", DEBUG)
+    WAITED = ("waited", DEBUG)
+    REPLACED = ("replaced during an utterance", INFO)
+    REPLACEMENT_FAILED = ("replacement failed", WARNING)
+    TTS_CLOSED = ("TTS closed", INFO)
+
+    PREWARM_SKIPPED = ("prewarm skipped", DEBUG)
+    IGNORED = ("ignored while idle", DEBUG)
+    CLOSE_FAILED = ("close cut short", DEBUG)
+
+    def __init__(self, message: str, level: int) -> None:
+        self.message = message
+        self.level = level
+
+
+def tell(event: Event, *, level: int | None = None, **fields: Any) -> None:
+    """Logs an event; the fields become attributes of the log record.
+
+    Args:
+        level: if it is not the usual one.
+    """
+    level = event.level if level is None else level
+    if _logger.isEnabledFor(level):  # by far the cheapest way to say nothing
+        _structured().log(level, event.message, **fields)
+
+
+@functools.cache
+def _structured() -> structlog.stdlib.BoundLogger:
+    """The structlog logger that ends in the standard logger `xai_pool_patch`.
+
+    Its processors are its own, so the application's structlog configuration is neither used nor
+    changed. structlog is imported at the first use: it takes longer than all else here.
+    """
+    import structlog
+
+    logger: structlog.stdlib.BoundLogger = structlog.wrap_logger(
+        _logger,
+        processors=[structlog.stdlib.render_to_log_kwargs],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        context_class=dict,
+        cache_logger_on_first_use=True,
+    )
+    return logger
+
+
+def describe(error: BaseException) -> str:
+    """Type, HTTP status and place of an error, without its message.
+
+    A message or a traceback may quote what must not be logged: aiohttp's handshake errors carry
+    the request's headers, and with them the API key.
+    """
+    status = status_of(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    return "".join(
+        [
+            type(error).__name__,
+            f" {status}" if status else "",
+            f" at {frames[-1].name}:{frames[-1].lineno}" if frames else "",
+        ]
+    )
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status, which aiohttp calls `status` and LiveKit `status_code`."""
+    status = getattr(error, "status", None) or getattr(error, "status_code", None)
+    return status if isinstance(status, int) and status > 0 else None
+
+
+def in_ms(seconds: float) -> float:
+    """As log records have it."""
+    return round(seconds * 1e3, 1)

@@ -1,0 +1,150 @@
+"""Counters, and the snapshots that `stats()` and `pool_stats()` return."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypedDict, cast
+
+from .log import in_ms
+
+
+class Totals(TypedDict):
+    """What has happened so far. Times in milliseconds, the rest are counts."""
+
+    connections_made: int
+    connections_reused: int
+    """Handed out without a wait. Those that then had to be replaced are in `replays` too."""
+    connections_reclaimed: int
+    """Interrupted, made clean by `text.clear`, and kept."""
+    discarded_interrupted: int
+    discarded_stale: int
+    """Ended by the peer while idle, or found dead when an utterance began."""
+    discarded_error: int
+    discarded_expired: int
+    discarded_trimmed: int
+    discarded_closed: int
+    standby_failures: int
+    replays: int
+    acquire_wait_ms_total: float
+    """Waits for replacements included."""
+    acquire_wait_ms_max: float
+    handshake_ms_total: float
+    handshake_ms_max: float
+
+
+class Counts(Totals):
+    """The totals, and what there is at the moment."""
+
+    idle: int
+    leased: int
+    restoring: int
+    """A `text.clear` is under way."""
+    dialling: int
+
+
+class Stats(Counts):
+    """A snapshot of all pools of this process, those that have ended included in the totals."""
+
+    pools: int
+
+
+class PoolStats(Counts):
+    """A snapshot of one pool."""
+
+    pool: int
+    """Its number, which its log records carry too. Numbers are not used again."""
+
+
+class Counters:
+    """Totals that are kept, of one pool or of several.
+
+    Args:
+        into: is told the same.
+    """
+
+    def __init__(self, into: Counters | None = None) -> None:
+        zero = {name: 0.0 if "_ms_" in name else 0 for name in Totals.__annotations__}
+        self.totals = cast(Totals, zero)
+        self._into = into
+
+    def count(self, name: str) -> None:
+        cast(dict[str, int], self.totals)[name] += 1
+        if self._into is not None:
+            self._into.count(name)
+
+    def time(self, name: str, seconds: float) -> None:
+        """Adds to `name_ms_total`, and to `name_ms_max` if it is longer."""
+        totals, milliseconds = cast(dict[str, float], self.totals), seconds * 1e3
+        totals[f"{name}_ms_total"] += milliseconds
+        totals[f"{name}_ms_max"] = max(totals[f"{name}_ms_max"], milliseconds)
+        if self._into is not None:
+            self._into.time(name, seconds)
+
+    def add(self, other: Counters) -> None:
+        mine, theirs = cast(dict[str, float], self.totals), cast(dict[str, float], other.totals)
+        for name, value in theirs.items():
+            mine[name] = max(mine[name], value) if name.endswith("_max") else mine[name] + value
+
+
+@dataclass
+class Tally:
+    """What the pools did for one TTS."""
+
+    utterances: int = 0
+    reused: int = 0
+    """Begun without a wait, those included that were replaced."""
+    replays: int = 0
+    wait_total: float = 0.0
+    wait_max: float = 0.0
+    """Seconds."""
+
+    def begun(self, waited: float, *, reused: bool) -> None:
+        self.utterances += 1
+        self.reused += reused
+        self._waited(waited)
+
+    def replaced(self, waited: float) -> None:
+        self.replays += 1
+        self._waited(waited)
+
+    def _waited(self, seconds: float) -> None:
+        self.wait_total += seconds
+        self.wait_max = max(self.wait_max, seconds)
+
+    def as_fields(self) -> dict[str, Any]:
+        return {
+            "utterances": self.utterances,
+            "reused": self.reused,
+            "replays": self.replays,
+            "wait_ms_total": in_ms(self.wait_total),
+            "wait_ms_max": in_ms(self.wait_max),
+        }
+
+
+class Countable(Protocol):
+    """What a snapshot asks of a pool."""
+
+    @property
+    def idle(self) -> int: ...
+    @property
+    def leased(self) -> int: ...
+    @property
+    def restoring(self) -> int: ...
+    @property
+    def dialling(self) -> int: ...
+
+
+def counts_of(pools: Sequence[Countable], counters: Counters) -> Counts:
+    totals = cast(dict[str, float], counters.totals.copy())
+    return {
+        **cast(Totals, {name: round(total, 3) for name, total in totals.items()}),
+        "idle": sum(pool.idle for pool in pools),
+        "leased": sum(pool.leased for pool in pools),
+        "restoring": sum(pool.restoring for pool in pools),
+        "dialling": sum(pool.dialling for pool in pools),
+    }
+
+
+def stats_of(pools: Sequence[Countable], counters: Counters) -> Stats:
+    return {**counts_of(pools, counters), "pools": len(pools)}
