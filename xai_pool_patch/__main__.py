@@ -35,7 +35,6 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """click's, which some versions of typer have a copy of, under no public name."""
 
 app = typer.Typer(
-    add_completion=False,
     # Its tracebacks show local variables, and with them the API key.
     pretty_exceptions_enable=False,
 )

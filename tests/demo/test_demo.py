@@ -214,6 +214,13 @@ def test_is_a_command_group() -> None:
     assert command("--version").stdout.startswith("xai_pool_patch ")
 
 
+def test_the_shell_completes_it() -> None:
+    """With what `xai-pool-patch --install-completion` makes it ask for."""
+    asked = {"COMP_WORDS": "xai-pool-patch d", "COMP_CWORD": "1"}
+    done = command(_XAI_POOL_PATCH_COMPLETE="complete_bash", **asked)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "demo\n", "")
+
+
 def silence(seconds: float, value: int = 0) -> rtc.AudioFrame:
     count = int(seconds * SAMPLE_RATE)
     return rtc.AudioFrame(value.to_bytes(2, "little") * count, SAMPLE_RATE, 1, count)

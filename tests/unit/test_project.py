@@ -1,0 +1,27 @@
+"""That what the project says in two places is the same in both."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def targets(file: str) -> list[str]:
+    """What a file asks of make, in order; `sessions` only lists what `matrix` is to run."""
+    asked = re.findall(r"^[^#\n]*make (?:-\S+ )*(\w+)", (ROOT / file).read_text(), re.MULTILINE)
+    return [target for target in asked if target != "sessions"]
+
+
+def test_the_workflow_does_what_ci_does() -> None:
+    """Neither goes green with what the other would have caught."""
+    assert targets(".ci/run") == ["lint", "test", "matrix"]
+    assert targets(".github/workflows/ci.yml") == targets(".ci/run")
+
+
+def test_the_commit_hook_is_the_linting_of_ci() -> None:
+    """By its own environment, and so by the same tools in the same versions."""
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert re.findall(r"repo: (\S+)", hooks) == ["local"]
+    assert re.findall(r"entry: (.+)", hooks) == ["make lint"]

@@ -1,0 +1,59 @@
+"""What an application gets. `make matrix` runs this where the wheel is and its source is not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+import xai_pool_patch
+
+INSTALLED = importlib.metadata.distribution("xai_pool_patch")
+FILES = [file for file in INSTALLED.files or [] if file.suffix != ".pyc"]
+
+
+def test_it_is_the_wheel_that_is_tested() -> None:
+    """And not a source tree at hand."""
+    assert Path(xai_pool_patch.__file__).is_relative_to(sysconfig.get_path("purelib"))
+
+
+def test_it_holds_the_package_and_nothing_else() -> None:
+    """No test, no example, nothing at the top of site-packages that others may call the same."""
+    package = [file for file in FILES if file.parts[0] == "xai_pool_patch"]
+    assert {file.suffix for file in package} == {".py", ".typed"}
+    others = {file.parts[0] for file in FILES} - {"xai_pool_patch"}
+    assert others == {f"xai_pool_patch-{INSTALLED.version}.dist-info", ".."}
+    assert [file.name for file in FILES if file.parts[0] == ".."] == ["xai-pool-patch"]
+
+
+def test_it_is_typed() -> None:
+    """A type checker takes the annotations only with this file."""
+    assert "xai_pool_patch/py.typed" in map(str, FILES)
+
+
+def test_it_brings_its_licence() -> None:
+    """By name and in full."""
+    assert INSTALLED.metadata["License-Expression"] == "Apache-2.0"
+    assert "LICENSE" in {file.name for file in FILES}
+
+
+def test_its_version_is_the_one_that_it_tells() -> None:
+    """Said in one place."""
+    assert INSTALLED.version == xai_pool_patch.__version__
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [str(Path(sys.executable).with_name("xai-pool-patch"))],
+        [sys.executable, "-m", "xai_pool_patch"],
+    ],
+)
+def test_its_command(command: list[str]) -> None:
+    """Under either name."""
+    told = subprocess.check_output([*command, "--version"], text=True, timeout=60)
+    assert told == f"xai_pool_patch {INSTALLED.version}\n"
