@@ -17,7 +17,7 @@ CASES = [
     "steady",
     "interrupted-0.8s",
     "interrupted-0.1s",
-    "interrupted-clear",
+    "cleared-0.1s",
     "voices",
     "ten-cold",
     "cut-early",
@@ -89,7 +89,7 @@ def test_json_counts_turns_and_connections(report: Any) -> None:
     }
     assert counts["steady"] == [2, 2, 1, 2, 1, 1]
     assert counts["interrupted-0.8s"][0::3] == [1, 1]
-    assert counts["interrupted-clear"] == [1, 2, 1, 1, 1, 1]
+    assert counts["cleared-0.1s"] == [1, 2, 1, 1, 1, 1]
     assert counts["voices"][4:] == [2, 2]
     assert counts["ten-cold"] == [2, 2, 2, 2, 2, 2]
     assert counts["cut-early"][0::3] == [2, 2]
@@ -98,7 +98,7 @@ def test_json_counts_turns_and_connections(report: Any) -> None:
 def test_goals_are_for_gaps_that_a_handshake_fits_into(report: Any) -> None:
     """Of the others it is not asked."""
     without = {case["name"] for case in report["cases"] if case["missed_goals"] is None}
-    assert without == {"interrupted-0.1s", "interrupted-clear", "ten-cold"}
+    assert without == {"interrupted-0.1s", "cleared-0.1s", "ten-cold"}
 
 
 def test_shows_a_line_per_case_and_a_table() -> None:

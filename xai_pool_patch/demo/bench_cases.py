@@ -185,7 +185,7 @@ CASES = (
         turns_each=10,
     ),
     Case(
-        name="interrupted-clear",
+        name="cleared-0.1s",
         shows='the same in one conversation, with interruption="clear"',
         play=_interrupted,
         gap=0.1,
