@@ -94,9 +94,11 @@ async def test_connections_by_state(patched: None, reader: InMemoryMetricReader)
 
     def counts() -> list[int]:
         found = points(reader)
-        return [found["connection.count", s].value for s in ("idle", "leased", "dialling")]
+        states = ("idle", "leased", "restoring", "dialling")
+        assert len([name for name, _ in found if name == "connection.count"]) == len(states)
+        return [found["connection.count", state].value for state in states]
 
-    assert counts() == [0, 0, 0]
+    assert counts() == [0, 0, 0, 0]
     behaviour = quick(pace=5.0, speech_per_character=0.02)
     async with line_to(behaviour) as line:
         tts = line.tts()
@@ -104,12 +106,12 @@ async def test_connections_by_state(patched: None, reader: InMemoryMetricReader)
             stream.push_text("This takes a moment.")
             stream.end_input()
             await stream.__anext__()
-            assert counts() == [0, 1, 0]
+            assert counts() == [0, 1, 0, 0]
             async for _ in stream:
                 pass
-        assert counts() == [1, 0, 0]
+        assert counts() == [1, 0, 0, 0]
         await tts.aclose()
-        assert counts() == [0, 0, 0]
+        assert counts() == [0, 0, 0, 0]
 
 
 async def test_discards_and_failures_by_reason(reader: InMemoryMetricReader) -> None:
