@@ -33,6 +33,7 @@ class Heard:
     """What one utterance sounded like to the caller."""
 
     samples: set[int] = field(default_factory=set)
+    """Without zeros: with such silence livekit-agents ends a segment whose end comes late."""
     seconds: float = 0.0
     first_audio: float | None = None
     error: Exception | None = None
@@ -52,7 +53,7 @@ async def speak(
             async for event in stream:
                 if heard.first_audio is None:
                     heard.first_audio = loop.time() - began
-                heard.samples.update(event.frame.data)
+                heard.samples.update(sample for sample in event.frame.data if sample)
                 heard.seconds += event.frame.duration
         except Exception as error:
             heard.error = error

@@ -164,8 +164,8 @@ async def _until_round_trip_is_known() -> None:
 def _check_samples(line: Line, heard: Heard) -> None:
     wanted = "".join(TEXT.split())
     spoken = {u.number for u in line.server.utterances if wanted.startswith(u.text) and u.text}
-    assert len(heard.samples - {0}) <= 1
-    assert heard.samples - {0} <= spoken
+    assert len(heard.samples) <= 1
+    assert heard.samples <= spoken
 
 
 async def test_words_still_being_written_go_to_the_replacement() -> None:
@@ -181,7 +181,7 @@ async def test_words_still_being_written_go_to_the_replacement() -> None:
                 stream.push_text(word)
                 await asyncio.sleep(0.01)
             stream.end_input()
-            samples = {sample async for event in stream for sample in event.frame.data}
+            samples = {s async for event in stream for s in event.frame.data if s}
         spoken = line.server.utterances[-1]
         assert spoken.text == "".join("".join(words).split())
         assert samples == {spoken.number}

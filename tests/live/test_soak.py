@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+import linecache
 import logging
 import random
 import tracemalloc
@@ -92,7 +93,7 @@ class Conversation:
     def _check(self, text: str, heard: Heard, interrupted: bool) -> None:
         wanted = "".join(text.split())
         spoken = {u.number for u in self.line.server.utterances if u.text and wanted in u.text}
-        wrong = heard.samples - spoken - {0}
+        wrong = heard.samples - spoken
         assert not wrong, f"{text} heard {wrong}, not {spoken}"
         if not interrupted and not heard.samples:
             self.silent.append(f"{text} {heard.error!r}")
@@ -112,12 +113,13 @@ async def test_soak(
         tracemalloc.start()
         await _converse(turns)
         gc.collect()
+        linecache.clearcache()  # the source of every file that was in a traceback
         leaked, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         stats = xai_pool_patch.stats()
         assert (stats["idle"], stats["leased"], stats["dialling"]) == (0, 0, 0)
         assert stats["restoring"] == 0
-        assert (stats["connections_reclaimed"] > turns / 20) == (options is CLEARING), stats
+        assert (stats["connections_reclaimed"] > turns / 50) == (options is CLEARING), stats
         assert leaked < FLAT, f"{leaked} bytes kept after {turns} turns"
     finally:
         logging.disable(logging.NOTSET)
