@@ -429,19 +429,20 @@ def test_a_refusal_stops_the_background_until_a_callers_dial_succeeds(calls_firs
     play(scenario)
 
 
-def test_lending_an_old_connection_proves_nothing() -> None:
-    """P4: a refused standby is not dialled again with every turn on another connection."""
+@pytest.mark.parametrize(("setback", "dials"), [(Setback.REFUSED, 3), (Setback.PASSING, 7)])
+def test_lending_an_old_connection_proves_nothing(setback: Setback, dials: int) -> None:
+    """P4: a failed standby is not dialled again with every turn on another connection."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         pool.keep(2)
         await asyncio.sleep(1.0)
-        network.refuse = [Setback.REFUSED] * 100
+        network.refuse = [setback] * 100
         network.open[0].break_off()
         for _ in range(10):
             wire = await leased(pool)
             await asyncio.sleep(1.0)
             pool.release(wire)
-        assert len(network.dialled_at) == 3
+        assert len(network.dialled_at) == dials
 
     play(scenario)
 
@@ -483,6 +484,59 @@ def test_a_server_that_ends_fresh_connections_is_dialled_with_backoff() -> None:
         assert len(network.dialled_at) <= 10
 
     play(scenario)
+
+
+def test_a_standby_that_served_ends_the_backoff() -> None:
+    """P4: it was of use, so the trouble is over; having been made would prove nothing."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        network.handshake = 0.0
+        network.refuse = [Setback.PASSING] * 5
+        pool.keep(1)
+        await asyncio.sleep(60.0)
+        assert pool.idle == 1
+        network.refuse = [Setback.PASSING]
+        lent = await leased(pool)
+        lost_at = now()
+        pool.discard(lent, Reason.INTERRUPTED)
+        await asyncio.sleep(60.0)
+        dialled_again = [at - lost_at for at in network.dialled_at if at >= lost_at]
+        assert dialled_again == [0.0, pytest.approx(0.45, abs=0.06)]
+
+    play(scenario)
+
+
+def test_a_standby_has_the_time_of_a_standby() -> None:
+    """One that hangs is given up after ten seconds, prewarmed or kept."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        network.hang_next = 1
+        pool.prewarm()
+        await asyncio.sleep(9.9)
+        assert pool.dialling == 1
+        await asyncio.sleep(0.2)
+        assert pool.dialling == 0
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("is_leased", [False, True])
+def test_what_the_peer_ends_is_told_by_its_use(
+    is_leased: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Lost while idle is stale, and costs no turn; during an utterance it is an error."""
+    caplog.set_level("INFO")
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        [wire] = await idle(pool, 1)
+        if is_leased:
+            await leased(pool)
+        wire.break_off()
+        totals = pool.journal.counters.totals
+        assert (totals["discarded_stale"], totals["discarded_error"]) == (not is_leased, is_leased)
+
+    play(scenario)
+    assert ("discarded" if is_leased else "lost") in [r.getMessage() for r in caplog.records]
 
 
 # Growing old
@@ -693,6 +747,23 @@ def test_a_session_that_is_gone_ends_the_pool_quietly(caplog: pytest.LogCaptureF
         await asyncio.sleep(3600.0)
         assert pool.is_closed
         assert len(network.dialled_at) == 1
+
+    play(scenario)
+    assert [r for r in caplog.records if r.levelname == "WARNING"] == []
+
+
+def test_a_standby_that_fails_since_the_session_is_gone_is_no_failure(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """P9: nobody is warned of what was to be expected."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        network.refuse = [Setback.PASSING]
+        pool.keep(1)
+        await asyncio.sleep(HANDSHAKE / 2)
+        network.is_gone = True
+        await asyncio.sleep(HANDSHAKE)
+        assert pool.journal.counters.totals["standby_failures"] == 0
 
     play(scenario)
     assert [r for r in caplog.records if r.levelname == "WARNING"] == []
