@@ -101,7 +101,8 @@ class Told:
 
 def exception_texts(error: BaseException) -> Iterator[str]:
     """As it is printed, and each of its chain by itself, those included that are not printed."""
-    yield "".join(traceback.format_exception(error))
+    # Without the lines of source code, which may have any word: Python 3.13 quotes more of them.
+    yield "".join(traceback.format_exception(error, limit=0))
     seen: set[int] = set()
     chain: list[BaseException | None] = [error]
     while chain:
