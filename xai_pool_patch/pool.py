@@ -424,6 +424,11 @@ class Pool(Generic[C]):
     # Dialling
 
     def _dial_for_waiters(self) -> None:
+        # Asked anew after each: an eager task may have served somebody before spawn() returned.
+        while (waiter := self._next_to_dial_for()) is not None:
+            self._dial(waiter, waiter.deadline - self._now())
+
+    def _next_to_dial_for(self) -> _Waiter[C] | None:
         """One dial under way for each waiter, whoever began it, or one clear.
 
         From the last in line: those before it have dials of their own, or were content with
@@ -432,14 +437,13 @@ class Pool(Generic[C]):
         now = self._now()
         # One that was served, failed or cancelled leaves the line only when its task wakes up.
         waiting = [waiter for waiter in self._waiters if not waiter.future.done()]
+        dialled = sum(1 for dial in self._dials if now < dial.late_at)
         restored = sum(1 for restoration in self._restoring.values() if now < restoration.late_at)
         restored = min(restored, sum(1 for waiter in waiting if not waiter.wants_fresh))
-        for waiter in reversed(waiting):
-            dialled = sum(1 for dial in self._dials if now < dial.late_at)
-            if dialled + restored >= len(waiting):
-                return
-            if not any(dial.waiter is waiter for dial in self._dials):
-                self._dial(waiter, waiter.deadline - now)
+        if dialled + restored >= len(waiting):
+            return None
+        have_dials = {dial.waiter for dial in self._dials}
+        return next((waiter for waiter in reversed(waiting) if waiter not in have_dials), None)
 
     def _dial(self, waiter: _Waiter[C] | None, timeout: float) -> None:
         now = self._now()
