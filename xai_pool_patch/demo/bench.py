@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib.metadata
 import json
 import logging
@@ -83,6 +84,10 @@ def _help(pipe: Pipe) -> None:
     with contextlib.suppress(EOFError):
         while True:
             function, args, kwargs = pipe.recv()
+            # A full collection of all that has been imported by now takes 0.1 s, and would hit
+            # one subject or the other by chance.
+            gc.collect()
+            gc.freeze()
             try:
                 result = function(*args, **kwargs)
             except Exception as error:
