@@ -119,7 +119,7 @@ async def test_soak(
         stats = xai_pool_patch.stats()
         assert (stats["idle"], stats["leased"], stats["dialling"]) == (0, 0, 0)
         assert stats["restoring"] == 0
-        assert (stats["connections_reclaimed"] > turns / 50) == (options is CLEARING), stats
+        assert (stats["connections_reclaimed"] > 0) == (options is CLEARING), stats
         assert leaked < FLAT, f"{leaked} bytes kept after {turns} turns"
     finally:
         logging.disable(logging.NOTSET)
