@@ -1,0 +1,258 @@
+"""What the plugin sees as its WebSocket: the same, to the touch, as one of aiohttp's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import WSMsgType
+
+from tests.live.peer import PROTOCOL, Peer, connection, line, until
+from xai_pool_patch.connection import Connection
+from xai_pool_patch.delivery import Delivery
+from xai_pool_patch.lease import Lease
+from xai_pool_patch.pool import Acquired, Reason
+
+pytestmark = pytest.mark.usefixtures("no_tasks_left")
+
+NOTE = '{"type":"note"}'
+TEXT = '{"type":"text.delta","delta":"Hello"}'
+
+
+class Pool:
+    """Keeps how connections came back."""
+
+    def __init__(self) -> None:
+        self.came_back: list[object] = []
+
+    def release(self, connection: Connection) -> None:
+        self.came_back.append("released")
+
+    def reclaim(self, connection: Connection) -> None:
+        self.came_back.append("to be reclaimed")
+
+    def discard(self, connection: Connection, reason: Reason) -> None:
+        self.came_back.append(reason)
+
+
+def lease_of(live: Connection, pool: Any) -> Lease:
+    acquired = Acquired(live, waited=0.1, reused=False, fresh=True)
+    return Lease(
+        Delivery(acquired, pool, redial=_never, first_audio_timeout=5.0, on_replaced=_never)
+    )
+
+
+def _never(*_: object) -> Any:
+    raise AssertionError("a fresh connection is not replaced")
+
+
+@contextlib.asynccontextmanager
+async def leased() -> AsyncIterator[tuple[Lease, Peer]]:
+    async with connection() as (live, peer, watch):
+        await until(lambda: live.round_trip is not None)
+        lease = lease_of(live, Pool())
+        yield lease, peer
+        lease.end(None)
+        assert watch.faults == []
+
+
+@pytest.fixture(params=["bare", "leased"])
+async def ends(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Any, Peer]]:
+    """Both sides of a connection: aiohttp's own WebSocket or a lease, and the peer."""
+    async with (line() if request.param == "bare" else leased()) as (ws, peer):
+        yield ws, peer
+
+
+Ends = tuple[aiohttp.ClientWebSocketResponse, Peer]
+
+
+# As aiohttp has it
+
+
+async def test_it_is_one(ends: Ends) -> None:
+    ws, _ = ends
+    assert isinstance(ws, aiohttp.ClientWebSocketResponse)
+    assert (ws.closed, ws.close_code, ws.exception()) == (False, None, None)
+    assert (ws.protocol, ws.compress, ws.client_notakeover) == (PROTOCOL, 0, False)
+    assert ws.get_extra_info("peername")[0] == "127.0.0.1"
+    assert ws.get_extra_info("shoe size", "not known") == "not known"
+
+
+async def test_sending(ends: Ends) -> None:
+    ws, peer = ends
+    await ws.send_str(NOTE)
+    await ws.send_json({"a": 1})
+    await ws.send_bytes(b"\1")
+    await ws.send_frame(b"\2", WSMsgType.BINARY)
+    await ws.pong(b"\3")
+    heard = [await peer.hears() for _ in range(5)]
+    assert [(message.type, message.data) for message in heard] == [
+        (WSMsgType.TEXT, NOTE),
+        (WSMsgType.TEXT, '{"a": 1}'),
+        (WSMsgType.BINARY, b"\1"),
+        (WSMsgType.BINARY, b"\2"),
+        (WSMsgType.PONG, b"\3"),
+    ]
+
+
+async def test_pings(ends: Ends) -> None:
+    ws, peer = ends
+    peer.answers_pings = False
+    await ws.ping(b"there?")
+    heard = await peer.hears()
+    assert (heard.type, heard.data) == (WSMsgType.PING, b"there?")
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        lambda ws: ws.send_str(TEXT, 15),
+        lambda ws: ws.send_bytes(TEXT.encode(), 15),
+        lambda ws: ws.send_frame(TEXT.encode(), WSMsgType.TEXT, 15),
+    ],
+)
+async def test_compression_reaches_the_wire(ends: Ends, send: Any) -> None:
+    """The peer has not agreed to any, and says so."""
+    ws, peer = ends
+    await send(ws)
+    heard = await peer.hears()
+    assert (heard.type, heard.data.code) == (WSMsgType.ERROR, 1002)
+
+
+async def test_receiving(ends: Ends) -> None:
+    ws, peer = ends
+    await peer.ws.send_str(NOTE)
+    await peer.ws.send_str(NOTE)
+    await peer.ws.send_bytes(b"\1")
+    await peer.ws.send_str(NOTE)
+    assert (await ws.receive()).data == NOTE
+    assert await ws.receive_json() == json.loads(NOTE)
+    assert await ws.receive_bytes() == b"\1"
+    with pytest.raises(TypeError, match="BINARY"):
+        await ws.receive_bytes()
+
+
+async def test_iteration_ends_with_the_connection(ends: Ends) -> None:
+    ws, peer = ends
+    await peer.ws.send_str(NOTE)
+    closing = asyncio.create_task(peer.ws.close(code=1001))
+    assert [message.data async for message in ws] == [NOTE]
+    await closing
+    await until(lambda: ws.closed)
+    assert ws.close_code == 1001
+    assert (await asyncio.wait_for(ws.receive(), 5.0)).type is WSMsgType.CLOSED
+
+
+async def test_a_wait_that_times_out_loses_nothing(ends: Ends) -> None:
+    ws, peer = ends
+    with pytest.raises(asyncio.TimeoutError):
+        await ws.receive(timeout=0.01)
+    await peer.ws.send_str(NOTE)
+    assert await ws.receive_str(timeout=5.0) == NOTE
+
+
+async def test_one_may_receive_at_a_time(ends: Ends) -> None:
+    ws, peer = ends
+    first = asyncio.create_task(ws.receive())
+    await asyncio.sleep(0)
+    with pytest.raises(RuntimeError, match="Concurrent call to receive"):
+        await ws.receive()
+    await peer.ws.send_str(NOTE)
+    assert (await first).data == NOTE
+    await peer.ws.send_str(NOTE)
+    assert (await ws.receive()).data == NOTE
+
+
+async def test_a_receive_that_is_cancelled_leaves_room_for_the_next(ends: Ends) -> None:
+    ws, peer = ends
+    first = asyncio.create_task(ws.receive())
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.wait([first])
+    await peer.ws.send_str(NOTE)
+    assert (await ws.receive()).data == NOTE
+
+
+async def test_closing(ends: Ends) -> None:
+    ws, _ = ends
+    assert await ws.close() is True
+    assert ws.closed
+    assert await ws.close() is False
+    assert (await ws.receive()).type is WSMsgType.CLOSED
+    for send in (ws.send_str, ws.send_bytes, ws.ping, ws.pong):
+        with pytest.raises(ConnectionResetError):
+            await send("" if send == ws.send_str else b"")  # type: ignore[arg-type,operator]
+    with pytest.raises(ConnectionResetError):
+        await ws.send_frame(b"", WSMsgType.BINARY)
+
+
+async def test_closing_takes_a_code_and_a_message(ends: Ends) -> None:
+    ws, _ = ends
+    assert await ws.close(code=1001, message=b"going away")
+
+
+async def test_leaving_the_context_closes(ends: Ends) -> None:
+    ws, _ = ends
+    async with ws as entered:
+        assert entered is ws
+        assert not ws.closed
+    assert ws.closed
+
+
+# As the pool needs it
+
+
+async def test_closing_a_lease_leaves_the_socket_alone() -> None:
+    async with connection() as (live, peer, _):
+        pool = Pool()
+        lease = lease_of(live, pool)
+        waiting = asyncio.create_task(lease.receive())
+        await asyncio.sleep(0)
+        await lease.close()
+        assert (await waiting).type is WSMsgType.CLOSED
+        assert (live.ws.closed, live.is_reusable, pool.came_back) == (False, True, [])
+        lease.end(None)
+        assert pool.came_back == ["released"]
+
+
+@pytest.mark.parametrize(
+    ("cut_off", "comes_back"),
+    [(None, "released"), (Reason.INTERRUPTED, "to be reclaimed"), (Reason.ERROR, Reason.ERROR)],
+)
+async def test_a_lease_ends_once(cut_off: Reason | None, comes_back: object) -> None:
+    async with connection() as (live, _, _):
+        pool = Pool()
+        lease = lease_of(live, pool)
+        assert repr(lease).startswith("<Lease held <Delivery heard [<Connection open leased clean")
+        lease.end(cut_off)
+        lease.end(Reason.ERROR)
+        assert pool.came_back == [comes_back]
+        assert lease.closed
+        assert not live.ws.closed
+        assert repr(lease) == "<Lease ended <Delivery heard []>>"
+
+
+async def test_what_came_before_the_end_is_still_received() -> None:
+    async with connection() as (live, peer, _):
+        lease = lease_of(live, Pool())
+        await peer.ws.send_str(NOTE)
+        await peer.ws.send_str(NOTE)
+        peer.hangs_up()
+        await until(lambda: live.is_over)
+        assert [message.data async for message in lease if message.type is WSMsgType.TEXT] == [
+            NOTE,
+            NOTE,
+        ]
+
+
+async def test_an_error_that_was_put_in_is_raised() -> None:
+    async with connection() as (live, _, _):
+        lease = lease_of(live, Pool())
+        lease._delivery.inbox.put_nowait(ConnectionError("no replacement"))
+        with pytest.raises(ConnectionError, match="no replacement"):
+            await lease.receive()
