@@ -5,19 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import dataclasses
-import functools
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import aiohttp
-import multidict
-import yarl
-from livekit.agents import APIConnectionError, APIError, APIStatusError, get_job_context
+from livekit.agents import APIConnectionError, APIError, get_job_context
 
 from .connection import Connection
 from .delivery import Delivery
+from .dialler import dialler_of, key_of, with_status
 from .lease import Lease
 from .plugin import Shape
 from .pool import (
@@ -28,15 +25,12 @@ from .pool import (
     PoolClosedError,
     Reason,
 )
-from .shared import Connect, Key, LoopPools, Registry
+from .shared import Connect, LoopPools, Registry
 from .telemetry.log import Event, in_ms, tell
 from .telemetry.stats import Tally
 
 NETWORK_ERRORS = (aiohttp.ClientError, APIError, OSError, asyncio.TimeoutError)
 """What the plugin's connect raises when the network or the server is at fault."""
-
-NOT_IN_THE_URL = {"tokenizer"}
-"""Options of the plugin that do not go to the server."""
 
 
 class Turn:
@@ -220,7 +214,7 @@ class Leasing:
         pool = self._use(pools, tts)
         tally = pools.tally(tts)  # the TTS may have left by the time there is a connection
         if opts is not None:
-            pool = pools.visit(tts, _key(tts, opts), lambda: self._dialler(tts, opts))
+            pool = pools.visit(tts, key_of(tts, opts), lambda: self._dialler(tts, opts))
         acquired = await _acquire(pool, timeout)
         lease = Lease(
             Delivery(
@@ -237,7 +231,7 @@ class Leasing:
 
     def _use(self, pools: LoopPools, tts: Any) -> Pool[Connection]:
         self._end_with_job(pools)
-        return pools.use(tts, _key(tts, tts._opts), lambda: self._dialler(tts, tts._opts))
+        return pools.use(tts, key_of(tts, tts._opts), lambda: self._dialler(tts, tts._opts))
 
     def _end_with_job(self, pools: LoopPools) -> None:
         """Closes the pools before the job closes its HTTP session: nothing calls `TTS.aclose()`."""
@@ -245,21 +239,12 @@ class Leasing:
             job = get_job_context()
         except RuntimeError:  # not in a job
             return
-        if not pools.is_first_use_by(job):
-            return
-
-        async def close_pools() -> None:
-            await pools.aclose()
-
-        job.add_shutdown_callback(close_pools)
+        if pools.is_first_use_by(job):
+            job.add_shutdown_callback(pools.aclose)
 
     def _dialler(self, tts: Any, opts: Any) -> Connect:
         heartbeat = self._registry.options.heartbeat
-        view = _TTSView(tts._api_key, dataclasses.replace(opts), tts._ensure_session(), heartbeat)
-        connect = self._connect().__get__(view, _TTSView)
-        if self._shape is Shape.READS_OPTIONS:
-            return connect  # type: ignore[no-any-return]
-        return functools.partial(connect, opts=view._opts)
+        return dialler_of(self._connect(), tts, opts, shape=self._shape, heartbeat=heartbeat)
 
 
 def has_loop() -> bool:
@@ -268,18 +253,6 @@ def has_loop() -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _key(tts: Any, opts: Any) -> Key:
-    options_type: Any = type(opts)
-    options = tuple((name, getattr(opts, name)) for name in _names_in_url(options_type))
-    return Key(tts._api_key, tts._ensure_session(), options)
-
-
-@functools.cache
-def _names_in_url(options_type: Any) -> tuple[str, ...]:
-    names = (field.name for field in dataclasses.fields(options_type))
-    return tuple(name for name in names if name not in NOT_IN_THE_URL)
 
 
 async def _acquire(
@@ -295,58 +268,4 @@ async def _acquire(
     # Out here no other error becomes its context. What the plugin has hidden there carries headers.
     if error.__suppress_context__:
         error.__context__ = None
-    raise _with_status(error) from error.__cause__
-
-
-def _with_status(error: Exception) -> Exception:
-    """A refused handshake as the error from which the plugin makes an `APIStatusError`.
-
-    From 1.8.0 on its connect makes one itself, which its stream then takes for a connection that
-    failed: without a status, and to be tried again. Before that, it is aiohttp's, with the headers
-    of the request, and so with the API key, for everybody who prints it.
-    """
-    if isinstance(error, APIStatusError) and 400 <= error.status_code < 500:
-        status = error.status_code
-    elif isinstance(error, aiohttp.ClientResponseError):
-        status = error.status
-    else:
-        return error
-    url = yarl.URL()
-    return aiohttp.ClientResponseError(
-        aiohttp.RequestInfo(url, "GET", multidict.CIMultiDictProxy(multidict.CIMultiDict()), url),
-        (),
-        status=status,
-        message=error.message,
-    )
-
-
-class _TTSView:
-    """What the plugin's `_connect_ws` sees as `self` when the pool dials.
-
-    It holds the options of the moment, so that a later change does not turn a dial for one voice
-    into a connection for another; and not the TTS, which may go while its pool serves others.
-    """
-
-    def __init__(
-        self, api_key: str, opts: Any, session: aiohttp.ClientSession, heartbeat: float
-    ) -> None:
-        self._api_key = api_key
-        self._opts = opts
-        self._session = _SessionWithDefaults(session, autoping=False, heartbeat=heartbeat)
-
-    def _ensure_session(self) -> Any:
-        return self._session
-
-
-class _SessionWithDefaults:
-    """The plugin's HTTP session, with other defaults for the WebSockets it opens."""
-
-    def __init__(self, session: aiohttp.ClientSession, **defaults: Any) -> None:
-        self._session = session
-        self._defaults = defaults
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._session, name)
-
-    def ws_connect(self, url: Any, **kwargs: Any) -> Any:
-        return self._session.ws_connect(url, **{**self._defaults, **kwargs})
+    raise with_status(error) from error.__cause__

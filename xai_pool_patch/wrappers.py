@@ -24,8 +24,8 @@ def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> list[Pa
     """What is put into a plugin of that shape."""
     tts, stream = module.TTS, module.SynthesizeStream
     found = vars(tts)["_connect_ws"]
-    # What is not wrapped may be by others, later.
     has_pool = shape is Shape.OWN_POOL
+    # Where it is not wrapped here, it is looked up for each pool: others may wrap it later.
     leasing = Leasing(registry, shape, lambda: vars(tts)["_connect_ws"] if has_pool else found)
     wrappers = Wrappers(leasing)
     patches = [

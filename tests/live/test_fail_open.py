@@ -18,7 +18,7 @@ BEFORE_THE_UTTERANCE = [
     "connection.Connection.attach",
     "shared.Registry.here",
     "shared.LoopPools.use",
-    "leasing._key",
+    "leasing.key_of",
     "leasing.Turn.begin",
     "leasing.Turn.acquired",
     "leasing.Leasing._end_with_job",

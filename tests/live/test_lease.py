@@ -64,7 +64,7 @@ async def leased() -> AsyncIterator[tuple[Lease, Peer]]:
 @pytest.fixture(params=["bare", "leased"])
 async def ends(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Any, Peer]]:
     """Both sides of a connection: aiohttp's own WebSocket or a lease, and the peer."""
-    async with (line() if request.param == "bare" else leased()) as (ws, peer):
+    async with line() if request.param == "bare" else leased() as (ws, peer):
         yield ws, peer
 
 
