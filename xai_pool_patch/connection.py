@@ -33,6 +33,35 @@ class State(enum.Enum):
     """By our own wish."""
 
 
+class Heartbeat:
+    """To which PINGs new connections are held by aiohttp, which ends one that does not answer.
+
+    None, once one has ended that was never answered a PING in all its life: had the server no
+    answer to any, its connections would go on ending, each without a Close frame, and so be
+    counted as sessions long after. The PONG of any connection ends that suspicion.
+
+    Args:
+        interval: see `PoolOptions.heartbeat`.
+    """
+
+    def __init__(self, interval: float) -> None:
+        self._interval = interval
+        self._is_answered = True
+
+    @property
+    def interval(self) -> float | None:
+        """Seconds; None for no PINGs."""
+        return self._interval if self._is_answered else None
+
+    def answered(self) -> None:
+        self._is_answered = True
+
+    def unanswered(self) -> None:
+        if self._is_answered:
+            self._is_answered = False
+            tell(Event.PINGS_UNANSWERED)
+
+
 class Connection:
     """A WebSocket with one reader for its whole life.
 
@@ -41,6 +70,7 @@ class Connection:
     `autoping=False`, so that PINGs and PONGs reach the reader.
 
     Args:
+        heartbeat: is told whether PINGs are answered.
         close_timeout: seconds the peer has to answer a Close frame.
         on_fault: is told what is wrong with the reader itself.
 
@@ -54,10 +84,12 @@ class Connection:
         self,
         ws: aiohttp.ClientWebSocketResponse,
         *,
+        heartbeat: Heartbeat,
         close_timeout: float,
         on_fault: Callable[[Exception], None],
     ) -> None:
         self.ws = ws
+        self._heartbeat = heartbeat
         self._on_fault = on_fault
         self.utterance = UtteranceTracker()
         self.state = State.OPEN
@@ -199,6 +231,8 @@ class Connection:
 
     async def _handle(self, message: aiohttp.WSMessage) -> None:
         if message.type in ENDINGS:
+            if isinstance(message.data, aiohttp.ServerTimeoutError) and self.round_trip is None:
+                self._heartbeat.unanswered()
             self._deliver(message)
             self._lose()
             return
@@ -210,6 +244,7 @@ class Connection:
             pinged_at = self._pinged_at.pop(token, None)
             if pinged_at is not None:
                 self.round_trip = self.last_heard - pinged_at
+                self._heartbeat.answered()
             if token == self._fence:
                 self._fence = None
         else:

@@ -12,6 +12,7 @@ import multidict
 import yarl
 from livekit.agents import APIStatusError
 
+from .connection import Heartbeat
 from .plugin import Shape
 from .shared import Connect, Key
 
@@ -33,13 +34,12 @@ def _names_in_url(options_type: Any) -> tuple[str, ...]:
 
 
 def dialler_of(
-    connect: Callable[..., Any], tts: Any, opts: Any, *, shape: Shape, heartbeat: float
+    connect: Callable[..., Any], tts: Any, opts: Any, *, shape: Shape, heartbeat: Heartbeat
 ) -> Connect:
     """Makes what a pool dials with.
 
     Args:
         connect: the plugin's `TTS._connect_ws`, as a plain function.
-        heartbeat: see `PoolOptions`.
     """
     view = _TTSView(tts._api_key, dataclasses.replace(opts), tts._ensure_session(), heartbeat)
     dial = connect.__get__(view, _TTSView)
@@ -56,28 +56,29 @@ class _TTSView:
     """
 
     def __init__(
-        self, api_key: str, opts: Any, session: aiohttp.ClientSession, heartbeat: float
+        self, api_key: str, opts: Any, session: aiohttp.ClientSession, heartbeat: Heartbeat
     ) -> None:
         self._api_key = api_key
         self._opts = opts
-        self._session = _SessionWithDefaults(session, autoping=False, heartbeat=heartbeat)
+        self._session = _PooledSession(session, heartbeat)
 
     def _ensure_session(self) -> Any:
         return self._session
 
 
-class _SessionWithDefaults:
-    """The plugin's HTTP session, with other defaults for the WebSockets it opens."""
+class _PooledSession:
+    """The plugin's HTTP session, which opens WebSockets as a `Connection` needs them."""
 
-    def __init__(self, session: aiohttp.ClientSession, **defaults: Any) -> None:
+    def __init__(self, session: aiohttp.ClientSession, heartbeat: Heartbeat) -> None:
         self._session = session
-        self._defaults = defaults
+        self._heartbeat = heartbeat
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
 
     def ws_connect(self, url: Any, **kwargs: Any) -> Any:
-        return self._session.ws_connect(url, **{**self._defaults, **kwargs})
+        defaults = {"autoping": False, "heartbeat": self._heartbeat.interval}
+        return self._session.ws_connect(url, **{**defaults, **kwargs})
 
 
 def with_status(error: Exception) -> Exception:

@@ -214,7 +214,7 @@ class Leasing:
         pool = self._use(pools, tts)
         tally = pools.tally(tts)  # the TTS may have left by the time there is a connection
         if opts is not None:
-            pool = pools.visit(tts, key_of(tts, opts), lambda: self._dialler(tts, opts))
+            pool = pools.visit(tts, key_of(tts, opts), lambda: self._dialler(pools, tts, opts))
         acquired = await _acquire(pool, timeout)
         lease = Lease(
             Delivery(
@@ -231,7 +231,8 @@ class Leasing:
 
     def _use(self, pools: LoopPools, tts: Any) -> Pool[Connection]:
         self._end_with_job(pools)
-        return pools.use(tts, key_of(tts, tts._opts), lambda: self._dialler(tts, tts._opts))
+        opts = tts._opts
+        return pools.use(tts, key_of(tts, opts), lambda: self._dialler(pools, tts, opts))
 
     def _end_with_job(self, pools: LoopPools) -> None:
         """Closes the pools before the job closes its HTTP session: nothing calls `TTS.aclose()`."""
@@ -242,9 +243,9 @@ class Leasing:
         if pools.is_first_use_by(job):
             job.add_shutdown_callback(pools.aclose)
 
-    def _dialler(self, tts: Any, opts: Any) -> Connect:
-        heartbeat = self._registry.options.heartbeat
-        return dialler_of(self._connect(), tts, opts, shape=self._shape, heartbeat=heartbeat)
+    def _dialler(self, pools: LoopPools, tts: Any, opts: Any) -> Connect:
+        connect = self._connect()
+        return dialler_of(connect, tts, opts, shape=self._shape, heartbeat=pools.heartbeat)
 
 
 def has_loop() -> bool:

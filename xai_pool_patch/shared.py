@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import aiohttp
 
 from .backoff import Account, Backoff, Setback
-from .connection import Connection
+from .connection import Connection, Heartbeat
 from .options import PoolOptions
 from .pool import Pool
 from .telemetry import metrics
@@ -59,6 +59,7 @@ class LoopPools:
     """The pools of one event loop. Everything here happens in that loop's thread.
 
     Attributes:
+        heartbeat: of all of them, since all dial the same server.
         pools: never changed but replaced, since other threads look at it for their statistics.
     """
 
@@ -66,6 +67,7 @@ class LoopPools:
         self, options: PoolOptions, on_fault: Callable[[str, Exception], None] = lambda *_: None
     ) -> None:
         self.counters = Counters()
+        self.heartbeat = Heartbeat(options.heartbeat)
         self._on_fault = on_fault
         self.pools: dict[Key, Pool[Connection]] = {}
         self._ending: list[Pool[Connection]] = []
@@ -181,6 +183,7 @@ class LoopPools:
             try:
                 return Connection(
                     ws,
+                    heartbeat=self.heartbeat,
                     close_timeout=options.close_timeout,
                     on_fault=lambda fault: self._on_fault("reading", fault),
                 )

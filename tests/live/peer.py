@@ -12,10 +12,13 @@ import aiohttp
 from aiohttp import WSMsgType, web
 from aiohttp.test_utils import TestClient, TestServer
 
-from xai_pool_patch.connection import Connection
+from xai_pool_patch.connection import Connection, Heartbeat
 
+HAS_SEND_FRAME = hasattr(aiohttp.ClientWebSocketResponse, "send_frame")
+"""From aiohttp 3.11 on."""
 PROTOCOL = "voice"
 ENDS = (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR)
+HEARTBEAT = 20.0
 WHILE = 5.0
 """Seconds: far more than anything here takes."""
 
@@ -58,14 +61,21 @@ class Peer:
 
 
 @asynccontextmanager
-async def line(**behaviour: bool) -> AsyncIterator[tuple[aiohttp.ClientWebSocketResponse, Peer]]:
+async def line(
+    heartbeat: float | None = None, **behaviour: bool
+) -> AsyncIterator[tuple[aiohttp.ClientWebSocketResponse, Peer]]:
     """A WebSocket of aiohttp, opened as the pool opens its own."""
     peer = Peer(**behaviour)
     app = web.Application()
     app.router.add_get("/", peer.serve)
     async with TestClient(TestServer(app)) as client:
         try:
-            yield await client.ws_connect("/", autoping=False, protocols=[PROTOCOL]), peer
+            yield (
+                await client.ws_connect(
+                    "/", autoping=False, protocols=[PROTOCOL], heartbeat=heartbeat
+                ),
+                peer,
+            )
         finally:
             peer.over.set()
 
@@ -75,6 +85,7 @@ class Watch:
     """What a connection told of itself."""
 
     lost: int = 0
+    heartbeat: Heartbeat = field(default_factory=lambda: Heartbeat(HEARTBEAT))
     faults: list[Exception] = field(default_factory=list)
     taken: asyncio.Queue[tuple[Any, str]] = field(default_factory=asyncio.Queue)
 
@@ -90,11 +101,16 @@ class Watch:
 
 @asynccontextmanager
 async def connection(
-    *, close_timeout: float = WHILE, **behaviour: bool
+    *, close_timeout: float = WHILE, heartbeat: float | None = None, **behaviour: bool
 ) -> AsyncIterator[tuple[Connection, Peer, Watch]]:
-    async with line(**behaviour) as (ws, peer):
+    async with line(heartbeat, **behaviour) as (ws, peer):
         watch = Watch()
-        made = Connection(ws, close_timeout=close_timeout, on_fault=watch.faults.append)
+        made = Connection(
+            ws,
+            heartbeat=watch.heartbeat,
+            close_timeout=close_timeout,
+            on_fault=watch.faults.append,
+        )
         made.on_lost = watch.note_loss
         yield made, peer, watch
         made.close()

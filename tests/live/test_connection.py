@@ -11,11 +11,12 @@ import aiohttp
 import pytest
 from aiohttp import WSMsgType
 
-from tests.live.peer import connection, until
+from tests.live.peer import HAS_SEND_FRAME, HEARTBEAT, connection, until
 from xai_pool_patch.connection import CLOSED_MESSAGE, TEXT_CLEAR, Connection, State
 from xai_pool_patch.utterance import Stage
 
 pytestmark = pytest.mark.usefixtures("no_tasks_left")
+with_send_frame = pytest.mark.skipif(not HAS_SEND_FRAME, reason="not in this aiohttp")
 
 TEXT, DONE = '{"type":"text.delta","delta":"Hello"}', '{"type":"text.done"}'
 
@@ -69,6 +70,42 @@ async def test_only_the_last_ping_counts() -> None:
         assert live.round_trip is None
         await peer.ws.pong(last.data)
         await until(lambda: live.round_trip is not None)
+
+
+async def test_a_server_that_answers_no_ping_is_not_held_to_them(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with connection(answers_pings=False, heartbeat=0.02) as (live, _, watch):
+        await until(lambda: watch.lost)
+        assert live.round_trip is None
+        assert watch.heartbeat.interval is None
+        watch.heartbeat.unanswered()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert caplog.messages == ["PINGs are not answered, new connections go without"]
+
+
+async def test_a_server_that_has_answered_a_ping_is_held_to_them() -> None:
+    async with connection(heartbeat=0.02) as (live, peer, watch):
+        await until(lambda: live.round_trip is not None)
+        peer.answers_pings = False
+        await until(lambda: watch.lost)
+        assert watch.heartbeat.interval == HEARTBEAT
+
+
+async def test_an_end_by_the_peer_says_nothing_of_pings() -> None:
+    async with connection(answers_pings=False) as (_, peer, watch):
+        await peer.hears()
+        peer.hangs_up()
+        await until(lambda: watch.lost)
+        assert watch.heartbeat.interval == HEARTBEAT
+
+
+async def test_a_pong_brings_the_heartbeat_back() -> None:
+    async with connection() as (live, _, watch):
+        watch.heartbeat.unanswered()
+        assert watch.heartbeat.interval is None
+        await until(lambda: live.round_trip is not None)
+        assert watch.heartbeat.interval == HEARTBEAT
 
 
 @pytest.mark.parametrize("leased", [True, False])
@@ -202,6 +239,7 @@ async def test_what_is_sent_arrives_and_is_followed() -> None:
         assert live.utterance.stage is Stage.SPOILED
 
 
+@with_send_frame
 async def test_a_frame_of_any_kind_arrives_and_spoils() -> None:
     async with connection() as (live, peer, _):
         await live.send_frame(DONE.encode(), WSMsgType.TEXT, None)
@@ -215,7 +253,9 @@ async def test_a_frame_of_any_kind_arrives_and_spoils() -> None:
     [
         lambda live: live.send_str(TEXT, 15),
         lambda live: live.send_bytes(TEXT.encode(), 15),
-        lambda live: live.send_frame(TEXT.encode(), WSMsgType.TEXT, 15),
+        pytest.param(
+            lambda live: live.send_frame(TEXT.encode(), WSMsgType.TEXT, 15), marks=with_send_frame
+        ),
     ],
 )
 async def test_compression_reaches_the_wire(send: Any) -> None:

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from tests.virtual import run
-from xai_pool_patch.connection import Connection
+from xai_pool_patch.connection import Connection, Heartbeat
 from xai_pool_patch.delivery import Delivery
 from xai_pool_patch.pool import Acquired, Reason
 
@@ -56,7 +56,9 @@ def deliver(cut_off: Reason | None, *, fresh: bool) -> tuple[Socket, Pool]:
     pool: Any = Pool()
 
     async def utterance() -> None:
-        connection = Connection(socket, close_timeout=1.0, on_fault=_raise)
+        connection = Connection(
+            socket, heartbeat=Heartbeat(20.0), close_timeout=1.0, on_fault=_raise
+        )
         await asyncio.sleep(0)
         delivery = Delivery(
             Acquired(connection, waited=0.0, reused=not fresh, fresh=fresh),

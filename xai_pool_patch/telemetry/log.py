@@ -34,6 +34,7 @@ class Event(enum.Enum):
     RECLAIMED = ("reclaimed", DEBUG)
     RECLAIMING_STOPPED = ("interrupted connections are discarded from here on", WARNING)
     STANDBY_FAILED = ("standby failed", WARNING)
+    PINGS_UNANSWERED = ("PINGs are not answered, new connections go without", WARNING)
 
     REUSED = ("reused", DEBUG)
     WAITED = ("waited", DEBUG)
