@@ -13,6 +13,7 @@ import pytest
 from aiohttp import WSMsgType
 
 from tests.live.peer import HAS_SEND_FRAME, PROTOCOL, Peer, connection, line, until
+from tests.unit.pool_kit import TakesBack
 from xai_pool_patch.connection import Connection
 from xai_pool_patch.delivery import Delivery
 from xai_pool_patch.lease import Lease
@@ -23,22 +24,6 @@ with_send_frame = pytest.mark.skipif(not HAS_SEND_FRAME, reason="not in this aio
 
 NOTE = '{"type":"note"}'
 TEXT = '{"type":"text.delta","delta":"Hello"}'
-
-
-class Pool:
-    """Keeps how connections came back."""
-
-    def __init__(self) -> None:
-        self.came_back: list[object] = []
-
-    def release(self, connection: Connection) -> None:
-        self.came_back.append("released")
-
-    def reclaim(self, connection: Connection) -> None:
-        self.came_back.append("to be reclaimed")
-
-    def discard(self, connection: Connection, reason: Reason) -> None:
-        self.came_back.append(reason)
 
 
 def lease_of(live: Connection, pool: Any) -> Lease:
@@ -56,7 +41,7 @@ def _never(*_: object) -> Any:
 async def leased() -> AsyncIterator[tuple[Lease, Peer]]:
     async with connection() as (live, peer, watch):
         await until(lambda: live.round_trip is not None)
-        lease = lease_of(live, Pool())
+        lease = lease_of(live, TakesBack())
         yield lease, peer
         lease.end(None)
         assert watch.faults == []
@@ -227,7 +212,7 @@ async def test_leaving_the_context_closes(ends: Ends) -> None:
 
 async def test_closing_a_lease_leaves_the_socket_alone() -> None:
     async with connection() as (live, _, _):
-        pool = Pool()
+        pool = TakesBack()
         lease = lease_of(live, pool)
         waiting = asyncio.create_task(lease.receive())
         await asyncio.sleep(0)
@@ -244,7 +229,7 @@ async def test_closing_a_lease_leaves_the_socket_alone() -> None:
 )
 async def test_a_lease_ends_once(cut_off: Reason | None, comes_back: object) -> None:
     async with connection() as (live, _, _):
-        pool = Pool()
+        pool = TakesBack()
         lease = lease_of(live, pool)
         assert repr(lease).startswith("<Lease held <Delivery heard [<Connection open leased clean")
         lease.end(cut_off)
@@ -257,7 +242,7 @@ async def test_a_lease_ends_once(cut_off: Reason | None, comes_back: object) -> 
 
 async def test_what_came_before_the_end_is_still_received() -> None:
     async with connection() as (live, peer, _):
-        lease = lease_of(live, Pool())
+        lease = lease_of(live, TakesBack())
         await peer.ws.send_str(NOTE)
         await peer.ws.send_str(NOTE)
         peer.hangs_up()
@@ -270,7 +255,7 @@ async def test_what_came_before_the_end_is_still_received() -> None:
 
 async def test_an_error_that_was_put_in_is_raised() -> None:
     async with connection() as (live, _, _):
-        lease = lease_of(live, Pool())
+        lease = lease_of(live, TakesBack())
         lease._delivery.inbox.put_nowait(ConnectionError("no replacement"))
         with pytest.raises(ConnectionError, match="no replacement"):
             await lease.receive()

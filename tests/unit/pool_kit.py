@@ -91,6 +91,22 @@ class Network:
         return [wire for wire in self.wires if wire.is_open]
 
 
+class TakesBack:
+    """A pool of which only how connections come back to it exists."""
+
+    def __init__(self) -> None:
+        self.came_back: list[object] = []
+
+    def release(self, connection: object) -> None:
+        self.came_back.append("released")
+
+    def reclaim(self, connection: object) -> None:
+        self.came_back.append("to be reclaimed")
+
+    def discard(self, connection: object, reason: Reason) -> None:
+        self.came_back.append(reason)
+
+
 def setback_of(error: Exception) -> Setback:
     assert isinstance(error, RefusedError)
     return error.setback

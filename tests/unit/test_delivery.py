@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from tests.unit.pool_kit import TakesBack
 from tests.virtual import run
 from xai_pool_patch.connection import Connection, Heartbeat
 from xai_pool_patch.delivery import Delivery
@@ -35,25 +36,9 @@ class Socket:
         self.sent.append(frame)
 
 
-class Pool:
-    """Keeps how a connection came back."""
-
-    def __init__(self) -> None:
-        self.came_back: list[Any] = []
-
-    def release(self, connection: Connection) -> None:
-        self.came_back.append("released")
-
-    def reclaim(self, connection: Connection) -> None:
-        self.came_back.append("to be reclaimed")
-
-    def discard(self, connection: Connection, reason: Reason) -> None:
-        self.came_back.append(reason)
-
-
-def deliver(cut_off: Reason | None, *, fresh: bool) -> tuple[Socket, Pool]:
+def deliver(cut_off: Reason | None, *, fresh: bool) -> tuple[Socket, TakesBack]:
     socket: Any = Socket()
-    pool: Any = Pool()
+    pool: Any = TakesBack()
 
     async def utterance() -> None:
         connection = Connection(
