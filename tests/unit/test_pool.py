@@ -62,7 +62,21 @@ def test_a_cold_caller_waits_for_its_dial_and_is_told_so() -> None:
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         acquired = await pool.acquire(10.0)
         assert acquired.waited == pytest.approx(HANDSHAKE)
-        assert not acquired.reused
+        assert (acquired.reused, acquired.fresh) == (False, True)
+
+    play(scenario)
+
+
+def test_one_given_back_meanwhile_is_neither_reused_nor_fresh() -> None:
+    """It was waited for, and somebody has used it."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        wire = await leased(pool)
+        waiting = asyncio.create_task(pool.acquire(10.0))
+        await asyncio.sleep(0.1)
+        pool.release(wire)
+        acquired = await waiting
+        assert (acquired.connection, acquired.reused, acquired.fresh) == (wire, False, False)
 
     play(scenario)
 
@@ -429,6 +443,23 @@ def test_a_refusal_stops_the_background_until_a_callers_dial_succeeds(calls_firs
     play(scenario)
 
 
+def test_a_standby_from_before_a_refusal_does_not_end_it() -> None:
+    """P4: only a dial that was made since then tells anything new."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        await asyncio.sleep(1.0)
+        network.refuse = [Setback.REFUSED]
+        with pytest.raises(DialFailedError):
+            await pool.acquire(10.0, fresh=True)
+        assert pool.idle == 1
+        pool.discard(await leased(pool), Reason.INTERRUPTED)
+        await asyncio.sleep(60.0)
+        assert len(network.dialled_at) == 2
+
+    play(scenario)
+
+
 @pytest.mark.parametrize(("setback", "dials"), [(Setback.REFUSED, 3), (Setback.PASSING, 7)])
 def test_lending_an_old_connection_proves_nothing(setback: Setback, dials: int) -> None:
     """P4: a failed standby is not dialled again with every turn on another connection."""
@@ -552,6 +583,19 @@ def test_no_connection_is_handed_out_beyond_max_age() -> None:
         acquired = await pool.acquire(10.0)
         assert acquired.connection is not wire
         assert not acquired.reused
+        assert pool.journal.counters.totals["discarded_expired"] == 1
+
+    play(scenario)
+
+
+def test_one_that_died_unnoticed_is_not_handed_out() -> None:
+    """C1: what it says of itself is asked at checkout, too."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        [wire] = await idle(pool, 1)
+        wire.is_reusable = False
+        assert await leased(pool) is not wire
+        assert pool.journal.counters.totals["discarded_stale"] == 1
 
     play(scenario)
 
@@ -723,6 +767,28 @@ def test_aclose_during_a_dial_that_hangs() -> None:
     play(scenario)
 
 
+def test_aclose_waits_no_longer_than_for_one_of_them() -> None:
+    """What the dial has used up of close_timeout, the closing of others does not get."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        wire = await leased(pool)
+        closing = asyncio.ensure_future(asyncio.sleep(100.0))
+        wire.close = lambda: closing  # type: ignore[method-assign,assignment,return-value]
+        network.hang_next = 1
+        caller = asyncio.create_task(leased(pool))
+        await asyncio.sleep(0.1)
+        pool.discard(wire, Reason.INTERRUPTED)
+        wire.is_open = False
+        began = now()
+        await pool.aclose()
+        assert now() - began == pytest.approx(5.0)
+        assert closing.cancelled()
+        with pytest.raises(PoolClosedError):
+            await caller
+
+    play(scenario)
+
+
 def test_aclose_during_a_standbys_dial_closes_what_it_brings() -> None:
     """A handshake under way is brought to its end, so that the server gets a Close frame."""
 
@@ -790,5 +856,7 @@ def test_repr_tells_the_whole_state() -> None:
         assert repr(pool) == (
             "<Pool open idle=0 leased=1 restoring=0 dialling=0 waiting=0 closing=0 kept=1>"
         )
+        pool.close()
+        assert repr(pool).startswith("<Pool closed idle=0 leased=1 ")
 
     play(scenario)

@@ -28,6 +28,7 @@ from xai_pool_patch.pool import (
 
 RELIED_ON = RELIED_ROUND_TRIPS * ROUND_TRIP
 KEEPALIVE_AFTER = 300.0
+STOPPED = "interrupted connections are discarded from here on"
 
 play = functools.partial(play_with, options=PoolOptions(interruption="clear"))
 play_proving = functools.partial(
@@ -47,8 +48,10 @@ async def interrupted(pool: Pool[Wire]) -> Wire:
     return wire
 
 
-def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+def warnings(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    """Messages and reasons."""
+    records = [record for record in caplog.records if record.levelname == "WARNING"]
+    return [(record.getMessage(), vars(record)["reason"]) for record in records]
 
 
 # Reclaiming
@@ -284,7 +287,7 @@ def test_after_two_refusals_in_a_row_it_discards(caplog: pytest.LogCaptureFixtur
         assert pool.journal.counters.totals["discarded_interrupted"] == 4
 
     play(scenario)
-    assert warnings(caplog) == ["interrupted connections are discarded from here on"]
+    assert warnings(caplog) == [(STOPPED, "clears are not acknowledged")]
 
 
 def test_a_refusal_is_forgiven(caplog: pytest.LogCaptureFixture) -> None:
@@ -317,7 +320,8 @@ def test_a_broken_word_is_not_forgiven(use: str, caplog: pytest.LogCaptureFixtur
         assert (other.is_open, other.restorations) == (False, 0)
 
     play(scenario)
-    assert warnings(caplog) == ["interrupted connections are discarded from here on"]
+    reason = "audio came after the acknowledgement of a clear"
+    assert warnings(caplog) == [(STOPPED, reason)]
 
 
 # Closing
