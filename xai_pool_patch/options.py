@@ -43,7 +43,8 @@ class PoolOptions:
 
     heartbeat: float = 20.0
     """Interval of WebSocket PINGs. Keeps NATs and load balancers from forgetting the connection
-    and finds a vanished peer within 1.5 times this."""
+    and finds a vanished peer within 1.5 times this. A server that never answers one is not held
+    to it."""
 
     first_audio_timeout: float = 5.0
     """Time a reused connection has, from the end of an utterance's text, to say anything; after
