@@ -17,6 +17,8 @@ from xai_pool_patch.pool import Pool, Reason
 from xai_pool_patch.telemetry.log import Event
 from xai_pool_patch.telemetry.stats import Counters, Tally
 
+ABOUT_1600 = pytest.approx(1600.0, abs=100.0)
+
 Scenario = Callable[[Network, Pool[Any]], Coroutine[Any, Any, None]]
 
 
@@ -107,29 +109,30 @@ async def close(network: Network, pool: Pool[Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("deed", "event", "reason", "idle_s"),
+    ("deed", "event", "reason", "age_s", "idle_s"),
     [
-        (interrupt, "discarded", "interrupted", None),
-        (lose, "lost", "stale", 30.0),
-        (lose_in_use, "discarded", "error", None),
-        (rotate, "rotated", "expired", pytest.approx(1600.0, abs=100.0)),
-        (expire, "discarded", "expired", None),
-        (trim, "trimmed", "trimmed", 60.0),
-        (close, "closed", "closed", 0.0),
+        (interrupt, "discarded", "interrupted", 0.0, None),
+        (lose, "lost", "stale", 30.0, 30.0),
+        (lose_in_use, "discarded", "error", 0.0, None),
+        (rotate, "rotated", "expired", ABOUT_1600, ABOUT_1600),
+        (expire, "discarded", "expired", 2000.0, None),
+        (trim, "trimmed", "trimmed", 60.0, 60.0),
+        (close, "closed", "closed", 0.0, 0.0),
     ],
 )
 def test_the_end_of_a_connection(
     deed: Scenario,
     event: str,
     reason: str,
+    age_s: float,
     idle_s: float | None,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Each kind has its own name, says why and after what time, and is counted once."""
     records, counted = told(caplog, deed)
     [fields] = [fields for message, fields in records if message == event]
-    assert (fields["reason"], fields.get("idle_s")) == (reason, idle_s)
-    assert fields["age_s"] >= fields.get("idle_s", 0.0)
+    assert (fields["reason"], fields["age_s"]) == (reason, age_s)
+    assert fields.get("idle_s") == idle_s
     discarded = {name: n for name, n in counted.items() if name.startswith("discarded") and n}
     assert discarded == {f"discarded_{reason}": 1}
 
