@@ -19,6 +19,9 @@ IDENTIFIER = re.compile(r"[a-z_]{1,20}(\.[a-z_]{1,20})?")
 ENDINGS = (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR)
 CLOSED_MESSAGE = aiohttp.WSMessage(WSMsgType.CLOSED, None, None)
 
+SUSPICIOUS = 2
+"""Connections in a row that end without a PONG before none is expected: one may have vanished."""
+
 TEXT_CLEAR = '{"type":"text.clear"}'
 
 Sink = Callable[[aiohttp.WSMessage, str], None]
@@ -34,11 +37,11 @@ class State(enum.Enum):
 
 
 class Heartbeat:
-    """To which PINGs new connections are held by aiohttp, which ends one that does not answer.
+    """The PINGs by which aiohttp finds a peer that has vanished: it ends who does not answer.
 
-    None, once one has ended that was never answered a PING in all its life: had the server no
-    answer to any, its connections would go on ending, each without a Close frame, and so be
-    counted as sessions long after. The PONG of any connection ends that suspicion.
+    A server that answers none at all is not held to them. Its connections would go on ending, each
+    without a Close frame, and so be counted as sessions long after. The PONG of any connection
+    ends that suspicion.
 
     Args:
         interval: see `PoolOptions.heartbeat`.
@@ -46,19 +49,20 @@ class Heartbeat:
 
     def __init__(self, interval: float) -> None:
         self._interval = interval
-        self._is_answered = True
+        self._unanswered = 0
 
     @property
     def interval(self) -> float | None:
-        """Seconds; None for no PINGs."""
-        return self._interval if self._is_answered else None
+        """Seconds, for the next connection; None for no PINGs."""
+        return self._interval if self._unanswered < SUSPICIOUS else None
 
     def answered(self) -> None:
-        self._is_answered = True
+        self._unanswered = 0
 
     def unanswered(self) -> None:
-        if self._is_answered:
-            self._is_answered = False
+        """A connection ended that was never answered a PING in all its life."""
+        self._unanswered += 1
+        if self._unanswered == SUSPICIOUS:
             tell(Event.PINGS_UNANSWERED)
 
 

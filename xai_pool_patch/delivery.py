@@ -40,7 +40,7 @@ class Failure(enum.Enum):
     ENDED = "ended by the peer"
     ERROR = "error frame"
     UNREADABLE = "unreadable frame"
-    OUT_OF_TURN = "audio.done out of turn"
+    OUT_OF_TURN = "answer out of turn"
     NO_PONG = "no sign of life"
     NO_ANSWER = "no answer"
 
@@ -58,6 +58,9 @@ class Attempt:
     sent: int = 0
     """How many of the utterance's frames have been sent on it."""
     is_sending: bool = False
+    is_overdue: bool = False
+    """It had the time that it gets for an answer. It may still give one, but nothing waits for it
+    alone."""
 
 
 class Delivery:
@@ -91,6 +94,10 @@ class Delivery:
         self._heard: Attempt | None = None
         """The one that is heard; while there is none, a failure can still be mended."""
         self._redialling: asyncio.Task[None] | None = None
+        self._has_redialled = False
+        """The dial is over; its connection may be sending yet."""
+        self._defeat: Exception | None = None
+        """Why there is no replacement, though one was called for."""
         self._alarms: list[asyncio.TimerHandle] = []
         first = self._begin(Attempt(acquired.connection, acquired.fresh, acquired.waited))
         self.connection = first.connection
@@ -99,7 +106,7 @@ class Delivery:
 
     def __repr__(self) -> str:
         state = "heard" if self._heard else "unheard"
-        redialling = " redialling" if self._is_redialling else ""
+        redialling = " redialling" if self._redialling and not self._has_redialled else ""
         return f"<Delivery {state}{redialling} {[a.connection for a in self._attempts]}>"
 
     @property
@@ -118,7 +125,8 @@ class Delivery:
             try:
                 await self._catch_up(attempt)
             except OSError:
-                if not self._go_on_without(attempt, Failure.NOT_SENT):
+                was_dropped = attempt not in self._attempts  # while it was sending
+                if not was_dropped and not self._go_on_without(attempt, Failure.NOT_SENT):
                     raise
 
     def end(self, cut_off: Reason | None) -> None:
@@ -158,37 +166,51 @@ class Delivery:
         try:
             while attempt.sent < len(self._frames):
                 if attempt.sent == 0 and not attempt.is_fresh:
-                    await self._probe(attempt.connection)
+                    await self._probe(attempt)
                 attempt.sent += 1
                 await self._frames[attempt.sent - 1](attempt.connection)
                 if self._heard is None and not attempt.is_fresh:
-                    self._watch(attempt.connection)
+                    self._watch(attempt)
         finally:
             attempt.is_sending = False
 
-    async def _probe(self, connection: Connection) -> None:
+    async def _probe(self, attempt: Attempt) -> None:
         """Asks a reused connection for a sign of life, and sets an alarm for it."""
-        now = asyncio.get_running_loop().time()
+        connection, now = attempt.connection, asyncio.get_running_loop().time()
         if connection.round_trip is not None:
             patience = PROBE_ROUND_TRIPS * connection.round_trip
             patience = min(LONGEST_PROBE, max(SHORTEST_PROBE, patience))
-            self._alarm(now + patience / 2, lambda: connection.last_heard <= now, Failure.NO_PONG)
+
+            def is_silent() -> bool:
+                return connection.last_heard <= now
+
+            def doubt() -> None:
+                if is_silent():
+                    self._replace(is_silent, Failure.NO_PONG)
+
+            self._alarm(now + patience / 2, doubt)
         await connection.ping()
 
-    def _watch(self, connection: Connection) -> None:
+    def _watch(self, attempt: Attempt) -> None:
         """Sets the alarm for a reused connection that has the whole text and has given nothing."""
-        if connection.utterance.stage in (Stage.AWAITING, Stage.EMPTY):
-            now = asyncio.get_running_loop().time()
-            self._alarm(now + self._first_audio_timeout, lambda: True, Failure.NO_ANSWER)
 
-    def _alarm(self, when: float, is_silent: Callable[[], bool], failure: Failure) -> None:
+        def give_up_waiting() -> None:
+            attempt.is_overdue = True
+            self._replace(lambda: True, Failure.NO_ANSWER)
+            self._fail_if_hopeless()
+
+        if attempt.connection.utterance.stage in (Stage.AWAITING, Stage.EMPTY):
+            now = asyncio.get_running_loop().time()
+            self._alarm(now + self._first_audio_timeout, give_up_waiting)
+
+    def _alarm(self, when: float, deed: Callable[[], None]) -> None:
         def ring() -> None:
             # A busy loop rings late, before it reads what has long arrived: read first.
             self._alarms.append(call_at(when, check))
 
         def check() -> None:
-            if self._heard is None and is_silent():
-                self._replace(is_silent, failure)
+            if self._heard is None:
+                deed()
 
         self._alarms.append(call_at(when, ring))
 
@@ -212,6 +234,7 @@ class Delivery:
         for other in [other for other in self._attempts if other is not attempt]:
             self._drop(other)
         if attempt.makes_up_for is not None:
+            self._pool.journal.replaced(attempt.waited, attempt.makes_up_for.value)
             self._on_replaced(attempt.waited, attempt.makes_up_for.value)
         else:
             self._stop_redialling()
@@ -220,12 +243,19 @@ class Delivery:
         """Whether something else will carry the utterance; else its failure is the plugin's."""
         if self._heard is not None or attempt not in self._attempts:
             return False
-        is_last = len(self._attempts) == 1
-        if is_last and (attempt.is_fresh or self._has_redialled):
+        others_are_hopeless = all(o.is_overdue for o in self._attempts if o is not attempt)
+        if others_are_hopeless and (attempt.is_fresh or self._has_redialled):
             return False
         self._drop(attempt)
+        if attempt.is_fresh:
+            self._defeat = ConnectionResetError(f"replacement failed: {failure.value}")
         self._replace(lambda: True, failure)
         return True
+
+    def _fail_if_hopeless(self) -> None:
+        """An error is better than to wait for ever for a connection that had its time."""
+        if self._defeat is not None and all(attempt.is_overdue for attempt in self._attempts):
+            self.inbox.put_nowait(self._defeat)
 
     def _drop(self, attempt: Attempt) -> None:
         self._attempts.remove(attempt)
@@ -237,14 +267,6 @@ class Delivery:
 
     # Replacing
 
-    @property
-    def _is_redialling(self) -> bool:
-        return self._redialling is not None and not self._redialling.done()
-
-    @property
-    def _has_redialled(self) -> bool:
-        return self._redialling is not None and self._redialling.done()
-
     def _replace(self, is_wanted: Callable[[], bool], failure: Failure) -> None:
         """Begins to dial a replacement, if none has been dialled for this utterance."""
         if self._redialling is None:
@@ -255,16 +277,18 @@ class Delivery:
         try:
             acquired = await self._redial()
         except Exception as error:
+            self._has_redialled = True
+            self._defeat = error
             self._pool.journal.replacement_failed(error, failure.value)
-            if not self._attempts:
-                self.inbox.put_nowait(error)
+            self._fail_if_hopeless()
             return
-        if self._attempts and not is_wanted():
+        is_hopeless = all(attempt.is_overdue for attempt in self._attempts)
+        if not is_hopeless and not is_wanted():
             # The first connection has shown life meanwhile.
             self._redialling = None
             self._pool.release(acquired.connection)
             return
-        self._pool.journal.replaced(acquired.waited, failure.value)
+        self._has_redialled = True
         attempt = self._begin(Attempt(acquired.connection, True, acquired.waited, failure))
         with contextlib.suppress(OSError):  # then its reader has heard of its end
             await self._catch_up(attempt)
@@ -282,7 +306,8 @@ class Delivery:
 def _failure_in(attempt: Attempt, message: aiohttp.WSMessage, type_: str) -> Failure | None:
     if message.type in ENDINGS:
         return Failure.ENDED
-    if type_ == "audio.done" and attempt.connection.utterance.stage is Stage.SPOILED:
+    is_spoiled = attempt.connection.utterance.stage is Stage.SPOILED
+    if is_spoiled and type_ in ("audio.done", "audio.clear"):
         # Before any audio of an utterance with text: an answer to something else.
         return Failure.OUT_OF_TURN
     if message.type is WSMsgType.TEXT:

@@ -89,7 +89,7 @@ class Lease(aiohttp.ClientWebSocketResponse):
 
     @property
     def closed(self) -> bool:
-        return self._is_closed or self._delivery.connection.ws.closed
+        return self._is_closed or self._delivery.is_over
 
     @property
     def close_code(self) -> int | None:

@@ -257,14 +257,15 @@ class Pool(Generic[C]):
 
         Args:
             timeout: seconds the whole wait may take.
-            fresh: take none that has been used or has lain idle.
+            fresh: take none that has been used or has lain idle. It replaces one of an utterance
+                under way, which is spoken to its end though the pool may have ended.
 
         Raises:
             DialFailedError: the dial made for this caller failed.
             AcquireTimeoutError: nothing came in time.
             PoolClosedError: the pool has ended.
         """
-        if self.is_closed:
+        if self.is_closed and not fresh:
             raise PoolClosedError("acquire() on a pool that has ended")
         member = None if fresh else self._take_idle()
         if member is not None:

@@ -105,6 +105,8 @@ class UtteranceTracker:
         """Whether a frame of this type may be heard: audio that nobody asked for must not."""
         is_answer = type_.startswith("audio.")
         is_stale = is_answer and self.is_clean
+        if self.stage is Stage.EMPTY and type_ == "audio.delta":
+            is_stale = True
         if is_answer or type_ in ("error", UNREADABLE):
             self.stage = _AFTER_RECEIVING.get((self.stage, type_), Stage.SPOILED)
         return not is_stale

@@ -62,7 +62,7 @@ class Peer:
 
 @asynccontextmanager
 async def line(
-    heartbeat: float | None = None, **behaviour: bool
+    pinged_every: float | None = None, **behaviour: bool
 ) -> AsyncIterator[tuple[aiohttp.ClientWebSocketResponse, Peer]]:
     """A WebSocket of aiohttp, opened as the pool opens its own."""
     peer = Peer(**behaviour)
@@ -72,7 +72,7 @@ async def line(
         try:
             yield (
                 await client.ws_connect(
-                    "/", autoping=False, protocols=[PROTOCOL], heartbeat=heartbeat
+                    "/", autoping=False, protocols=[PROTOCOL], heartbeat=pinged_every
                 ),
                 peer,
             )
@@ -84,8 +84,8 @@ async def line(
 class Watch:
     """What a connection told of itself."""
 
+    heartbeat: Heartbeat
     lost: int = 0
-    heartbeat: Heartbeat = field(default_factory=lambda: Heartbeat(HEARTBEAT))
     faults: list[Exception] = field(default_factory=list)
     taken: asyncio.Queue[tuple[Any, str]] = field(default_factory=asyncio.Queue)
 
@@ -101,10 +101,14 @@ class Watch:
 
 @asynccontextmanager
 async def connection(
-    *, close_timeout: float = WHILE, heartbeat: float | None = None, **behaviour: bool
+    heartbeat: Heartbeat | None = None,
+    *,
+    close_timeout: float = WHILE,
+    pinged_every: float | None = None,
+    **behaviour: bool,
 ) -> AsyncIterator[tuple[Connection, Peer, Watch]]:
-    async with line(heartbeat, **behaviour) as (ws, peer):
-        watch = Watch()
+    async with line(pinged_every, **behaviour) as (ws, peer):
+        watch = Watch(heartbeat or Heartbeat(HEARTBEAT))
         made = Connection(
             ws,
             heartbeat=watch.heartbeat,

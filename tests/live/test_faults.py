@@ -6,6 +6,7 @@ Each fault befalls the second turn of a conversation, on a connection that the f
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -238,6 +239,72 @@ async def test_a_replacement_that_fails_is_the_plugins() -> None:
         assert len(line.errors) == 1
         assert len(line.server.utterances) == 3
         await tts.aclose()
+
+
+NO_REPLACEMENT = {
+    "the dial is refused": {"refuse": 503},
+    "it answers with an error": {"error_on_text": "overloaded"},
+    "it closes before any audio": {"end_before_audio": Ending.CLOSE},
+}
+
+
+@pytest.mark.parametrize("name", NO_REPLACEMENT)
+async def test_no_replacement_for_a_session_that_is_gone(name: str) -> None:
+    """L5: its socket still answers PINGs, and nothing else will ever come: the plugin is told."""
+    async with line_to(quick(), ROUND_TRIP) as line:
+        tts, behaviour = line.tts(), line.server.behaviour
+        await speak(tts, "First.")
+        await _until_round_trip_is_known()
+        behaviour.mute = True
+        turn = asyncio.create_task(speak(tts, TEXT))
+        await line.server.wait_for(lambda s: len(s.utterances) == 2)
+        behaviour.mute = False
+        for field, value in NO_REPLACEMENT[name].items():
+            setattr(behaviour, field, value)
+        heard = await asyncio.wait_for(turn, 5.0)
+        assert heard.samples == set()
+        status = 503 if "refuse" in NO_REPLACEMENT[name] else None
+        assert getattr(heard.error, "status_code", None) == status
+        assert len(line.errors) == 1
+        await tts.aclose()
+
+
+async def test_a_sign_of_life_after_the_time_to_answer_is_no_answer() -> None:
+    """L4, L5: the dial that the lost PONG began serves the turn, however late it ends."""
+    xai_pool_patch.uninstall()
+    xai_pool_patch.install(dataclasses.replace(OPTIONS, heartbeat=20.0))
+    async with line_to(quick(), ROUND_TRIP) as line:
+        tts, behaviour = line.tts(), line.server.behaviour
+        await speak(tts, "First.")
+        await _until_round_trip_is_known()
+        behaviour.mute, behaviour.answer_pings, behaviour.handshake_delay = True, False, 0.6
+        turn = asyncio.create_task(speak(tts, TEXT))
+        await line.server.wait_for(lambda s: len(s.handshakes) == 2)
+        await asyncio.sleep(2 * OPTIONS.first_audio_timeout - 0.1)
+        assert not turn.done()
+        await line.server.broadcast('{"type":"news"}')
+        behaviour.mute, behaviour.answer_pings = False, True
+        heard = await asyncio.wait_for(turn, 5.0)
+        assert heard.samples == {line.server.utterances[-1].number}
+        assert line.errors == []
+        await tts.aclose()
+
+
+async def test_uninstalled_in_mid_utterance() -> None:
+    """A1, L3: it is spoken to its end, over another connection if need be."""
+    async with line_to(quick(generation=0.1), ROUND_TRIP) as line:
+        tts = line.tts()
+        await speak(tts, "First.")
+        turn = asyncio.create_task(speak(tts, TEXT))
+        await line.server.wait_for(lambda s: len(s.utterances) == 2)
+        xai_pool_patch.uninstall()
+        await asyncio.sleep(0)  # the pools end in the next turn of their loop
+        line.server.reset_all()
+        heard = await turn
+        assert heard.samples == {line.server.utterances[-1].number}
+        assert (len(line.server.utterances), line.errors) == (3, [])
+        await tts.aclose()
+        await all_closed(line.server)
 
 
 async def test_interrupted_during_a_redial(no_tasks_left: None) -> None:

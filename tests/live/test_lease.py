@@ -26,10 +26,12 @@ NOTE = '{"type":"note"}'
 TEXT = '{"type":"text.delta","delta":"Hello"}'
 
 
-def lease_of(live: Connection, pool: Any) -> Lease:
-    acquired = Acquired(live, waited=0.1, reused=False, fresh=True)
+def lease_of(live: Connection, pool: Any, redial: Any = None) -> Lease:
+    """Of a connection that was dialled for it, or of a reused one that can be replaced."""
+    acquired = Acquired(live, waited=0.0, reused=redial is not None, fresh=redial is None)
+    redial = redial or _never
     return Lease(
-        Delivery(acquired, pool, redial=_never, first_audio_timeout=5.0, on_replaced=_never)
+        Delivery(acquired, pool, redial=redial, first_audio_timeout=5.0, on_replaced=_never)
     )
 
 
@@ -259,3 +261,45 @@ async def test_an_error_that_was_put_in_is_raised() -> None:
         lease._delivery.inbox.put_nowait(ConnectionError("no replacement"))
         with pytest.raises(ConnectionError, match="no replacement"):
             await lease.receive()
+
+
+async def test_it_is_open_while_the_utterance_is_mended() -> None:
+    """L1: whoever looks at `closed` before it goes on must not give up what can be saved."""
+    redialling = asyncio.get_running_loop().create_future()
+    async with connection() as (dead, peer, watch), connection() as (live, other_peer, _):
+        lease = lease_of(dead, TakesBack(), redial=lambda: redialling)
+        await lease.send_str(TEXT)
+        peer.hangs_up()
+        await until(lambda: watch.lost)
+        assert not lease.closed
+        redialling.set_result(Acquired(live, waited=0.1, reused=False, fresh=True))
+        assert (await other_peer.hears()).data == TEXT
+        assert not lease.closed
+        other_peer.hangs_up()
+        await until(lambda: lease.closed)
+        lease.end(Reason.ERROR)
+
+
+async def test_a_send_that_fails_late_is_not_the_plugins_when_the_frame_is_with_another() -> None:
+    """L3: a full buffer held the frame up until its connection was long replaced."""
+    blocked = asyncio.Event()
+    async with connection() as (dead, peer, _), connection() as (live, other_peer, _):
+
+        async def send(each: Connection) -> None:
+            if each is dead:
+                await blocked.wait()
+                raise ConnectionResetError
+            await each.send_str(TEXT, None)
+
+        lease = lease_of(dead, TakesBack(), redial=lambda: _returning(live))
+        sending = asyncio.create_task(lease._delivery.send(send))
+        await until(lambda: lease._delivery._attempts[0].sent)
+        await peer.ws.send_str('{"type":"error"}')
+        assert (await other_peer.hears()).data == TEXT
+        blocked.set()
+        await sending
+        lease.end(Reason.ERROR)
+
+
+async def _returning(live: Connection) -> Acquired[Connection]:
+    return Acquired(live, waited=0.1, reused=False, fresh=True)

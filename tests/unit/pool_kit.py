@@ -106,6 +106,9 @@ class TakesBack:
     def discard(self, connection: object, reason: Reason) -> None:
         self.came_back.append(reason)
 
+    def condemn(self, connection: object) -> None:
+        self.came_back.append("condemned")
+
 
 def setback_of(error: Exception) -> Setback:
     assert isinstance(error, RefusedError)

@@ -151,7 +151,7 @@ def test_whatever_else_happens_spoils_the_connection(steps: list[Step]) -> None:
     assert after(steps).stage is Stage.SPOILED
 
 
-@pytest.mark.parametrize("steps", [[], ROUND])
+@pytest.mark.parametrize("steps", [[], ROUND, up(DONE)])
 def test_audio_that_nobody_asked_for_must_not_be_heard(steps: list[Step]) -> None:
     """It belongs to an utterance that was cut off, or to nobody."""
     assert after(steps).received(type_of(AUDIO)) is False
