@@ -242,7 +242,7 @@ async def test_a_replacement_that_fails_is_the_plugins() -> None:
 
 
 NO_REPLACEMENT = {
-    "the dial is refused": {"refuse": 503},
+    "the dial is refused": {"refuse": 429},
     "it answers with an error": {"error_on_text": "overloaded"},
     "it closes before any audio": {"end_before_audio": Ending.CLOSE},
 }
@@ -263,7 +263,7 @@ async def test_no_replacement_for_a_session_that_is_gone(name: str) -> None:
             setattr(behaviour, field, value)
         heard = await asyncio.wait_for(turn, 5.0)
         assert heard.samples == set()
-        status = 503 if "refuse" in NO_REPLACEMENT[name] else None
+        status = 429 if "refuse" in NO_REPLACEMENT[name] else None
         assert getattr(heard.error, "status_code", None) == status
         assert len(line.errors) == 1
         await tts.aclose()
