@@ -537,16 +537,17 @@ def test_a_standby_that_served_ends_the_backoff() -> None:
     play(scenario)
 
 
-def test_a_standby_has_the_time_of_a_standby() -> None:
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_a_standby_has_the_time_of_a_standby(is_kept: bool) -> None:
     """One that hangs is given up after ten seconds, prewarmed or kept."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         network.hang_next = 1
-        pool.prewarm()
+        pool.keep(1) if is_kept else pool.prewarm()
         await asyncio.sleep(9.9)
         assert pool.dialling == 1
         await asyncio.sleep(0.2)
-        assert pool.dialling == 0
+        assert (pool.dialling, len(network.dialled_at)) == (0, 1)
 
     play(scenario)
 
@@ -675,6 +676,22 @@ def test_what_a_burst_left_behind_is_trimmed() -> None:
         assert pool.idle == 5
         await asyncio.sleep(2.0)
         assert pool.idle == 1
+
+    play(scenario)
+
+
+def test_a_dial_makes_the_longest_idle_one_dispensable() -> None:
+    """P6: what it brings is kept in its place."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        [wire] = await idle(pool, 1)
+        await asyncio.sleep(61.0)
+        assert wire.is_open
+        wanting = asyncio.create_task(pool.acquire(10.0, fresh=True))
+        await asyncio.sleep(0.1)
+        assert not wire.is_open
+        pool.release((await wanting).connection)
 
     play(scenario)
 

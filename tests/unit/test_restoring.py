@@ -201,6 +201,19 @@ def test_one_wants_a_fresh_one_and_another_relies_on_a_clear(fresh_first: bool) 
     play(scenario)
 
 
+def test_whoever_wants_a_fresh_one_is_dialled_for_however_many_clears_there_are() -> None:
+    """A clear is relied on for one caller, and not for another that has no use for it."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        for wire in await asyncio.gather(leased(pool), leased(pool)):
+            interrupt(pool, wire)
+        began = now()
+        await asyncio.gather(pool.acquire(10.0), pool.acquire(10.0, fresh=True))
+        assert network.dialled_at[2:] == [began]
+
+    play(scenario)
+
+
 def test_a_caller_that_gives_up_leaves_the_clear_alone() -> None:
     """P3: the next one finds the connection."""
 
@@ -457,6 +470,18 @@ def test_a_caller_takes_the_only_one_as_soon_as_it_has_proven_it() -> None:
         assert acquired.waited == pytest.approx(RELIED_ON - 0.1 + HANDSHAKE)
 
     play_proving(scenario)
+
+
+def test_a_proof_that_is_not_due_does_not_put_off_rotation() -> None:
+    """P5: whichever comes first sets the timer."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        await asyncio.sleep(1800.0)
+        assert len(network.dialled_at) == 2
+        assert network.wires[0].restorations == 0
+
+    play_with(scenario, PoolOptions(keepalive="clear", keepalive_after=10_000.0))
 
 
 def test_a_proof_is_no_use() -> None:
