@@ -252,9 +252,14 @@ class Delivery:
         self._replace(lambda: True, failure)
         return True
 
+    @property
+    def _is_hopeless(self) -> bool:
+        """There is no connection left of which an answer is to be expected."""
+        return all(attempt.is_overdue for attempt in self._attempts)
+
     def _fail_if_hopeless(self) -> None:
         """An error is better than to wait for ever for a connection that had its time."""
-        if self._defeat is not None and all(attempt.is_overdue for attempt in self._attempts):
+        if self._defeat is not None and self._is_hopeless:
             self.inbox.put_nowait(self._defeat)
 
     def _drop(self, attempt: Attempt) -> None:
@@ -282,8 +287,7 @@ class Delivery:
             self._pool.journal.replacement_failed(error, failure.value)
             self._fail_if_hopeless()
             return
-        is_hopeless = all(attempt.is_overdue for attempt in self._attempts)
-        if not is_hopeless and not is_wanted():
+        if not self._is_hopeless and not is_wanted():
             # The first connection has shown life meanwhile.
             self._redialling = None
             self._pool.release(acquired.connection)
