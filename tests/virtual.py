@@ -35,6 +35,13 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return self._virtual.now
 
 
+def block(seconds: float) -> None:
+    """Keeps the running loop from all else for that long."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    loop._virtual.now += seconds
+
+
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Runs it to its end in virtual time, and fails on tasks that it leaves behind."""
     loop = VirtualLoop()
