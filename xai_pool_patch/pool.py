@@ -21,12 +21,14 @@ from .background import call_at, spawn
 from .backoff import Backoff, Setback
 from .errors import XaiPoolPatchError
 from .options import PoolOptions
+from .patience import Patience
 from .telemetry.journal import Journal
 from .telemetry.log import Event
 
-PATIENCE = 1.0
-"""Seconds a caller relies on a dial that somebody else began, before it begins its own: about
-twice the 0.45 to 0.6 s a handshake takes in production (livekit/agents issue 6078)."""
+DIAL_PATIENCE = 1.0
+"""Seconds from its start in which callers rely on a dial that somebody else began, before they
+begin their own: about twice the 0.45 to 0.6 s a handshake takes in production (livekit/agents
+issue 6078)."""
 
 ROTATION_LEAD = 0.05
 """Part of `max_age` before its end in which an idle connection is replaced: 90 s of 1,800 s, time
@@ -160,7 +162,7 @@ class _Waiter(Generic[C]):
 @dataclass(eq=False)
 class _Dial(Generic[C]):
     began: float
-    late_at: float
+    patience: Patience
     waiter: _Waiter[C] | None
     """Who asked for it; nobody, for a standby."""
     task: asyncio.Task[None] | None = None
@@ -170,7 +172,7 @@ class _Dial(Generic[C]):
 class _Restoration:
     failing: Reason
     """What the connection is discarded for if it fails."""
-    late_at: float
+    patience: Patience
     task: asyncio.Task[None] | None = None
 
 
@@ -435,11 +437,10 @@ class Pool(Generic[C]):
         From the last in line: those before it have dials of their own, or were content with
         somebody else's. What takes longer than it should is not relied on.
         """
-        now = self._now()
         # One that was served, failed or cancelled leaves the line only when its task wakes up.
         waiting = [waiter for waiter in self._waiters if not waiter.future.done()]
-        dialled = sum(1 for dial in self._dials if now < dial.late_at)
-        restored = sum(1 for restoration in self._restoring.values() if now < restoration.late_at)
+        dialled = sum(not dial.patience.is_over for dial in self._dials)
+        restored = sum(not restoration.patience.is_over for restoration in self._restoring.values())
         restored = min(restored, sum(1 for waiter in waiting if not waiter.wants_fresh))
         if dialled + restored >= len(waiting):
             return None
@@ -447,8 +448,7 @@ class Pool(Generic[C]):
         return next((waiter for waiter in reversed(waiting) if waiter not in have_dials), None)
 
     def _dial(self, waiter: _Waiter[C] | None, timeout: float) -> None:
-        now = self._now()
-        dial = _Dial(began=now, late_at=now + PATIENCE, waiter=waiter)
+        dial = _Dial(self._now(), Patience(DIAL_PATIENCE, self._settle), waiter)
         self._dials.add(dial)  # first: an eager task may end before spawn() returns
         dial.task = spawn(self._run_dial(dial, timeout), name="xai_pool_patch.dial")
 
@@ -468,6 +468,8 @@ class Pool(Generic[C]):
         else:
             self._dials.discard(dial)
             self._dial_succeeded(dial, connection)
+        finally:
+            dial.patience.stop()
 
     def _dial_succeeded(self, dial: _Dial[C], connection: C) -> None:
         now = self._now()
@@ -499,19 +501,22 @@ class Pool(Generic[C]):
     # Restoring
 
     def _restore(self, member: _Member[C], failing: Reason) -> None:
-        now, round_trip = self._now(), member.connection.round_trip
-        timeout, late_at = self._options.clear_timeout, now
+        round_trip = member.connection.round_trip
+        timeout, relied_for = self._options.clear_timeout, 0.0
         if round_trip is not None:
             timeout = min(timeout, max(SHORTEST_CLEAR, CLEAR_ROUND_TRIPS * round_trip))
-            late_at = now + max(SHORTEST_RELIANCE, RELIED_ROUND_TRIPS * round_trip)
-        restoration = self._restoring[member] = _Restoration(failing, late_at)
-        restoration.task = spawn(self._run_restore(member, timeout), name="xai_pool_patch.restore")
+            relied_for = max(SHORTEST_RELIANCE, RELIED_ROUND_TRIPS * round_trip)
+        patience = Patience(relied_for, self._settle)
+        restoration = self._restoring[member] = _Restoration(failing, patience)
+        run = self._run_restore(member, timeout, patience)
+        restoration.task = spawn(run, name="xai_pool_patch.restore")
 
-    async def _run_restore(self, member: _Member[C], timeout: float) -> None:
+    async def _run_restore(self, member: _Member[C], timeout: float, patience: Patience) -> None:
         restoring = spawn(member.connection.restore(), name="xai_pool_patch.clear")
         try:
             await asyncio.wait([restoring], timeout=timeout)
         finally:
+            patience.stop()
             if not self._loop.is_closed():
                 restoring.cancel()
         await asyncio.wait([restoring])  # until it has let go of the connection
@@ -652,10 +657,6 @@ class Pool(Generic[C]):
     def _next_due(self) -> float:
         now = self._now()
         moments: list[float] = []
-        if self._waiters:
-            moments += [dial.late_at for dial in self._dials]
-            moments += [restoration.late_at for restoration in self._restoring.values()]
-            moments = [late_at for late_at in moments if now < late_at]
         if not self.is_closed:
             moments += [m.expires_at if m.rotate_at <= now else m.rotate_at for m in self._idle]
             if self._options.keepalive == "clear" and not self._restoring:

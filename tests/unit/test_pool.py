@@ -17,11 +17,11 @@ from tests.unit.pool_kit import (
     now,
     play,
 )
-from tests.virtual import run
+from tests.virtual import block, run
 from xai_pool_patch.backoff import Account, Setback
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool import (
-    PATIENCE,
+    DIAL_PATIENCE,
     AcquireTimeoutError,
     DialFailedError,
     Pool,
@@ -307,7 +307,22 @@ def test_a_hanging_standby_holds_a_caller_up_for_a_moment_only() -> None:
         pool.keep(1)
         await asyncio.sleep(0.1)
         acquired = await pool.acquire(10.0)
-        assert acquired.waited == pytest.approx(PATIENCE - 0.1 + HANDSHAKE)
+        assert acquired.waited == pytest.approx(DIAL_PATIENCE - 0.1 + HANDSHAKE)
+
+    play(scenario)
+
+
+def test_a_dial_that_could_not_get_on_is_relied_on() -> None:
+    """P4: the first AgentSession of a process blocks the loop behind the dial of its prewarm()."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        network.handshake = 0.1 + 2.0 + HANDSHAKE
+        pool.prewarm()
+        await asyncio.sleep(0.1)
+        block(2.0)
+        acquired = await pool.acquire(10.0)
+        assert acquired.waited == pytest.approx(HANDSHAKE)
+        assert len(network.dialled_at) == 1
 
     play(scenario)
 

@@ -17,6 +17,7 @@ from tests.unit.pool_kit import (
     now,
 )
 from tests.unit.pool_kit import play as play_with
+from tests.virtual import block
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool import (
     RELIED_ROUND_TRIPS,
@@ -127,6 +128,19 @@ def test_a_caller_does_not_rely_on_a_clear_that_is_late(clear_takes: float) -> N
         assert network.dialled_at[1:] == [pytest.approx(began + RELIED_ON)]
         assert (wire is first) == (clear_takes == 0.4)
         assert now() - began == pytest.approx(min(clear_takes, RELIED_ON + HANDSHAKE))
+
+    play(scenario)
+
+
+def test_a_caller_relies_on_a_clear_that_could_not_get_on() -> None:
+    """Its acknowledgement came while the loop was blocked, and is not read yet."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        wire = await interrupted(pool)
+        await asyncio.sleep(0.1)
+        block(2 * RELIED_ON)
+        assert await leased(pool) is wire
+        assert len(network.dialled_at) == 1
 
     play(scenario)
 
