@@ -98,6 +98,12 @@ async def expire(network: Network, pool: Pool[Any]) -> None:
     pool.release(wire)
 
 
+async def grow_old_unkept(network: Network, pool: Pool[Any]) -> None:
+    wire = (await pool.acquire(10.0)).connection
+    await asyncio.sleep(1600.0)
+    pool.release(wire)
+
+
 async def trim(network: Network, pool: Pool[Any]) -> None:
     await one_idle(pool)
     await asyncio.sleep(61.0)
@@ -116,6 +122,7 @@ async def close(network: Network, pool: Pool[Any]) -> None:
         (lose_in_use, "discarded", "error", 0.0, None),
         (rotate, "rotated", "expired", ABOUT_1600, ABOUT_1600),
         (expire, "discarded", "expired", 2000.0, None),
+        (grow_old_unkept, "discarded", "expired", 1600.0, 0.0),
         (trim, "trimmed", "trimmed", 60.0, 60.0),
         (close, "closed", "closed", 0.0, 0.0),
     ],
