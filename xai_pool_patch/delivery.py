@@ -125,8 +125,7 @@ class Delivery:
             try:
                 await self._catch_up(attempt)
             except OSError:
-                was_dropped = attempt not in self._attempts  # while it was sending
-                if not was_dropped and not self._go_on_without(attempt, Failure.NOT_SENT):
+                if not self._go_on_without(attempt, Failure.NOT_SENT):
                     raise
 
     def end(self, cut_off: Reason | None) -> None:
@@ -166,7 +165,7 @@ class Delivery:
         try:
             while attempt.sent < len(self._frames):
                 if attempt.sent == 0 and not attempt.is_fresh:
-                    await self._probe(attempt)
+                    await self._probe(attempt.connection)
                 attempt.sent += 1
                 await self._frames[attempt.sent - 1](attempt.connection)
                 if self._heard is None and not attempt.is_fresh:
@@ -174,9 +173,9 @@ class Delivery:
         finally:
             attempt.is_sending = False
 
-    async def _probe(self, attempt: Attempt) -> None:
+    async def _probe(self, connection: Connection) -> None:
         """Asks a reused connection for a sign of life, and sets an alarm for it."""
-        connection, now = attempt.connection, asyncio.get_running_loop().time()
+        now = asyncio.get_running_loop().time()
         if connection.round_trip is not None:
             patience = PROBE_ROUND_TRIPS * connection.round_trip
             patience = min(LONGEST_PROBE, max(SHORTEST_PROBE, patience))
@@ -241,10 +240,11 @@ class Delivery:
 
     def _go_on_without(self, attempt: Attempt, failure: Failure) -> bool:
         """Whether something else will carry the utterance; else its failure is the plugin's."""
-        if self._heard is not None or attempt not in self._attempts:
+        if attempt not in self._attempts:
+            return True  # it was dropped while it was sending
+        if self._heard is not None:
             return False
-        others_are_hopeless = all(o.is_overdue for o in self._attempts if o is not attempt)
-        if others_are_hopeless and (attempt.is_fresh or self._has_redialled):
+        if self._is_hopeless(without=attempt) and (attempt.is_fresh or self._has_redialled):
             return False
         self._drop(attempt)
         if attempt.is_fresh:
@@ -252,14 +252,13 @@ class Delivery:
         self._replace(lambda: True, failure)
         return True
 
-    @property
-    def _is_hopeless(self) -> bool:
+    def _is_hopeless(self, without: Attempt | None = None) -> bool:
         """There is no connection left of which an answer is to be expected."""
-        return all(attempt.is_overdue for attempt in self._attempts)
+        return all(attempt.is_overdue for attempt in self._attempts if attempt is not without)
 
     def _fail_if_hopeless(self) -> None:
         """An error is better than to wait for ever for a connection that had its time."""
-        if self._defeat is not None and self._is_hopeless:
+        if self._defeat is not None and self._is_hopeless():
             self.inbox.put_nowait(self._defeat)
 
     def _drop(self, attempt: Attempt) -> None:
@@ -287,7 +286,7 @@ class Delivery:
             self._pool.journal.replacement_failed(error, failure.value)
             self._fail_if_hopeless()
             return
-        if not self._is_hopeless and not is_wanted():
+        if not self._is_hopeless() and not is_wanted():
             # The first connection has shown life meanwhile.
             self._redialling = None
             self._pool.release(acquired.connection)

@@ -441,7 +441,7 @@ class Pool(Generic[C]):
         waiting = [waiter for waiter in self._waiters if not waiter.future.done()]
         dialled = sum(not dial.patience.is_over for dial in self._dials)
         restored = sum(not restoration.patience.is_over for restoration in self._restoring.values())
-        restored = min(restored, sum(1 for waiter in waiting if not waiter.wants_fresh))
+        restored = min(restored, sum(not waiter.wants_fresh for waiter in waiting))
         if dialled + restored >= len(waiting):
             return None
         have_dials = {dial.waiter for dial in self._dials}
@@ -655,17 +655,17 @@ class Pool(Generic[C]):
         self._settle()
 
     def _next_due(self) -> float:
+        if self.is_closed:
+            return math.inf
         now = self._now()
-        moments: list[float] = []
-        if not self.is_closed:
-            moments += [m.expires_at if m.rotate_at <= now else m.rotate_at for m in self._idle]
-            if self._options.keepalive == "clear" and not self._restoring:
-                moments += [m.proven_at + self._options.keepalive_after for m in self._idle]
-            surplus = self._fresh() + len(self._dials) - self._kept
-            if surplus > 0 and self._idle:
-                moments.append(self._idle[0].idle_since + self._options.max_idle_time)
-            if surplus < 0:
-                moments.append(self._backoff.next_attempt)
+        moments = [m.expires_at if m.rotate_at <= now else m.rotate_at for m in self._idle]
+        if self._options.keepalive == "clear" and not self._restoring:
+            moments += [m.proven_at + self._options.keepalive_after for m in self._idle]
+        surplus = self._fresh() + len(self._dials) - self._kept
+        if surplus > 0 and self._idle:
+            moments.append(self._idle[0].idle_since + self._options.max_idle_time)
+        if surplus < 0:
+            moments.append(self._backoff.next_attempt)
         return min(moments, default=math.inf)
 
     def _now(self) -> float:

@@ -104,12 +104,10 @@ class UtteranceTracker:
     def received(self, type_: str) -> bool:
         """Whether a frame of this type may be heard: audio that nobody asked for must not."""
         is_answer = type_.startswith("audio.")
-        is_stale = is_answer and self.is_clean
-        if self.stage is Stage.EMPTY and type_ == "audio.delta":
-            is_stale = True
+        is_unasked = self.is_clean or (self.stage, type_) == (Stage.EMPTY, "audio.delta")
         if is_answer or type_ in ("error", UNREADABLE):
             self.stage = _AFTER_RECEIVING.get((self.stage, type_), Stage.SPOILED)
-        return not is_stale
+        return not (is_answer and is_unasked)
 
 
 def type_of(frame: object) -> str:
