@@ -12,8 +12,9 @@ import aiohttp
 from livekit.agents import APIConnectOptions
 from livekit.plugins import xai
 
-from xai_pool_patch import plugin
+from xai_pool_patch import patch, plugin
 from xai_pool_patch.demo.standin import Behaviour, Connection, StandIn
+from xai_pool_patch.shared import Registry
 
 API_KEY = "stand-in-key"
 VERSION = plugin.installed_version()
@@ -94,6 +95,12 @@ async def line_to(
     stand_in = StandIn(round_trip=round_trip, behaviour=behaviour or quick())
     async with stand_in as server, server.client_session() as http:
         yield Line(server, http)
+
+
+def registry() -> Registry:
+    """The pools of what is installed."""
+    assert patch._installation is not None
+    return patch._installation.registry
 
 
 async def all_closed(server: StandIn) -> None:

@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
+import pytest
 from aiohttp import WSMsgType, web
 from aiohttp.test_utils import TestClient, TestServer
 
 from xai_pool_patch.connection import Connection, Heartbeat
 
-HAS_SEND_FRAME = hasattr(aiohttp.ClientWebSocketResponse, "send_frame")
-"""From aiohttp 3.11 on."""
+with_send_frame = pytest.mark.skipif(
+    not hasattr(aiohttp.ClientWebSocketResponse, "send_frame"),
+    reason="aiohttp has no send_frame() before 3.11",
+)
 PROTOCOL = "voice"
 ENDS = (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR)
 HEARTBEAT = 20.0

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 from aiohttp import WSMsgType
 
-from tests.live.peer import HAS_SEND_FRAME, HEARTBEAT, connection, until
+from tests.live.peer import HEARTBEAT, connection, until, with_send_frame
 from xai_pool_patch.connection import (
     CLOSED_MESSAGE,
     SUSPICIOUS,
@@ -23,7 +23,6 @@ from xai_pool_patch.connection import (
 from xai_pool_patch.utterance import Stage
 
 pytestmark = pytest.mark.usefixtures("no_tasks_left")
-with_send_frame = pytest.mark.skipif(not HAS_SEND_FRAME, reason="not in this aiohttp")
 
 TEXT, DONE = '{"type":"text.delta","delta":"Hello"}', '{"type":"text.done"}'
 
@@ -85,11 +84,8 @@ async def test_a_server_that_answers_no_ping_is_not_held_to_them(
     """One connection alone may as well have vanished."""
     heartbeat = Heartbeat(HEARTBEAT)
     for expected in (HEARTBEAT, None, None):
-        async with connection(heartbeat, answers_pings=False, pinged_every=0.02) as (
-            live,
-            _,
-            watch,
-        ):
+        mute = connection(heartbeat, answers_pings=False, pinged_every=0.02)
+        async with mute as (live, _, watch):
             await until(lambda: watch.lost)
             assert live.round_trip is None
         assert heartbeat.interval == expected

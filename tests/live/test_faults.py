@@ -15,7 +15,8 @@ import pytest
 from livekit.agents import APIConnectOptions
 
 import xai_pool_patch
-from tests.kit import Heard, Line, all_closed, line_to, quick, speak
+from tests.kit import Heard, Line, all_closed, line_to, quick, registry, speak
+from tests.live.peer import until
 from xai_pool_patch import PoolOptions
 from xai_pool_patch.demo.standin import Ending, StandIn, Utterance
 
@@ -159,7 +160,9 @@ async def _befall(line: Line, fault: Fault) -> None:
 
 async def _until_round_trip_is_known() -> None:
     """The PONG to a connection's first PING comes a round trip after its handshake."""
-    await asyncio.sleep(2 * ROUND_TRIP)
+    [pool] = registry()._pools()
+    [connection] = pool._members
+    await until(lambda: connection.round_trip is not None)
 
 
 def _check_samples(line: Line, heard: Heard) -> None:
@@ -280,7 +283,8 @@ async def test_a_sign_of_life_after_the_time_to_answer_is_no_answer() -> None:
         behaviour.mute, behaviour.answer_pings, behaviour.handshake_delay = True, False, 0.6
         turn = asyncio.create_task(speak(tts, TEXT))
         await line.server.wait_for(lambda s: len(s.handshakes) == 2)
-        await asyncio.sleep(2 * OPTIONS.first_audio_timeout - 0.1)
+        # The time to answer began before that dial, which takes twice as long.
+        await asyncio.sleep(OPTIONS.first_audio_timeout)
         assert not turn.done()
         await line.server.broadcast('{"type":"news"}')
         behaviour.mute, behaviour.answer_pings = False, True

@@ -63,7 +63,7 @@ async def test_a_server_that_answers_no_ping_keeps_its_connections() -> None:
         tts = line.tts()
         await speak(tts, "First.")
         await line.server.wait_for(lambda s: len(s.connections) == 3)
-        await asyncio.sleep(5 * heartbeat)
+        await asyncio.sleep(5 * heartbeat)  # one that is held to PINGs ends within two of them
         assert [each.is_open for each in line.server.connections] == [False, False, True]
         assert line.server.connections[2].pings_received <= 1  # that of the dial
         heard = await speak(tts, "Second.")

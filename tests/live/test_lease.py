@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from aiohttp import WSMsgType
 
-from tests.live.peer import HAS_SEND_FRAME, PROTOCOL, Peer, connection, line, until
+from tests.live.peer import PROTOCOL, Peer, connection, line, until, with_send_frame
 from tests.unit.pool_kit import TakesBack
 from xai_pool_patch.connection import Connection
 from xai_pool_patch.delivery import Delivery
@@ -20,7 +20,6 @@ from xai_pool_patch.lease import Lease
 from xai_pool_patch.pool import Acquired, Reason
 
 pytestmark = pytest.mark.usefixtures("no_tasks_left")
-with_send_frame = pytest.mark.skipif(not HAS_SEND_FRAME, reason="not in this aiohttp")
 
 NOTE = '{"type":"note"}'
 TEXT = '{"type":"text.delta","delta":"Hello"}'

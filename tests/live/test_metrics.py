@@ -19,7 +19,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 import xai_pool_patch
-from tests.kit import API_KEY, line_to, quick, speak
+from tests.kit import API_KEY, line_to, quick, registry, speak
 from tests.otel import empty_reader
 from xai_pool_patch import PoolOptions
 from xai_pool_patch.demo.standin import Ending
@@ -150,20 +150,13 @@ async def test_on_off_on_observes_once_and_keeps_nothing(reader: InMemoryMetricR
             tts = line.tts()
             await speak(tts, "Hello.")
             assert points(reader)["connection.count", "idle"].value == 1
-            registry = weakref.ref(_registry())
+            installed = weakref.ref(registry())
             xai_pool_patch.uninstall()
             await line.server.wait_for(lambda s: s.open_count == 0)
             del tts
         gc.collect()
-        assert registry() is None
+        assert installed() is None
         assert points(reader)["connection.count", "idle"].value == 0
-
-
-def _registry() -> Any:
-    from xai_pool_patch import patch
-
-    assert patch._installation is not None
-    return patch._installation.registry
 
 
 async def test_units(patched: None, reader: InMemoryMetricReader) -> None:

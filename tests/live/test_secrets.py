@@ -125,7 +125,7 @@ async def test_every_fault(name: str, told: Told) -> None:
         turn = asyncio.create_task(
             speak(tts, TEXT, APIConnectOptions(max_retry=0, timeout=2.0), heard=Heard())
         )
-        await asyncio.sleep(2 * ROUND_TRIP)
+        await asyncio.sleep(2 * ROUND_TRIP)  # in its midst: a dial takes three
         told.check()
         heard = await turn
         befalling.cancel()
