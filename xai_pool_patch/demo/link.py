@@ -71,6 +71,7 @@ class _Lane:
         self._line = line
         self._deliver = deliver
         self._items: deque[tuple[float, bytes | _Signal]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
 
     def put(self, item: bytes | _Signal) -> None:
         self._items.append((self._line.arrival_time(), item))
@@ -80,13 +81,23 @@ class _Lane:
     def pump(self) -> None:
         """Delivers all that is due, and comes back for the rest."""
         loop = asyncio.get_running_loop()
+        self._stop_timer()
         while self._items and self._line.is_flowing:
             due, item = self._items[0]
             if due > loop.time():
-                loop.call_at(due, self.pump)
+                self._timer = loop.call_at(due, self.pump)
                 return
             self._items.popleft()
             self._deliver(item)
+
+    def drop(self) -> None:
+        """Forgets what is under way: both sides are gone."""
+        self._items.clear()
+        self._stop_timer()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 class Line:
@@ -181,6 +192,8 @@ class Line:
             await self._server.lost
         await self._client.lost
         self.client_left.set()
+        self._up.drop()
+        self._down.drop()
         self._link.forget(self)
 
     def _reached(self) -> None:
