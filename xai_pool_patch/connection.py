@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import enum
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import aiohttp
 from aiohttp import WSMsgType
 
-from .background import spawn
-from .telemetry.log import Event, describe, tell
+from .patience import Patience
+from .supervisor import Supervisor
+from .telemetry.log import Event, tell
 from .utterance import Stage, UtteranceTracker, type_of
 
 IDENTIFIER = re.compile(r"[a-z_]{1,20}(\.[a-z_]{1,20})?")
@@ -36,6 +37,18 @@ class State(enum.Enum):
     """By our own wish."""
 
 
+@dataclass(eq=False)
+class _Fence:
+    """See `Connection.ping_as_fence`."""
+
+    patience: Patience
+    token: bytes = b""
+    is_overdue: bool = False
+    """The PONG took too long to tell anything."""
+    held: list[tuple[aiohttp.WSMessage, str]] = field(default_factory=list)
+    """Audio that came before the PONG, and its type."""
+
+
 class Heartbeat:
     """The PINGs by which aiohttp finds a peer that has vanished: it ends who does not answer.
 
@@ -45,9 +58,14 @@ class Heartbeat:
 
     Args:
         interval: see `PoolOptions.heartbeat`.
+
+    Attributes:
+        are_late: a PONG came after the answer that it left ahead of, or not at all. It tells
+            nothing about which utterance an answer is for.
     """
 
     def __init__(self, interval: float) -> None:
+        self.are_late = False
         self._interval = interval
         self._unanswered = 0
 
@@ -74,11 +92,14 @@ class Connection:
     `autoping=False`, so that PINGs and PONGs reach the reader.
 
     Args:
-        heartbeat: is told whether PINGs are answered.
+        supervisor: owns its tasks.
+        heartbeat: learns whether PINGs are answered.
         close_timeout: seconds the peer has to answer a Close frame.
-        on_fault: is told what is wrong with the reader itself.
 
     Attributes:
+        sink: takes what is read; None while nobody uses the connection.
+        reader: the task that reads.
+        unhandled: what it has read and not passed on yet.
         last_heard: when anything came last, a PONG included; time of the event loop.
         round_trip: seconds that the last PONG took; None while none has come.
         broke_word: it acknowledged a `text.clear`, and more came of what was cleared.
@@ -88,30 +109,32 @@ class Connection:
         self,
         ws: aiohttp.ClientWebSocketResponse,
         *,
+        supervisor: Supervisor,
         heartbeat: Heartbeat,
         close_timeout: float,
-        on_fault: Callable[[Exception], None],
     ) -> None:
         self.ws = ws
+        self._supervisor = supervisor
         self._heartbeat = heartbeat
-        self._on_fault = on_fault
         self.utterance = UtteranceTracker()
         self.state = State.OPEN
         self.on_lost: Callable[[], None] | None = None
+        self.on_broken_word: Callable[[], None] | None = None
         self._loop = asyncio.get_running_loop()
         self.last_heard = self._loop.time()
         self.round_trip: float | None = None
         self.broke_word = False
+        self.sink: Sink | None = None
+        self.unhandled: aiohttp.WSMessage | None = None
         self._pinged_at: dict[bytes, float] = {}
-        self._fence: bytes | None = None
+        self._fence: _Fence | None = None
         self._close_timeout = close_timeout
-        self._sink: Sink | None = None
         self._closer: asyncio.Task[None] | None = None
         self._transport = _transport_of(ws)
-        self._reader = spawn(self._read(), name="xai_pool_patch.reader")
+        self.reader = supervisor.spawn(self._read(), name="xai_pool_patch.reader")
 
     def __repr__(self) -> str:
-        use = "leased" if self._sink is not None else "idle"
+        use = "leased" if self.sink is not None else "idle"
         return f"<Connection {self.state.value} {use} {self.utterance.stage.value}>"
 
     @property
@@ -121,40 +144,42 @@ class Connection:
     @property
     def is_over(self) -> bool:
         """Nothing more will be read."""
-        return self._reader.done()
+        return self.reader.done()
 
     def attach(self, sink: Sink) -> None:
         """From here on the sink gets what is read, and nothing that was read before."""
-        self._sink = sink
+        self.sink = sink
 
     def detach(self) -> None:
-        self._sink = None
+        self.sink = None
+        self._lift_fence()
 
     async def ping(self) -> None:
-        """Asks for a sign of life; the PONG sets `last_heard` and `round_trip`.
-
-        Sent ahead of an utterance's first text it is a fence, too: audio that comes before the
-        PONG left the server before it knew of that text. Where an utterance was cleared, such
-        audio is what remained of that one; elsewhere nobody depends on PONGs.
-        """
+        """Asks for a sign of life; the PONG sets `last_heard` and `round_trip`."""
         now = self._loop.time()
         token = repr(now).encode()
         self._pinged_at = {token: now}
-        if self.utterance.was_cleared:
-            self._fence = token
+        if self._fence is not None:
+            self._fence.token = token
         await self.ws.ping(token)
 
-    async def send_str(self, frame: str, compress: int | None) -> None:
+    async def ping_as_fence(self, patience: float) -> None:
+        """A PING ahead of an utterance's first text tells old audio from new.
+
+        Audio that comes before its PONG left the server before that knew of the text: it is held,
+        and dropped once the PONG is there. A PONG that takes longer than `patience` tells nothing;
+        then what was held is heard, and no PING of this server is taken for a fence again.
+
+        Not after a cleared utterance, though. That nothing of it comes any more is the server's
+        word alone; without a PONG to check it by, no audio of that connection is heard.
+        """
+        if self._trusts_pongs or self.utterance.was_cleared:
+            self._fence = _Fence(Patience(self._supervisor, patience, self._fence_timed_out))
+        await self.ping()
+
+    def sending(self, frame: object) -> None:
+        """Must be called before the frame is sent: a send that is cancelled may have left."""
         self.utterance.sent(frame)
-        await self.ws.send_str(frame, compress)
-
-    async def send_bytes(self, data: bytes, compress: int | None) -> None:
-        self.utterance.sent(data)
-        await self.ws.send_bytes(data, compress)
-
-    async def send_frame(self, data: bytes, opcode: WSMsgType, compress: int | None) -> None:
-        self.utterance.sent(data)
-        await self.ws.send_frame(data, opcode, compress)
 
     async def restore(self) -> None:
         """Has the server cancel what it owes, or prove that it owes nothing, by `text.clear`.
@@ -170,15 +195,14 @@ class Connection:
 
         self.attach(take)
         try:
-            await self.send_str(TEXT_CLEAR, None)
+            self.sending(TEXT_CLEAR)
+            await self.ws.send_str(TEXT_CLEAR)
             if self.utterance.awaits_clear:
                 # What was read together with the acknowledgement is seen before this goes on: the
                 # reader does not pause in between.
                 await over
         except OSError:
             pass  # its reader hears of its end
-        except Exception as fault:
-            self._on_fault(fault)
         finally:
             self.detach()
 
@@ -193,22 +217,25 @@ class Connection:
         if self.ws.closed:
             self._abort()
         elif self._closer is None:
-            self._closer = spawn(self._shut(), name="xai_pool_patch.close")
+            self._closer = self._supervisor.spawn(self._shut(), name="xai_pool_patch.close")
         return self._closer
 
     async def _shut(self) -> None:
         # Not wait_for(): before Python 3.12 it makes a task that a closing loop complains of.
-        closing = spawn(self.ws.close(), name="xai_pool_patch.close_frame")
+        closing = self._supervisor.spawn(self._send_close(), name="xai_pool_patch.close_frame")
         try:
-            done, _ = await asyncio.wait([closing], timeout=self._close_timeout)
+            await asyncio.wait([closing], timeout=self._close_timeout)
         finally:
             if not self._loop.is_closed():
                 closing.cancel()
                 self._abort()
-        for task in done:
-            if not task.cancelled() and (error := task.exception()):
-                tell(Event.CLOSE_FAILED, error=describe(error))
-        await asyncio.wait([self._reader])
+        await asyncio.wait([self.reader])
+
+    async def _send_close(self) -> None:
+        try:
+            await self.ws.close()
+        except Exception as error:  # whatever it is, the socket goes
+            tell(Event.CLOSE_FAILED, error=error)
 
     def _abort(self) -> None:
         # A peer that answered has nothing more to say, and one that did not would keep the TLS
@@ -220,23 +247,26 @@ class Connection:
         try:
             await self.ping()  # so that the round trip is known before it matters
             while self.state is State.OPEN:
-                await self._handle(await self.ws.receive())
+                self.unhandled = await self.ws.receive()
+                await self._handle(self.unhandled)
+                self.unhandled = None
         except OSError:  # a PING or PONG into a socket that has just died
             self._lose()
         except Exception as fault:
-            self._on_fault(fault)
-            self._lose()
+            self._supervisor.on_fault("reading", fault)
+            return  # the socket stays with the supervisor: an utterance may go on over it
         finally:
-            # Cancelled, the loop is ending: nobody is told, lest a new connection be dialled.
+            # Cancelled, the loop is ending: `on_lost` would dial a new connection.
             if self.state is State.OPEN:
                 self.state = State.LOST
-            with contextlib.suppress(Exception):  # the sink may be what is at fault
-                self._deliver(CLOSED_MESSAGE)
+            self._deliver(CLOSED_MESSAGE)
+        self._supervisor.sockets.discard(self.ws)
 
     async def _handle(self, message: aiohttp.WSMessage) -> None:
         if message.type in ENDINGS:
             if isinstance(message.data, aiohttp.ServerTimeoutError) and self.round_trip is None:
                 self._heartbeat.unanswered()
+            self._lift_fence()
             self._deliver(message)
             self._lose()
             return
@@ -244,38 +274,83 @@ class Connection:
         if message.type is WSMsgType.PING:
             await self.ws.pong(message.data)
         elif message.type is WSMsgType.PONG:
-            token = bytes(message.data)
-            pinged_at = self._pinged_at.pop(token, None)
-            if pinged_at is not None:
-                self.round_trip = self.last_heard - pinged_at
-                self._heartbeat.answered()
-            if token == self._fence:
-                self._fence = None
+            self._take_pong(bytes(message.data))
         else:
-            self._take(message)
+            self._take(message, type_of(message.data))
 
-    def _take(self, message: aiohttp.WSMessage) -> None:
-        type_ = type_of(message.data)
-        is_early = self._fence is not None and type_.startswith("audio.")
-        may_be_heard = self.utterance.received(type_) and not is_early
-        is_idle_and_spoiled = self._sink is None and self.utterance.stage is Stage.SPOILED
-        if not may_be_heard or is_idle_and_spoiled:
-            self.broke_word = not may_be_heard and self.utterance.was_cleared
-            self._lose()
+    def _take_pong(self, token: bytes) -> None:
+        pinged_at = self._pinged_at.pop(token, None)
+        if pinged_at is not None:
+            self.round_trip = self.last_heard - pinged_at
+            self._heartbeat.answered()
+        if self._fence is not None and token == self._fence.token:
+            was_stale = bool(self._fence.held)
+            self._lift_fence()
+            self.utterance.is_told_apart = True
+            if was_stale:
+                self._dropped_stale_audio()
+
+    def _take(self, message: aiohttp.WSMessage, type_: str) -> None:
+        if self._fence is not None and type_.startswith("audio."):
+            if self._trusts_pongs and not self._fence.is_overdue:
+                self._fence.held.append((message, type_))
+            else:
+                self._distrust()
             return
-        if self._sink is None:
+        may_be_heard = self.utterance.received(type_)
+        is_idle_and_spoiled = self.sink is None and self.utterance.stage is Stage.SPOILED
+        if not may_be_heard and self.utterance.was_cleared:
+            self._distrust()
+        elif not may_be_heard or is_idle_and_spoiled:
+            self._lose()
+        elif self.sink is None:
             # What the server writes there is not known, and may be anything.
             kind = type_ if IDENTIFIER.fullmatch(type_) else "?"
             tell(Event.IGNORED, message_type=kind)
-        self._deliver(message, type_)
+        else:
+            self._deliver(message, type_)
+
+    @property
+    def _trusts_pongs(self) -> bool:
+        return self.round_trip is not None and not self._heartbeat.are_late
+
+    def _fence_timed_out(self) -> None:
+        fence = self._fence
+        if fence is None:
+            return
+        self._heartbeat.are_late |= bool(fence.held)
+        if self.utterance.was_cleared:
+            fence.is_overdue = True
+            if fence.held:
+                self._distrust()
+            return
+        self._lift_fence()
+        for message, type_ in fence.held:
+            self._take(message, type_)
+
+    def _lift_fence(self) -> None:
+        if self._fence is not None:
+            self._fence.patience.stop()
+            self._fence = None
+
+    def _dropped_stale_audio(self) -> None:
+        tell(Event.STALE_AUDIO)
+        if self.utterance.was_cleared and self.on_broken_word is not None:
+            self.on_broken_word()
+
+    def _distrust(self) -> None:
+        """More came of an utterance that was cleared, or may have come."""
+        self.broke_word = True
+        self._lose()
 
     def _deliver(self, message: aiohttp.WSMessage, type_: str = "") -> None:
-        if self._sink is not None:
-            self._sink(message, type_)
+        if self.sink is not None:
+            self.sink(message, type_)
 
     def _lose(self) -> None:
         if self.state is State.OPEN:
             self.state = State.LOST
+            self._lift_fence()
             if self.on_lost is not None:
                 self.on_lost()
 

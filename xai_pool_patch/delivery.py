@@ -13,13 +13,16 @@ import contextlib
 import enum
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import aiohttp
 from aiohttp import WSMsgType
 
-from .background import call_at, spawn
 from .connection import ENDINGS, Connection
+from .first_audio import FirstAudio
+from .patience import Patience
 from .pool import Acquired, Pool, Reason
+from .supervisor import Supervisor
 from .utterance import UNREADABLE, Stage
 
 PROBE_ROUND_TRIPS = 4
@@ -29,8 +32,24 @@ LONGEST_PROBE = 1.5
 trips, between these bounds, is no sign of life. The dial of a replacement begins after half of
 that: most of a handshake is over by the time it is known whether it is needed."""
 
-Frame = Callable[[Connection], Awaitable[None]]
-"""Sends one frame of the utterance on the given connection."""
+LOOKS = 10
+"""Per `first_audio_timeout`: how often an utterance that waits for its first audio for longer than
+it should looks whether it may be sent again, and whether it should be given up."""
+
+
+class Frame(NamedTuple):
+    """One frame that the plugin sent: the method of the WebSocket, and its arguments."""
+
+    method: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def data(self) -> object:
+        return self.args[0] if self.args else None
+
+    def send(self, ws: aiohttp.ClientWebSocketResponse) -> Awaitable[None]:
+        return getattr(ws, self.method)(*self.args, **self.kwargs)  # type: ignore[no-any-return]
 
 
 class Failure(enum.Enum):
@@ -58,9 +77,22 @@ class Attempt:
     sent: int = 0
     """How many of the utterance's frames have been sent on it."""
     is_sending: bool = False
+    silent_since: float | None = None
+    """Since then it has given no sign of life, unless it has given one after all."""
+    asked_at: float | None = None
+    """When it had the whole text; time of the event loop."""
+    doubted_at: float | None = None
+    """Since when its answer takes longer than it should."""
     is_overdue: bool = False
     """It had the time that it gets for an answer. It may still give one, but nothing waits for it
     alone."""
+
+    @property
+    def is_hopeless(self) -> bool:
+        is_silent = (
+            self.silent_since is not None and self.connection.last_heard <= self.silent_since
+        )
+        return is_silent or self.is_overdue
 
 
 class Delivery:
@@ -69,36 +101,44 @@ class Delivery:
     Args:
         acquired: the connection to begin with.
         pool: where it came from, and goes back to.
+        frames: what the plugin sends; grows by one before each `send`.
+        supervisor: owns the tasks and timers.
         redial: waits for a fresh connection.
-        first_audio_timeout: see `PoolOptions`.
-        on_replaced: is told the seconds waited, and for what reason, when a replacement is the one
-            that is heard.
+        first_audio: how long a reused connection may take to answer.
+        on_replaced: called with the seconds waited, and for what reason, when a replacement is the
+            one that is heard.
     """
 
     def __init__(
         self,
         acquired: Acquired[Connection],
         pool: Pool[Connection],
+        frames: list[Frame],
         *,
+        supervisor: Supervisor,
         redial: Callable[[], Awaitable[Acquired[Connection]]],
-        first_audio_timeout: float,
+        first_audio: FirstAudio,
         on_replaced: Callable[[float, str], None],
     ) -> None:
         self.inbox: asyncio.Queue[aiohttp.WSMessage | Exception] = asyncio.Queue()
+        self.frames = frames
         self._pool = pool
+        self._supervisor = supervisor
         self._redial = redial
-        self._first_audio_timeout = first_audio_timeout
+        self._first_audio = first_audio
         self._on_replaced = on_replaced
-        self._frames: list[Frame] = []
         self._attempts: list[Attempt] = []
         self._heard: Attempt | None = None
         """The one that is heard; while there is none, a failure can still be mended."""
+        self._has_spoken = False
         self._redialling: asyncio.Task[None] | None = None
         self._has_redialled = False
         """The dial is over; its connection may be sending yet."""
+        self._replays_unanswered = False
+        """It holds the right to be sent again for being slow; see `FirstAudio`."""
         self._defeat: Exception | None = None
         """Why there is no replacement, though one was called for."""
-        self._alarms: list[asyncio.TimerHandle] = []
+        self._patience: list[Patience] = []
         first = self._begin(Attempt(acquired.connection, acquired.fresh, acquired.waited))
         self.connection = first.connection
         if first.is_fresh:
@@ -114,13 +154,17 @@ class Delivery:
         """Nothing more will come into the inbox."""
         return self._heard is not None and self._heard.connection.is_over
 
-    async def send(self, frame: Frame) -> None:
-        """Sends a frame, and remembers it for a replacement.
+    @property
+    def heard(self) -> Attempt | None:
+        """Who has given the audio that came so far."""
+        return self._heard if self._has_spoken else None
+
+    async def send(self) -> None:
+        """Sends the frames that have not been sent yet.
 
         Raises:
             OSError: as the WebSocket does, if there is no other way to send it.
         """
-        self._frames.append(frame)
         for attempt in list(self._attempts):
             try:
                 await self._catch_up(attempt)
@@ -132,6 +176,7 @@ class Delivery:
         """Gives back what it holds. Never waits."""
         self._stop_watching()
         self._stop_redialling()
+        self._end_replay(helped=False)
         for attempt in self._attempts:
             attempt.connection.detach()
             if attempt is self._heard and cut_off is None:
@@ -146,12 +191,7 @@ class Delivery:
 
     def _begin(self, attempt: Attempt) -> Attempt:
         def take(message: aiohttp.WSMessage, type_: str) -> None:
-            try:
-                self._hear(attempt, message, type_)
-            except Exception as fault:
-                # The plugin must not wait for what will never come; the reader tells the rest.
-                self.inbox.put_nowait(fault)
-                raise
+            self._hear(attempt, message, type_)
 
         self._attempts.append(attempt)
         attempt.connection.attach(take)
@@ -163,73 +203,110 @@ class Delivery:
             return
         attempt.is_sending = True
         try:
-            while attempt.sent < len(self._frames):
+            while attempt.sent < len(self.frames):
                 if attempt.sent == 0 and not attempt.is_fresh:
-                    await self._probe(attempt.connection)
-                attempt.sent += 1
-                await self._frames[attempt.sent - 1](attempt.connection)
-                if self._heard is None and not attempt.is_fresh:
-                    self._watch(attempt)
+                    await self._probe(attempt)
+                frame = self.frames[attempt.sent]
+                attempt.connection.sending(frame.data)
+                self._watch(attempt)
+                sending = frame.send(attempt.connection.ws)
+                attempt.sent += 1  # with nothing in between: it tells what has left
+                await sending
         finally:
             attempt.is_sending = False
 
-    async def _probe(self, connection: Connection) -> None:
-        """Asks a reused connection for a sign of life, and sets an alarm for it."""
-        now = asyncio.get_running_loop().time()
-        if connection.round_trip is not None:
-            patience = PROBE_ROUND_TRIPS * connection.round_trip
-            patience = min(LONGEST_PROBE, max(SHORTEST_PROBE, patience))
+    async def _probe(self, attempt: Attempt) -> None:
+        """Asks a reused connection for a sign of life, and sees to it if there is none."""
+        connection = attempt.connection
+        if connection.round_trip is None:
+            await connection.ping_as_fence(LONGEST_PROBE)
+            return
+        began = _now()
+        patience = PROBE_ROUND_TRIPS * connection.round_trip
+        patience = min(LONGEST_PROBE, max(SHORTEST_PROBE, patience))
 
-            def is_silent() -> bool:
-                return connection.last_heard <= now
+        def is_silent() -> bool:
+            return connection.last_heard <= began
 
-            def doubt() -> None:
-                if is_silent():
-                    self._replace(is_silent, Failure.NO_PONG)
+        def doubt() -> None:
+            if is_silent():
+                self._replace(is_silent, Failure.NO_PONG)
 
-            self._alarm(now + patience / 2, doubt)
-        await connection.ping()
-
-    def _watch(self, attempt: Attempt) -> None:
-        """Sets the alarm for a reused connection that has the whole text and has given nothing."""
-
-        def give_up_waiting() -> None:
-            attempt.is_overdue = True
-            self._replace(lambda: True, Failure.NO_ANSWER)
+        def lose_hope() -> None:
+            attempt.silent_since = began
             self._fail_if_hopeless()
 
-        if attempt.connection.utterance.stage in (Stage.AWAITING, Stage.EMPTY):
-            now = asyncio.get_running_loop().time()
-            self._alarm(now + self._first_audio_timeout, give_up_waiting)
+        self._wait(patience / 2, doubt)
+        self._wait(patience, lose_hope)
+        await connection.ping_as_fence(patience)
 
-    def _alarm(self, when: float, deed: Callable[[], None]) -> None:
-        def ring() -> None:
-            # A busy loop rings late, before it reads what has long arrived: read first.
-            self._alarms.append(call_at(when, check))
+    def _watch(self, attempt: Attempt) -> None:
+        """From the end of its text on, a reused connection that gave nothing has to answer."""
+        if attempt.connection.utterance.stage not in (Stage.AWAITING, Stage.EMPTY):
+            return
+        attempt.asked_at = _now()
+        if self._heard is None and not attempt.is_fresh:
+            self._wait(self._first_audio.patience, lambda: self._doubt(attempt))
 
-        def check() -> None:
-            if self._heard is None:
-                deed()
+    def _wait(self, seconds: float, then: Callable[[], None]) -> None:
+        """Calls it unless something is heard first."""
+        self._patience.append(Patience(self._supervisor, seconds, then))
 
-        self._alarms.append(call_at(when, ring))
+    def _doubt(self, attempt: Attempt) -> None:
+        """The answer takes longer than it should: is the session dead, or the server slow?"""
+        if attempt not in self._attempts or attempt.asked_at is None:
+            return
+        if attempt.doubted_at is None:
+            attempt.doubted_at = _now()
+            ask = self._ask_for_life(attempt.connection)
+            self._supervisor.spawn(ask, name="xai_pool_patch.ping")
+        waited = _now() - attempt.asked_at
+        if waited >= self._first_audio.limit or _is_mute(attempt):
+            self._give_up_waiting(attempt)
+            return
+        if waited >= self._first_audio.patience and self._redialling is None:
+            self._replays_unanswered = self._first_audio.begin_replay()
+            if self._replays_unanswered:
+                self._replace(lambda: True, Failure.NO_ANSWER)
+        self._wait(self._first_audio.timeout / LOOKS, lambda: self._doubt(attempt))
+
+    async def _ask_for_life(self, connection: Connection) -> None:
+        with contextlib.suppress(OSError):  # then its reader has heard of its end
+            await connection.ping()
+
+    def _give_up_waiting(self, attempt: Attempt) -> None:
+        attempt.is_overdue = True
+        if self._redialling is None:
+            self._defeat = asyncio.TimeoutError()
+        self._fail_if_hopeless()
 
     # Hearing
 
     def _hear(self, attempt: Attempt, message: aiohttp.WSMessage, type_: str) -> None:
+        is_audio = type_.startswith("audio.")
         if self._heard is None:
             if failure := _failure_in(attempt, message, type_):
                 if self._go_on_without(attempt, failure):
                     return
                 self._settle_on(attempt)
-            elif type_.startswith("audio."):
+            elif is_audio or type_ == "error":
                 self._settle_on(attempt)
         if self._heard in (attempt, None):
+            if is_audio and not self._has_spoken:
+                self._begin_to_speak(attempt)
+            # Last: what is in the inbox is heard, whatever else should fail.
             self.inbox.put_nowait(message)
+
+    def _begin_to_speak(self, attempt: Attempt) -> None:
+        self._has_spoken = True
+        if attempt.asked_at is not None:
+            self._first_audio.took(_now() - attempt.asked_at)
 
     def _settle_on(self, attempt: Attempt) -> None:
         self._heard = attempt
         self.connection = attempt.connection
         self._stop_watching()
+        self._end_replay(helped=attempt.makes_up_for is Failure.NO_ANSWER)
         for other in [other for other in self._attempts if other is not attempt]:
             self._drop(other)
         if attempt.makes_up_for is not None:
@@ -254,7 +331,7 @@ class Delivery:
 
     def _is_hopeless(self, without: Attempt | None = None) -> bool:
         """There is no connection left of which an answer is to be expected."""
-        return all(attempt.is_overdue for attempt in self._attempts if attempt is not without)
+        return all(attempt.is_hopeless for attempt in self._attempts if attempt is not without)
 
     def _fail_if_hopeless(self) -> None:
         """An error is better than to wait for ever for a connection that had its time."""
@@ -275,7 +352,7 @@ class Delivery:
         """Begins to dial a replacement, if none has been dialled for this utterance."""
         if self._redialling is None:
             redial = self._send_again(is_wanted, failure)
-            self._redialling = spawn(redial, name="xai_pool_patch.redial")
+            self._redialling = self._supervisor.spawn(redial, name="xai_pool_patch.redial")
 
     async def _send_again(self, is_wanted: Callable[[], bool], failure: Failure) -> None:
         try:
@@ -296,10 +373,15 @@ class Delivery:
         with contextlib.suppress(OSError):  # then its reader has heard of its end
             await self._catch_up(attempt)
 
+    def _end_replay(self, *, helped: bool) -> None:
+        if self._replays_unanswered:
+            self._replays_unanswered = False
+            self._first_audio.end_replay(helped=helped)
+
     def _stop_watching(self) -> None:
-        for alarm in self._alarms:
-            alarm.cancel()
-        self._alarms.clear()
+        for patience in self._patience:
+            patience.stop()
+        self._patience.clear()
 
     def _stop_redialling(self) -> None:
         if self._redialling is not None:
@@ -309,10 +391,24 @@ class Delivery:
 def _failure_in(attempt: Attempt, message: aiohttp.WSMessage, type_: str) -> Failure | None:
     if message.type in ENDINGS:
         return Failure.ENDED
-    is_spoiled = attempt.connection.utterance.stage is Stage.SPOILED
-    if is_spoiled and type_ in ("audio.done", "audio.clear"):
-        # Before any audio of an utterance with text: an answer to something else.
+    utterance = attempt.connection.utterance
+    if utterance.stage is Stage.SPOILED and type_ in ("audio.done", "audio.clear"):
+        # Before any audio of an utterance with words: an answer to something else.
         return Failure.OUT_OF_TURN
-    if message.type is WSMsgType.TEXT:
-        return {"error": Failure.ERROR, UNREADABLE: Failure.UNREADABLE}.get(type_)
+    if type_ == "error" and utterance.has_words:
+        return Failure.ERROR
+    if type_ == UNREADABLE and message.type is WSMsgType.TEXT:
+        return Failure.UNREADABLE
     return None
+
+
+def _is_mute(attempt: Attempt) -> bool:
+    """It is in doubt, and does not answer the PING that asks for a sign of life either."""
+    connection = attempt.connection
+    if attempt.doubted_at is None or connection.round_trip is None:
+        return False
+    return connection.last_heard < attempt.doubted_at < _now() - LONGEST_PROBE
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -3,14 +3,55 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import functools
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import aiohttp
 from aiohttp import WSMsgType
+from livekit.agents import APIError
 
 from .connection import CLOSED_MESSAGE
-from .delivery import Delivery
+from .delivery import Attempt, Delivery, Frame
 from .pool import Reason
+from .supervisor import Supervisor, spawn
+
+Method = TypeVar("Method", bound=Callable[..., Coroutine[Any, Any, Any]])
+
+NETWORK_ERRORS = (aiohttp.ClientError, APIError, OSError, asyncio.TimeoutError)
+"""What the plugin's connect and WebSocket raise when the network or the server is at fault."""
+
+DATA = (WSMsgType.TEXT, WSMsgType.BINARY)
+
+
+class _SteppedAsideError(Exception):
+    """Wakes whoever waits for a message when the lease steps aside."""
+
+
+class _MisuseError(RuntimeError):
+    """As aiohttp has it, of a call that its WebSocket refuses too."""
+
+
+def _fails_open(method: Method) -> Method:
+    """After a fault of the patch the plugin's own WebSocket does what the method should have."""
+    name = method.__name__
+
+    @functools.wraps(method)
+    async def guarded(lease: Lease, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("send_"):
+            lease.frames.append(Frame(name, args, kwargs))
+        if not lease.is_aside:
+            try:
+                return await method(lease, *args, **kwargs)
+            except Exception as error:
+                if not lease.is_aside:
+                    if isinstance(error, (*NETWORK_ERRORS, _MisuseError)):
+                        raise
+                    lease.supervisor.on_fault(name, error)
+        return await lease.go_on(name, *args, **kwargs)
+
+    return guarded  # type: ignore[return-value]
 
 
 class Lease(aiohttp.ClientWebSocketResponse):
@@ -18,14 +59,34 @@ class Lease(aiohttp.ClientWebSocketResponse):
 
     Only what touches the socket is overridden. The rest of the class (`receive_str`, `send_json`,
     iteration, `async with` …) is built on these and works as it is.
+
+    After a fault of the patch the lease steps aside: what was said so far goes on over the very
+    socket that is being heard, or is said again over one that the plugin's own connect opens. From
+    then on nothing but aiohttp is between the plugin and its server.
+
+    Args:
+        delivery: carries the utterance.
+        supervisor: hears of faults, and closes what is left open after one.
+        connect: the plugin's own connect.
     """
 
-    def __init__(self, delivery: Delivery) -> None:
+    def __init__(
+        self,
+        delivery: Delivery,
+        supervisor: Supervisor,
+        connect: Callable[[], Awaitable[aiohttp.ClientWebSocketResponse]],
+    ) -> None:
         # The base class would take over the socket, which has a reader already.
+        self.frames = delivery.frames
+        self.supervisor = supervisor
+        self.is_aside = False
         self._delivery = delivery
+        self._connect = connect
         self._is_receiving = False
         self._is_closed = False
         self._is_ended = False
+        self._bare: _Bare | None = None
+        self._opening: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"<Lease {'ended' if self._is_ended else 'held'} {self._delivery!r}>"
@@ -41,11 +102,17 @@ class Lease(aiohttp.ClientWebSocketResponse):
             return
         self._is_ended = True
         self._mark_closed()
-        self._delivery.end(cut_off)
+        if self._opening is not None:
+            self._opening.cancel()
+        if self._bare is not None:
+            self.supervisor.say_goodbye(self._bare.ws)
+        elif not self.is_aside:
+            self._delivery.end(cut_off)
 
+    @_fails_open
     async def receive(self, timeout: float | None = None) -> aiohttp.WSMessage:
         if self._is_receiving:
-            raise RuntimeError("Concurrent call to receive() is not allowed")
+            raise _MisuseError("Concurrent call to receive() is not allowed")
         inbox = self._delivery.inbox
         if self._is_closed or (self._delivery.is_over and inbox.empty()):
             return CLOSED_MESSAGE
@@ -59,28 +126,35 @@ class Lease(aiohttp.ClientWebSocketResponse):
             raise received
         return received
 
+    @_fails_open
     async def send_str(self, data: str, compress: int | None = None) -> None:
-        self._check_open()
-        await self._delivery.send(lambda connection: connection.send_str(data, compress))
+        await self._send()
 
+    @_fails_open
     async def send_bytes(self, data: bytes, compress: int | None = None) -> None:
-        self._check_open()
-        await self._delivery.send(lambda connection: connection.send_bytes(data, compress))
+        await self._send()
 
+    @_fails_open
     async def send_frame(
         self, message: bytes, opcode: WSMsgType, compress: int | None = None
     ) -> None:
-        self._check_open()
-        await self._delivery.send(lambda c: c.send_frame(message, opcode, compress))
+        await self._send()
 
+    async def _send(self) -> None:
+        self._check_open()
+        await self._delivery.send()
+
+    @_fails_open
     async def ping(self, message: bytes = b"") -> None:
         self._check_open()
         await self._delivery.connection.ws.ping(message)
 
+    @_fails_open
     async def pong(self, message: bytes = b"") -> None:
         self._check_open()
         await self._delivery.connection.ws.pong(message)
 
+    @_fails_open
     async def close(self, *, code: int = 1000, message: bytes = b"") -> bool:
         """Ends the use of the socket. Whether the socket itself goes is decided by `end`."""
         was_open = not self._is_closed
@@ -89,29 +163,35 @@ class Lease(aiohttp.ClientWebSocketResponse):
 
     @property
     def closed(self) -> bool:
+        if self._bare is not None:
+            return self._bare.ws.closed
         return self._is_closed or self._delivery.is_over
 
     @property
     def close_code(self) -> int | None:
-        return self._delivery.connection.ws.close_code
+        return self._socket.close_code
 
     @property
     def protocol(self) -> str | None:
-        return self._delivery.connection.ws.protocol
+        return self._socket.protocol
 
     @property
     def compress(self) -> int:
-        return self._delivery.connection.ws.compress
+        return self._socket.compress
 
     @property
     def client_notakeover(self) -> bool:
-        return self._delivery.connection.ws.client_notakeover
+        return self._socket.client_notakeover
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return self._delivery.connection.ws.get_extra_info(name, default)
+        return self._socket.get_extra_info(name, default)
 
     def exception(self) -> BaseException | None:
-        return self._delivery.connection.ws.exception()
+        return self._socket.exception()
+
+    @property
+    def _socket(self) -> aiohttp.ClientWebSocketResponse:
+        return self._bare.ws if self._bare is not None else self._delivery.connection.ws
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -121,3 +201,95 @@ class Lease(aiohttp.ClientWebSocketResponse):
         if not self._is_closed:
             self._is_closed = True
             self._delivery.inbox.put_nowait(CLOSED_MESSAGE)
+
+    # After a fault. What is called here is called nowhere else: it works whatever is at fault.
+
+    def step_aside(self) -> aiohttp.ClientWebSocketResponse | None:
+        """From here on the plugin speaks without the patch. Once; never waits.
+
+        Returns:
+            The socket that it goes on with; None if it needs another.
+        """
+        if not self.is_aside:
+            self.is_aside = True
+            attempt, inbox = self._delivery.heard, self._delivery.inbox
+            if attempt is None:
+                self._delivery.inbox = asyncio.Queue()  # nothing of it is the plugin's yet
+            else:
+                connection = attempt.connection
+                connection.sink = None
+                unhandled = connection.unhandled
+                if unhandled is not None and unhandled.type in DATA:
+                    inbox.put_nowait(unhandled)
+                connection.ws._autoping = True
+                self._bare = _Bare(connection.ws, self.frames, attempt, inbox, connection.reader)
+            inbox.put_nowait(_SteppedAsideError())
+        return self._bare.ws if self._bare is not None else None
+
+    async def go_on(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Does it on the plugin's own WebSocket."""
+        if self._bare is None:
+            if method == "close":
+                return True
+            if self._opening is None:
+                self._opening = spawn(self._open(), name="xai_pool_patch.open")
+                self._opening.add_done_callback(_retrieve)
+            # Sender and receiver wait for the same socket; either may be cancelled.
+            await asyncio.shield(self._opening)
+        assert self._bare is not None
+        if method.startswith("send_"):
+            return await self._bare.send()
+        if method == "receive":
+            return await self._bare.receive(*args, **kwargs)
+        return await getattr(self._bare.ws, method)(*args, **kwargs)
+
+    async def _open(self) -> None:
+        ws = await self._connect()
+        if self._is_ended:  # an old wait_for() may swallow the cancellation
+            await ws.close()
+            return
+        self.supervisor.sockets.add(ws)
+        self._bare = _Bare(ws, self.frames, _Progress())
+
+
+@dataclass
+class _Progress:
+    """How many of the frames have been sent."""
+
+    sent: int = 0
+
+
+@dataclass(eq=False)
+class _Bare:
+    """A WebSocket of aiohttp, and what has passed over it so far."""
+
+    ws: aiohttp.ClientWebSocketResponse
+    frames: list[Frame]
+    progress: _Progress | Attempt
+    """Shared with a send that may still be under way."""
+    received: asyncio.Queue[aiohttp.WSMessage | Exception] | None = None
+    """What came before, and is to be received first."""
+    reader: asyncio.Task[None] | None = None
+    """Who has been receiving so far, and is about to stop."""
+
+    async def send(self) -> None:
+        while self.progress.sent < len(self.frames):
+            method, args, kwargs = self.frames[self.progress.sent]
+            self.progress.sent += 1
+            await getattr(self.ws, method)(*args, **kwargs)
+
+    async def receive(self, timeout: float | None = None) -> aiohttp.WSMessage:
+        await self.send()  # whoever sent before may have been stopped in the middle of it
+        while self.received is not None and not self.received.empty():
+            message = self.received.get_nowait()
+            if not isinstance(message, Exception):
+                return message
+        if self.reader is not None:
+            await asyncio.wait([self.reader])  # aiohttp lets one receive at a time
+        return await self.ws.receive(timeout)
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    """Whoever waited for it has its exception; if nobody did, nobody needs to hear of it."""
+    if not task.cancelled():
+        task.exception()

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import weakref
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
-import aiohttp
-from livekit.agents import APIConnectionError, APIError, get_job_context
+from livekit.agents import APIConnectionError, get_job_context
 
 from .connection import Connection
 from .delivery import Delivery
 from .dialler import dialler_of, key_of, with_status
-from .lease import Lease
+from .lease import NETWORK_ERRORS, Lease
 from .plugin import Shape
 from .pool import (
     Acquired,
@@ -26,11 +24,10 @@ from .pool import (
     Reason,
 )
 from .shared import Connect, LoopPools, Registry
-from .telemetry.log import Event, in_ms, tell
+from .telemetry.log import Event, harmless, in_ms, tell
 from .telemetry.stats import Tally
 
-NETWORK_ERRORS = (aiohttp.ClientError, APIError, OSError, asyncio.TimeoutError)
-"""What the plugin's connect raises when the network or the server is at fault."""
+T = TypeVar("T")
 
 
 class Turn:
@@ -48,26 +45,44 @@ class Turn:
         self.stream = stream
         self.waited = 0.0
         self.reused = False
-        self._reporting = [stream, *(outer() for outer in _synthesis.get())]
+        self.token: contextvars.Token[Turn | None] | None = None
+        synthesis = _synthesis.get()
+        self._reporting = [stream, synthesis.stream() if synthesis is not None else None]
         self._tally = Tally()
         self._lease: Lease | None = None
+        self._pools: LoopPools | None = None
 
-    def begin(self, lease: Lease, tally: Tally) -> None:
+    def begin(self, lease: Lease, pools: LoopPools, tally: Tally) -> None:
         self.end(Reason.ERROR)  # of a subclass that connects more than once
-        self._lease = lease
+        self._lease, self._pools = lease, pools
         self._tally = tally
+        pools.leases.add(lease)
 
+    def end(self, cut_off: Reason | None) -> None:
+        if self._lease is not None and self._pools is not None:
+            # First: should it fail to end, nobody keeps its socket open.
+            self._pools.leases.discard(self._lease)
+            self._lease.end(cut_off)
+
+    async def closed(self) -> None:
+        """Waits for its connection to be closed, if its job is over: there will be no later."""
+        if self._pools is not None and self._pools.is_over(_job()):
+            await self._pools.aclose()
+
+    @harmless
     def acquired(self, waited: float, *, reused: bool) -> None:
         self.note(waited, reused=reused)
         self._tally.begun(waited, reused=reused)
         if not reused:
             self._mark("waited", wait_ms=in_ms(waited))
 
+    @harmless
     def replaced(self, waited: float, reason: str) -> None:
         self.note(waited)
         self._tally.replaced(waited)
         self._mark("replaced", reason=reason, wait_ms=in_ms(waited))
 
+    @harmless
     def note(self, waited: float, *, reused: bool = False) -> None:
         self.waited, self.reused = waited, reused
         for stream in filter(None, self._reporting):
@@ -81,18 +96,26 @@ class Turn:
         if span is not None:
             span.add_event(f"xai_pool_patch.{event}", attributes)
 
-    def end(self, cut_off: Reason | None) -> None:
-        if self._lease is not None:
-            self._lease.end(cut_off)
-
 
 _turn: contextvars.ContextVar[Turn | None] = contextvars.ContextVar("xai_pool_patch", default=None)
 current_turn = _turn.get
 
-_synthesis: contextvars.ContextVar[Sequence[weakref.ref[Any]]] = contextvars.ContextVar(
-    "xai_pool_patch.synthesis", default=()
+
+class Synthesis:
+    """A `TTS.synthesize()`: its stream reports what another one, made meanwhile, does for it.
+
+    Attributes:
+        stream: the one that reports; known once it is made.
+    """
+
+    def __init__(self) -> None:
+        self.stream: Callable[[], Any] = lambda: None
+        self.token: contextvars.Token[Synthesis | None] | None = None
+
+
+_synthesis: contextvars.ContextVar[Synthesis | None] = contextvars.ContextVar(
+    "xai_pool_patch.synthesis", default=None
 )
-"""The stream of a `TTS.synthesize()`, for the stream that does its work in its task."""
 
 
 class Leasing:
@@ -113,31 +136,47 @@ class Leasing:
     def has_failed(self) -> bool:
         return self._registry.has_failed
 
-    @contextlib.contextmanager
-    def turn_of(self, stream: Any) -> Iterator[Turn]:
-        turn = Turn(stream)
-        token = _turn.set(turn)
-        cut_off: Reason | None = Reason.ERROR
-        try:
-            yield turn
-            cut_off = None
-        except asyncio.CancelledError:
-            cut_off = Reason.INTERRUPTED
-            raise
-        finally:
-            _turn.reset(token)
-            with self._guarded("giving back"):
-                turn.end(cut_off)
+    def fail(self, operation: str, fault: Exception) -> None:
+        """From here on the plugin is as if unpatched."""
+        self._registry.fail(operation, fault)
 
-    @contextlib.contextmanager
-    def synthesis(self) -> Iterator[list[weakref.ref[Any]]]:
-        """Takes a stream that is made in here, whose metrics are to tell what another one did."""
-        streams: list[weakref.ref[Any]] = []
-        token = _synthesis.set(streams)
+    def attempt(self, operation: str, do: Callable[..., T], *args: Any) -> T | None:
+        """A fault of the pools' own must not become one of the agent's."""
         try:
-            yield streams
-        finally:
-            _synthesis.reset(token)
+            return do(*args)
+        except Exception as fault:
+            self.fail(operation, fault)
+            return None
+
+    async def attempt_to_wait(
+        self, operation: str, wait: Callable[..., Awaitable[None]], *args: Any
+    ) -> None:
+        """Likewise, of what takes time."""
+        try:
+            await wait(*args)
+        except Exception as fault:
+            self.fail(operation, fault)
+
+    def begin_turn(self, stream: Any) -> Turn:
+        turn = Turn(stream)
+        turn.token = _turn.set(turn)
+        return turn
+
+    def end_turn(self, turn: Turn, cut_off: Reason | None) -> None:
+        if turn.token is not None:
+            _turn.reset(turn.token)
+        turn.end(cut_off)
+
+    def begin_synthesis(self) -> Synthesis:
+        synthesis = Synthesis()
+        synthesis.token = _synthesis.set(synthesis)
+        return synthesis
+
+    def end_synthesis(self, synthesis: Synthesis, stream: Any) -> None:
+        if synthesis.token is not None:
+            _synthesis.reset(synthesis.token)
+        if stream is not None:
+            synthesis.stream = weakref.ref(stream)
 
     async def connect(
         self, turn: Turn, tts: Any, timeout: float, opts: Any, otherwise: Callable[[], Any]
@@ -161,10 +200,12 @@ class Leasing:
         turn.note(asyncio.get_running_loop().time() - began)
         # Had the plugin failed as well, the fault would not be the pool's.
         if not isinstance(fault, PoolClosedError):
-            self._registry.fail("connecting", fault)
+            self.fail("connecting", fault)
         return ws
 
     def prewarm(self, tts: Any) -> None:
+        if self.has_failed:
+            return
         if not has_loop():
             tell(Event.PREWARM_SKIPPED, reason="no event loop is running")
             return
@@ -173,41 +214,35 @@ class Leasing:
         except RuntimeError:
             tell(Event.PREWARM_SKIPPED, reason="there is no HTTP session outside a job")
             return
-        with self._guarded("prewarm"):
-            self._use(self._registry.here(), tts).prewarm()
+        pools = self._registry.here()
+        if not pools.is_over(_job()):
+            self._use(pools, tts).prewarm()
 
     def follow(self, tts: Any) -> None:
         """The TTS has other options now: warms what it speaks with next, if it speaks at all."""
-        if not has_loop():
-            return
-        with self._guarded("update_options"):
+        if has_loop() and not self.has_failed:
             pools = self._registry.here()
-            if pools.knows(tts):
+            if pools.knows(tts) and not pools.is_over(_job()):
                 self._use(pools, tts)
 
-    async def closing(self, tts: Any, close: Callable[[], Awaitable[Any]]) -> None:
+    async def close(self, tts: Any, close: Callable[[], Awaitable[Any]]) -> None:
         """Closes the TTS and the pools that nobody else uses."""
         # Before its streams are closed, lest each of them calls for a replacement; and again
         # afterwards, for what they may have begun meanwhile.
-        ended = self._leave(tts)
+        ended = self.attempt("aclose", self._leave, tts) or []
         try:
             await close()
         finally:
-            ended += self._leave(tts)
-        await asyncio.gather(*(pool.aclose() for pool in ended))
+            ended += self.attempt("aclose", self._leave, tts) or []
+        await self.attempt_to_wait("aclose", self._ended, ended)
 
     def _leave(self, tts: Any) -> list[Pool[Connection]]:
-        with self._guarded("aclose"):
-            return self._registry.here().leave(tts)
-        return []
+        return self._registry.here().leave(tts)
 
-    @contextlib.contextmanager
-    def _guarded(self, deed: str) -> Iterator[None]:
-        """A fault of the pool's own must not become one of the agent's."""
-        try:
-            yield
-        except Exception as fault:
-            self._registry.fail(deed, fault)
+    async def _ended(self, pools: Sequence[Pool[Connection]]) -> None:
+        """Waits until those have closed everything."""
+        await asyncio.gather(*(pool.aclose() for pool in pools))
+        await self._registry.here().supervisor.stopped()
 
     async def _lease(self, turn: Turn, tts: Any, timeout: float, opts: Any) -> Lease:
         pools = self._registry.here()
@@ -216,36 +251,49 @@ class Leasing:
         if opts is not None:
             pool = pools.visit(tts, key_of(tts, opts), lambda: self._dialler(pools, tts, opts))
         acquired = await _acquire(pool, timeout)
-        lease = Lease(
-            Delivery(
-                acquired,
-                pool,
-                redial=lambda: _acquire(pool, timeout, fresh=True),
-                first_audio_timeout=self._registry.options.first_audio_timeout,
-                on_replaced=turn.replaced,
-            )
+        delivery = Delivery(
+            acquired,
+            pool,
+            frames=[],
+            supervisor=pools.supervisor,
+            redial=lambda: _acquire(pool, timeout, fresh=True),
+            first_audio=pools.first_audio,
+            on_replaced=turn.replaced,
         )
-        turn.begin(lease, tally)
+        lease = Lease(
+            delivery, pools.supervisor, connect=lambda: self._plugins_own(tts, timeout, opts)
+        )
+        turn.begin(lease, pools, tally)
         turn.acquired(acquired.waited, reused=acquired.reused)
         return lease
 
     def _use(self, pools: LoopPools, tts: Any) -> Pool[Connection]:
-        self._end_with_job(pools)
+        job = _job()
+        if job is not None and pools.is_first_use_by(job):
+            # Nothing calls `TTS.aclose()` when a job ends.
+            job.add_shutdown_callback(lambda: pools.end_with(job))
         opts = tts._opts
-        return pools.use(tts, key_of(tts, opts), lambda: self._dialler(pools, tts, opts))
+        take = pools.visit if pools.is_over(job) else pools.use
+        return take(tts, key_of(tts, opts), lambda: self._dialler(pools, tts, opts))
 
-    def _end_with_job(self, pools: LoopPools) -> None:
-        """Closes the pools before the job closes its HTTP session: nothing calls `TTS.aclose()`."""
-        try:
-            job = get_job_context()
-        except RuntimeError:  # not in a job
-            return
-        if pools.is_first_use_by(job):
-            job.add_shutdown_callback(pools.aclose)
+    def _plugins_own(self, tts: Any, timeout: float, opts: Any) -> Any:
+        """A WebSocket as the plugin's own connect opens it."""
+        connect = self._connect()
+        if self._shape is Shape.READS_OPTIONS:
+            return connect(tts, timeout)
+        return connect(tts, timeout, opts if opts is not None else tts._opts)
 
     def _dialler(self, pools: LoopPools, tts: Any, opts: Any) -> Connect:
         connect = self._connect()
         return dialler_of(connect, tts, opts, shape=self._shape, heartbeat=pools.heartbeat)
+
+
+def _job() -> Any:
+    """The job that the running code belongs to; None outside of any."""
+    try:
+        return get_job_context()
+    except RuntimeError:
+        return None
 
 
 def has_loop() -> bool:

@@ -23,7 +23,7 @@ from .errors import (
     XaiPoolPatchError,
 )
 from .options import PoolOptions
-from .telemetry.log import Event, describe, tell
+from .telemetry.log import Event, tell
 from .telemetry.stats import Counters, PoolStats, Stats, stats_of
 
 if TYPE_CHECKING:
@@ -115,10 +115,12 @@ class Installation:
                 return
             try:
                 self.apply(module)
-            except Exception as error:
+            except XaiPoolPatchError as error:
                 _installation = None
-                told = str(error) if isinstance(error, XaiPoolPatchError) else describe(error)
-                tell(Event.REFUSED, level=logging.ERROR, reason=told)
+                tell(Event.REFUSED, level=logging.ERROR, reason=str(error))
+            except Exception as fault:
+                _installation = None
+                tell(Event.FAULT, operation="install", error=fault)
 
     def undo(self) -> None:
         while self.patches:
@@ -170,6 +172,9 @@ def install(
             if on_unsupported == "raise":
                 raise
             tell(Event.REFUSED, reason=str(error))
+        except Exception as fault:
+            # The application would lose its agent over a speed-up.
+            tell(Event.FAULT, operation="install", error=fault)
 
 
 def uninstall() -> None:

@@ -1,11 +1,11 @@
-"""How long a caller relies on what somebody else began."""
+"""How long something is waited for, on an event loop that may be blocked."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 
-from .background import call_at
+from .supervisor import Supervisor
 
 TICKS = 10
 """Parts of a patience. A blocked loop costs it one of them at most."""
@@ -19,17 +19,19 @@ class Patience:
     the dial of its `prewarm()`, and on a busy one for longer than any handshake should take.
 
     Args:
+        supervisor: owns the timers.
         seconds: 0.0 for a patience that is over from the start.
         on_end: called once, unless it is over from the start or stopped before.
     """
 
-    def __init__(self, seconds: float, on_end: Callable[[], None]) -> None:
+    def __init__(self, supervisor: Supervisor, seconds: float, on_end: Callable[[], None]) -> None:
+        self._supervisor = supervisor
         self._tick = seconds / TICKS
         self._left = TICKS if seconds > 0.0 else 0
         self._on_end = on_end
         self._timer: asyncio.TimerHandle | None = None
         if not self.is_over:
-            self._wait()
+            self._wait(self._tick, self._pass)
 
     @property
     def is_over(self) -> bool:
@@ -40,12 +42,19 @@ class Patience:
         if self._timer is not None:
             self._timer.cancel()
 
-    def _wait(self) -> None:
-        self._timer = call_at(asyncio.get_running_loop().time() + self._tick, self._pass)
+    def _wait(self, seconds: float, then: Callable[[], None]) -> None:
+        now = asyncio.get_running_loop().time()
+        self._timer = self._supervisor.call_at(now + seconds, then)
 
     def _pass(self) -> None:
-        self._left -= 1
-        if self.is_over:
-            self._on_end()
+        if self._left > 1:
+            self._left -= 1
+            self._wait(self._tick, self._pass)
         else:
-            self._wait()
+            # A loop that was blocked in the last tick rings before it reads what has long arrived:
+            # the timer of the next pass through the loop comes after that.
+            self._wait(0.0, self._end)
+
+    def _end(self) -> None:
+        self._left = 0
+        self._on_end()

@@ -2,22 +2,52 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import aiohttp
 from livekit.agents.utils import ConnectionPool
 
-from .background import spawn
-from .lease import Lease
+from .lease import NETWORK_ERRORS, Lease
 from .leasing import Leasing, Turn, current_turn, has_loop
 from .pool import Reason
+from .supervisor import spawn
 
 NAME = "_pool"
 
 WAYS_TO_CONNECT = ("_connect_ws", "_connect_pooled_ws")
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _fails_open(method: Method) -> Method:
+    """After a fault of the patch the plugin's own pool does what the method should have."""
+    name = method.__name__
+
+    @functools.wraps(method)
+    def guarded(pool: PluginPool, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(pool, *args, **kwargs)
+        except Exception as fault:
+            pool._leasing.fail(name, fault)
+        return getattr(pool._own, name)(*args, **kwargs)
+
+    @functools.wraps(method)
+    async def guarded_async(pool: PluginPool, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await method(pool, *args, **kwargs)
+        except NETWORK_ERRORS:
+            raise
+        except Exception as fault:
+            pool._leasing.fail(name, fault)
+        return await getattr(pool._own, name)(*args, **kwargs)
+
+    return guarded_async if inspect.iscoroutinefunction(method) else guarded  # type: ignore[return-value]
 
 
 class PluginPool(ConnectionPool[aiohttp.ClientWebSocketResponse]):
@@ -56,6 +86,7 @@ class PluginPool(ConnectionPool[aiohttp.ClientWebSocketResponse]):
         for name in ("put", "remove"):
             vars(self._own).pop(name, None)
 
+    @_fails_open
     async def get(self, *, timeout: float) -> aiohttp.ClientWebSocketResponse:
         tts = self._tts()
         turn = current_turn() or Turn()
@@ -65,27 +96,32 @@ class PluginPool(ConnectionPool[aiohttp.ClientWebSocketResponse]):
         self.last_acquire_time, self.last_connection_reused = turn.waited, turn.reused
         return ws  # type: ignore[no-any-return]
 
+    @_fails_open
     def put(self, conn: aiohttp.ClientWebSocketResponse) -> None:
         if isinstance(conn, Lease):
             self._end(conn, None)
         else:
             self._own.put(conn)
 
+    @_fails_open
     def remove(self, conn: aiohttp.ClientWebSocketResponse) -> None:
         if isinstance(conn, Lease):
             self._end(conn, Reason.ERROR)
         else:
             self._own.remove(conn)
 
+    @_fails_open
     def invalidate(self) -> None:
         """The options have changed. What was made for the old ones is not asked for any more."""
         self._leasing.follow(self._tts())
 
+    @_fails_open
     def prewarm(self) -> None:
         self._leasing.prewarm(self._tts())
 
+    @_fails_open
     async def aclose(self) -> None:
-        await self._leasing.closing(self._tts(), self._own.aclose)
+        await self._leasing.close(self._tts(), self._own.aclose)
 
     def _end(self, lease: Lease, cut_off: Reason | None) -> None:
         # Within a turn, how that ends decides: the plugin may yet fail after it gave it back.
@@ -120,10 +156,14 @@ class PoolAttribute:
             return self
         if NAME not in vars(tts):
             raise AttributeError(f"{type(tts).__name__!r} object has no attribute {NAME!r}")
-        if self._leasing.has_failed:
-            self.restore()
         own = vars(tts)[NAME]
-        return own if self._is_restored else self._stand_in_for(tts, own) or own
+        try:
+            if self._leasing.has_failed:
+                self.restore()
+            return own if self._is_restored else self._stand_in_for(tts, own) or own
+        except Exception as fault:
+            self._leasing.fail(NAME, fault)
+            return own
 
     def __set__(self, tts: Any, own: Any) -> None:
         vars(tts)[NAME] = own

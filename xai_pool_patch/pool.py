@@ -17,11 +17,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from .background import call_at, spawn
 from .backoff import Backoff, Setback
 from .errors import XaiPoolPatchError
 from .options import PoolOptions
 from .patience import Patience
+from .supervisor import Supervisor
 from .telemetry.journal import Journal
 from .telemetry.log import Event
 
@@ -97,6 +97,9 @@ class Poolable(Protocol):
 
     broke_word: bool
     """It was restored, and yet was not clean."""
+
+    on_broken_word: Callable[[], None] | None
+    """Called when that shows, though no harm was done."""
 
     async def restore(self) -> None:
         """Makes it reusable again, or proves that it still is; ends when that is known."""
@@ -176,12 +179,22 @@ class _Restoration:
     task: asyncio.Task[None] | None = None
 
 
+@dataclass(eq=False)
+class _Trust:
+    """Whether a use of clears goes on, after how the last of them went."""
+
+    is_on: bool
+    failures: int = 0
+    """In a row."""
+
+
 class Pool(Generic[C]):
     """The connections of one key in one event loop.
 
     Args:
         connect: makes a connection within the seconds given.
         options: see `PoolOptions`.
+        supervisor: owns the tasks and timers.
         standby_timeout: seconds a background dial may take.
         backoff: when background dials may be made.
         journal: is told what happens.
@@ -194,6 +207,7 @@ class Pool(Generic[C]):
         connect: Callable[[float], Awaitable[C]],
         options: PoolOptions,
         *,
+        supervisor: Supervisor,
         standby_timeout: float,
         backoff: Backoff,
         journal: Journal,
@@ -203,6 +217,7 @@ class Pool(Generic[C]):
     ) -> None:
         self._connect = connect
         self._options = options
+        self._supervisor = supervisor
         self._standby_timeout = standby_timeout
         self._backoff = backoff
         self.journal = journal
@@ -218,8 +233,8 @@ class Pool(Generic[C]):
         self._closing: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._kept = 0
-        self._reclaims = options.interruption == "clear"
-        self._refusals = 0
+        self._reclaims = _Trust(options.interruption == "clear")
+        self._proves = _Trust(options.keepalive == "clear")
         self.is_closed = False
 
     def __repr__(self) -> str:
@@ -299,7 +314,7 @@ class Pool(Generic[C]):
         if member is None:
             return
         member.idle_since = self._now()
-        if self.is_closed or not self._reclaims:
+        if self.is_closed or not self._reclaims.is_on:
             self._remove(member, Reason.INTERRUPTED)
         elif connection.is_reusable:
             self._offer(member)  # nothing is owed
@@ -336,7 +351,7 @@ class Pool(Generic[C]):
         one dials for itself, and learns from its own dial what went wrong.
         """
         self._kept = count
-        call_at(self._now(), self._settle)
+        self._supervisor.call_at(self._now(), self._settle)
 
     def prewarm(self) -> None:
         """Dials one in the background if there is none."""
@@ -355,6 +370,17 @@ class Pool(Generic[C]):
         for member in [*self._idle, *self._restoring]:
             self._remove(member, Reason.CLOSED)
         self._settle()
+
+    def abandon(self) -> None:
+        """Ends the pool after a fault: whoever waits goes on without it, at once.
+
+        What it had open is the supervisor's to close.
+        """
+        self.is_closed = True
+        for waiter in self._waiters:
+            waiter.fail(PoolClosedError("the pool failed"))
+        for held in (self._members, self._idle, self._restoring, self._dials):
+            held.clear()
 
     async def aclose(self) -> None:
         """Ends the pool and waits for its dials and closes, `close_timeout` at most."""
@@ -378,7 +404,9 @@ class Pool(Generic[C]):
     async def _wait(self, waiter: _Waiter[C]) -> _Member[C]:
         self._waiters.append(waiter)
         self._settle()
-        expiry = call_at(waiter.deadline, lambda: waiter.fail(AcquireTimeoutError()))
+        expiry = self._supervisor.call_at(
+            waiter.deadline, lambda: waiter.fail(AcquireTimeoutError())
+        )
         try:
             return await waiter.future
         except asyncio.CancelledError:
@@ -448,13 +476,16 @@ class Pool(Generic[C]):
         return next((waiter for waiter in reversed(waiting) if waiter not in have_dials), None)
 
     def _dial(self, waiter: _Waiter[C] | None, timeout: float) -> None:
-        dial = _Dial(self._now(), Patience(DIAL_PATIENCE, self._settle), waiter)
+        patience = Patience(self._supervisor, DIAL_PATIENCE, self._settle)
+        dial = _Dial(self._now(), patience, waiter)
         self._dials.add(dial)  # first: an eager task may end before spawn() returns
-        dial.task = spawn(self._run_dial(dial, timeout), name="xai_pool_patch.dial")
+        run = self._run_dial(dial, timeout)
+        dial.task = self._supervisor.spawn(run, name="xai_pool_patch.dial")
 
     async def _run_dial(self, dial: _Dial[C], timeout: float) -> None:
+        outcome: C | Exception
         try:
-            connection = await self._connect(timeout)
+            outcome = await self._connect(timeout)
         except asyncio.CancelledError:
             # By aclose() or by the end of the loop: either way nobody should dial again.
             self._dials.discard(dial)
@@ -463,13 +494,15 @@ class Pool(Generic[C]):
             self.close()
             raise
         except Exception as error:
-            self._dials.discard(dial)
-            self._dial_failed(dial, error)
-        else:
-            self._dials.discard(dial)
-            self._dial_succeeded(dial, connection)
+            outcome = error
         finally:
             dial.patience.stop()
+        # Not within the try: what fails from here on is a fault, and no failure of the dial.
+        self._dials.discard(dial)
+        if isinstance(outcome, Exception):
+            self._dial_failed(dial, outcome)
+        else:
+            self._dial_succeeded(dial, outcome)
 
     def _dial_succeeded(self, dial: _Dial[C], connection: C) -> None:
         now = self._now()
@@ -487,6 +520,7 @@ class Pool(Generic[C]):
         )
         self._members[connection] = member
         connection.on_lost = lambda: self._lost(member)
+        connection.on_broken_word = self._stop_reclaiming_liars
         self._offer(member)
         self._settle()
 
@@ -506,13 +540,13 @@ class Pool(Generic[C]):
         if round_trip is not None:
             timeout = min(timeout, max(SHORTEST_CLEAR, CLEAR_ROUND_TRIPS * round_trip))
             relied_for = max(SHORTEST_RELIANCE, RELIED_ROUND_TRIPS * round_trip)
-        patience = Patience(relied_for, self._settle)
+        patience = Patience(self._supervisor, relied_for, self._settle)
         restoration = self._restoring[member] = _Restoration(failing, patience)
         run = self._run_restore(member, timeout, patience)
-        restoration.task = spawn(run, name="xai_pool_patch.restore")
+        restoration.task = self._supervisor.spawn(run, name="xai_pool_patch.restore")
 
     async def _run_restore(self, member: _Member[C], timeout: float, patience: Patience) -> None:
-        restoring = spawn(member.connection.restore(), name="xai_pool_patch.clear")
+        restoring = self._supervisor.spawn(member.connection.restore(), name="xai_pool_patch.clear")
         try:
             await asyncio.wait([restoring], timeout=timeout)
         finally:
@@ -528,31 +562,40 @@ class Pool(Generic[C]):
             return
         is_clean = member.connection.is_reusable
         if restoration.failing is Reason.INTERRUPTED:
-            self._learn(is_clean)
+            self._learn(self._reclaims, is_clean, self._stop_reclaiming)
+            if is_clean:
+                self.journal.reclaimed()
+        else:
+            self._learn(self._proves, is_clean, self._stop_proving)
+            if not is_clean:
+                self._backoff.failed(Setback.PASSING, self._now())
         if is_clean:
             self._offer(member)
         else:
             self._remove(member, restoration.failing)
         self._settle()
 
-    def _learn(self, is_clean: bool) -> None:
-        """What one clear of an interrupted connection says about the next."""
-        if is_clean:
-            self._refusals = 0
-            self.journal.reclaimed()
-        else:
-            self._refusals += 1
-            if self._refusals >= REFUSALS:
-                self._stop_reclaiming("clears are not acknowledged")
+    def _learn(self, trust: _Trust, is_clean: bool, stop: Callable[[str], None]) -> None:
+        """What one clear says about the next."""
+        trust.failures = 0 if is_clean else trust.failures + 1
+        if trust.failures >= REFUSALS:
+            stop("clears are not acknowledged")
 
     def _stop_reclaiming(self, reason: str) -> None:
-        if self._reclaims:
-            self._reclaims = False
+        if self._reclaims.is_on:
+            self._reclaims.is_on = False
             self.journal.reclaiming_stopped(reason)
+
+    def _stop_reclaiming_liars(self) -> None:
+        self._stop_reclaiming("audio came after the acknowledgement of a clear")
+
+    def _stop_proving(self, reason: str) -> None:
+        self._proves.is_on = False
+        self.journal.proving_stopped(reason)
 
     def _prove(self) -> None:
         """Has an idle connection prove that it lives. One at a time: callers may need the rest."""
-        if self._restoring or self._options.keepalive != "clear":
+        if self._restoring or not self._proves.is_on:
             return
         now = self._now()
         for member in self._idle:
@@ -565,7 +608,7 @@ class Pool(Generic[C]):
 
     def _lost(self, member: _Member[C]) -> None:
         if member.connection.broke_word:
-            self._stop_reclaiming("audio came after the acknowledgement of a clear")
+            self._stop_reclaiming_liars()
         if member in self._restoring:
             self._restored(member)
         if member.connection not in self._members:
@@ -648,7 +691,7 @@ class Pool(Generic[C]):
             return
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = call_at(due, self._on_timer)
+        self._timer = self._supervisor.call_at(due, self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -659,7 +702,7 @@ class Pool(Generic[C]):
             return math.inf
         now = self._now()
         moments = [m.expires_at if m.rotate_at <= now else m.rotate_at for m in self._idle]
-        if self._options.keepalive == "clear" and not self._restoring:
+        if self._proves.is_on and not self._restoring:
             moments += [m.proven_at + self._options.keepalive_after for m in self._idle]
         surplus = self._fresh() + len(self._dials) - self._kept
         if surplus > 0 and self._idle:

@@ -16,11 +16,14 @@ import aiohttp
 
 from .backoff import Account, Backoff, Setback
 from .connection import Connection, Heartbeat
+from .first_audio import FirstAudio
+from .lease import Lease
 from .options import PoolOptions
-from .pool import Pool
+from .pool import Pool, PoolClosedError
+from .supervisor import OnFault, Supervisor
 from .telemetry import metrics
 from .telemetry.journal import Journal
-from .telemetry.log import Event, describe, status_of, tell
+from .telemetry.log import Event, status_of, tell
 from .telemetry.stats import Counters, PoolStats, Stats, Tally, counts_of, stats_of
 
 STANDBY_TIMEOUT = 10.0
@@ -58,17 +61,25 @@ class _User:
 class LoopPools:
     """The pools of one event loop. Everything here happens in that loop's thread.
 
+    Args:
+        options: see `PoolOptions`.
+        on_fault: gets a fault of the pools' own.
+
     Attributes:
         heartbeat: of all of them, since all dial the same server.
+        first_audio: likewise.
+        supervisor: owns what runs and is open for them.
+        leases: those that the plugin holds.
         pools: never changed but replaced, since other threads look at it for their statistics.
     """
 
-    def __init__(
-        self, options: PoolOptions, on_fault: Callable[[str, Exception], None] = lambda *_: None
-    ) -> None:
+    def __init__(self, options: PoolOptions, on_fault: OnFault) -> None:
         self.counters = Counters()
         self.heartbeat = Heartbeat(options.heartbeat)
-        self._on_fault = on_fault
+        self.first_audio = FirstAudio(options.first_audio_timeout)
+        self.supervisor = Supervisor(on_fault, options.close_timeout)
+        self.leases: set[Lease] = set()
+        self._over: weakref.WeakSet[object] = weakref.WeakSet()
         self.pools: dict[Key, Pool[Connection]] = {}
         self._ending: list[Pool[Connection]] = []
         self._options = options
@@ -112,6 +123,18 @@ class LoopPools:
         self._jobs.add(job)
         return is_first
 
+    async def end_with(self, job: object) -> None:
+        """Closes everything before the job closes its HTTP session, and keeps nothing for it then.
+
+        Other shutdown callbacks run at the same time, and may yet speak.
+        """
+        self._over.add(job)
+        await self.aclose()
+
+    def is_over(self, job: object | None) -> bool:
+        """Whether the job is ending: what is opened for it now has to be closed at once."""
+        return job is not None and job in self._over
+
     def tally(self, tts: object) -> Tally:
         """Of a TTS that uses these pools."""
         return self._users[tts].tally
@@ -132,6 +155,17 @@ class LoopPools:
         self.close()
         ending, self._ending = self._ending, []
         await asyncio.gather(*(pool.aclose() for pool in ending))
+        await self.supervisor.stopped()
+
+    def abandon(self) -> None:
+        """After a fault: ends all that runs and closes all that is open, except for what an
+        utterance is being heard over. That goes on without the pools."""
+        kept = {ws for lease in list(self.leases) if (ws := lease.step_aside()) is not None}
+        self.supervisor.stop(kept)
+        for pool in [*self.pools.values(), *self._ending]:
+            pool.abandon()
+        self.pools = {}
+        self._users.clear()
 
     def _join(self, tts: object) -> _User:
         user = self._users[tts] = _User()
@@ -142,7 +176,7 @@ class LoopPools:
     def _collected(self, user: _User) -> None:
         # The garbage collector may run in any thread, and in the middle of anything.
         with contextlib.suppress(RuntimeError):  # the loop is closed, and its pools with it
-            self._loop.call_soon_threadsafe(self._depart, user)
+            self._loop.call_soon_threadsafe(self.supervisor.run, lambda: self._depart(user))
 
     def _depart(self, user: _User) -> list[Pool[Connection]]:
         if user.finalizer is not None:
@@ -180,21 +214,26 @@ class LoopPools:
 
         async def connect(timeout: float) -> Connection:
             ws = await dial(timeout)
+            if self.supervisor.is_stopped:  # an old wait_for() may swallow the cancellation
+                await ws.close()
+                raise PoolClosedError("the pool failed during the dial")
+            self.supervisor.sockets.add(ws)
             try:
                 return Connection(
                     ws,
+                    supervisor=self.supervisor,
                     heartbeat=self.heartbeat,
                     close_timeout=options.close_timeout,
-                    on_fault=lambda fault: self._on_fault("reading", fault),
                 )
-            except Exception:
-                await ws.close()
+            except Exception as fault:
+                self.supervisor.on_fault("connecting", fault)
                 raise
 
         account = self._accounts.setdefault(key.api_key, Account())
         return Pool(
             connect,
             options,
+            supervisor=self.supervisor,
             standby_timeout=STANDBY_TIMEOUT,
             backoff=Backoff(account, self._jitter),
             journal=Journal(next(_numbers), into=self.counters),
@@ -232,18 +271,21 @@ class Registry:
                 self._loops[loop] = LoopPools(self.options, self.fail)
             return self._loops[loop]
 
-    def fail(self, deed: str, fault: Exception) -> None:
-        """A fault of the pools' own. From here on the plugin connects by itself."""
+    def fail(self, operation: str, fault: Exception) -> None:
+        """After a fault of the pools' own: closes them all. The plugin connects by itself then."""
         level = logging.DEBUG if self.has_failed else logging.ERROR
         self.has_failed = True
-        tell(Event.FAULT, level=level, deed=deed, error=describe(fault))
+        tell(Event.FAULT, level=level, operation=operation, error=fault)
+        for loop, pools in self._open_loops():
+            if is_running(loop):
+                pools.abandon()
+            else:
+                with contextlib.suppress(RuntimeError):  # closed in this very moment
+                    loop.call_soon_threadsafe(pools.abandon)
 
     def close(self) -> None:
         """Ends every pool, each in its own loop. Connections in use end when they come back."""
-        with self._lock:
-            self._forget_closed_loops()
-            loops = list(self._loops.items())
-        for loop, pools in loops:
+        for loop, pools in self._open_loops():
             with contextlib.suppress(RuntimeError):  # closed in this very moment
                 loop.call_soon_threadsafe(pools.close)
 
@@ -261,6 +303,11 @@ class Registry:
             for pool in self._pools()
         ]
 
+    def _open_loops(self) -> list[tuple[asyncio.AbstractEventLoop, LoopPools]]:
+        with self._lock:
+            self._forget_closed_loops()
+            return list(self._loops.items())
+
     def _pools(self) -> list[Pool[Connection]]:
         with self._lock:
             loops = list(self._loops.values())
@@ -269,6 +316,14 @@ class Registry:
     def _forget_closed_loops(self) -> None:
         for loop in [loop for loop in self._loops if loop.is_closed()]:
             self._ended.add(self._loops.pop(loop).counters)
+
+
+def is_running(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether it is this very code that it runs."""
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False
 
 
 def setback_of(error: Exception) -> Setback:

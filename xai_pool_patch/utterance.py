@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import json
 import re
+from typing import Any
 
 
 class Stage(enum.Enum):
@@ -36,8 +37,7 @@ class Stage(enum.Enum):
 
 
 # What is not listed here is not part of one utterance after another: it spoils the connection.
-# So does an `audio.done` before any audio of an utterance with text, which is not that text's, and
-# so does whatever is sent before a clear is acknowledged: there is never more than one of those.
+# So does whatever is sent before a clear is acknowledged: there is never more than one of those.
 _AFTER_SENDING = {
     (Stage.CLEAN, "text.delta"): Stage.ASKED,
     (Stage.CLEAN, "text.done"): Stage.EMPTY,
@@ -58,6 +58,7 @@ _AFTER_RECEIVING = {
     (Stage.AWAITING, "audio.delta"): Stage.FINISHING,
     (Stage.FINISHING, "audio.delta"): Stage.FINISHING,
     (Stage.FINISHING, "audio.done"): Stage.CLEAN,
+    (Stage.EMPTY, "audio.delta"): Stage.FINISHING,
     (Stage.EMPTY, "audio.done"): Stage.CLEAN,
     (Stage.CLEARING, "audio.delta"): Stage.CLEARING,
     (Stage.CLEARING, "audio.done"): Stage.PROVING,
@@ -79,11 +80,16 @@ class UtteranceTracker:
     Attributes:
         was_cleared: an utterance was cut off by `text.clear`. That nothing of it comes any more
             is from then on the server's word.
+        has_words: the utterance has something to be spoken. Blanks and punctuation may be answered
+            by silence, by `audio.done` alone or by an error: nobody has said which.
+        is_told_apart: what comes from here on is known to answer this utterance.
     """
 
     def __init__(self) -> None:
         self.stage = Stage.CLEAN
         self.was_cleared = False
+        self.has_words = False
+        self.is_told_apart = False
 
     def __repr__(self) -> str:
         return f"<UtteranceTracker {self.stage.value}>"
@@ -96,29 +102,59 @@ class UtteranceTracker:
     def awaits_clear(self) -> bool:
         return self.stage in (Stage.CLEARING, Stage.PROVING)
 
+    @property
+    def _may_stay_silent(self) -> bool:
+        """Whether `audio.done` without audio would be this utterance's.
+
+        Else it is taken for another's: a text with words is answered by a voice.
+        """
+        return self.stage is Stage.AWAITING and (self.is_told_apart or not self.has_words)
+
     def sent(self, frame: object) -> None:
-        """To be told before the frame leaves: a send that is cancelled may have left."""
-        self.stage = _AFTER_SENDING.get((self.stage, type_of(frame)), Stage.SPOILED)
+        """Must be called before the frame leaves: a send that is cancelled may have left."""
+        message = _parsed(frame)
+        type_ = _type_in(message)
+        if self.is_clean:
+            self.has_words = self.is_told_apart = False
+        if type_ == "text.delta":
+            self.has_words |= any(map(str.isalnum, str(message.get("delta"))))
+        self.stage = _AFTER_SENDING.get((self.stage, type_), Stage.SPOILED)
         self.was_cleared |= self.stage is Stage.CLEARING
 
     def received(self, type_: str) -> bool:
         """Whether a frame of this type may be heard: audio that nobody asked for must not."""
         is_answer = type_.startswith("audio.")
-        is_unasked = self.is_clean or (self.stage, type_) == (Stage.EMPTY, "audio.delta")
-        if is_answer or type_ in ("error", UNREADABLE):
+        may_be_heard = not (is_answer and self._is_unasked(type_))
+        if type_ == "audio.done" and self._may_stay_silent:
+            self.stage = Stage.CLEAN
+        elif is_answer or type_ in ("error", UNREADABLE):
             self.stage = _AFTER_RECEIVING.get((self.stage, type_), Stage.SPOILED)
-        return not (is_answer and is_unasked)
+        return may_be_heard
+
+    def _is_unasked(self, type_: str) -> bool:
+        if self.stage is Stage.EMPTY and type_ == "audio.delta":
+            return self.was_cleared and not self.is_told_apart
+        return self.is_clean
 
 
 def type_of(frame: object) -> str:
     """The type of a text frame, `UNREADABLE` if it has none."""
-    if not isinstance(frame, str):
-        return UNREADABLE
-    if _AUDIO_DELTA.match(frame):
+    if isinstance(frame, str) and _AUDIO_DELTA.match(frame):
         return "audio.delta"
+    return _type_in(_parsed(frame))
+
+
+def _parsed(frame: object) -> dict[str, Any]:
+    """Empty if it is not a JSON object."""
+    if not isinstance(frame, str):
+        return {}
     try:
         message = json.loads(frame)
     except (ValueError, RecursionError):
-        return UNREADABLE
-    type_ = message.get("type") if isinstance(message, dict) else None
+        return {}
+    return message if isinstance(message, dict) else {}
+
+
+def _type_in(message: dict[str, Any]) -> str:
+    type_ = message.get("type")
     return type_ if isinstance(type_, str) else UNREADABLE

@@ -6,7 +6,8 @@ when `_run_ws` is left. Only then is it known whether the utterance was finished
 
 from __future__ import annotations
 
-import weakref
+import asyncio
+import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -14,9 +15,11 @@ from typing import Any
 import wrapt
 
 from . import plugin_pool
+from .lease import NETWORK_ERRORS
 from .leasing import Leasing, current_turn
 from .patch import Patch
 from .plugin import Shape
+from .pool import Reason
 from .shared import Registry
 
 
@@ -28,27 +31,83 @@ def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> list[Pa
     # Where it is not wrapped here, it is looked up for each pool: others may wrap it later.
     leasing = Leasing(registry, shape, lambda: vars(tts)["_connect_ws"] if has_pool else found)
     wrappers = Wrappers(leasing)
+
+    def patch(owner: type, name: str, wrapper: Callable[..., Any]) -> Patch:
+        return Patch(owner, name, _wrapped(wrapper, leasing))
+
     patches = [
-        Patch(stream, "_run_ws", _wrapped(wrappers.run_ws)),
-        Patch(tts, "synthesize", _wrapped(wrappers.synthesize)),
-        Patch(tts, "aclose", _wrapped(wrappers.aclose)),
+        patch(stream, "_run_ws", wrappers.run_ws),
+        patch(tts, "synthesize", wrappers.synthesize),
+        patch(tts, "aclose", wrappers.aclose),
     ]
     if has_pool:
         attribute = plugin_pool.PoolAttribute(tts, leasing)
         return [*patches, Patch(tts, plugin_pool.NAME, lambda *_: attribute, attribute.restore)]
     return [
         *patches,
-        Patch(tts, "_connect_ws", _wrapped(wrappers.connect_ws)),
-        Patch(tts, "prewarm", _wrapped(wrappers.prewarm)),
-        Patch(tts, "update_options", _wrapped(wrappers.update_options)),
+        patch(tts, "_connect_ws", wrappers.connect_ws),
+        patch(tts, "prewarm", wrappers.prewarm),
+        patch(tts, "update_options", wrappers.update_options),
     ]
 
 
-def _wrapped(wrapper: Callable[..., Any]) -> Callable[[Any, Callable[[], bool]], Any]:
+def _wrapped(
+    wrapper: Callable[..., Any], leasing: Leasing
+) -> Callable[[Any, Callable[[], bool]], Any]:
+    guarded = (_guarded_async if inspect.iscoroutinefunction(wrapper) else _guarded)(
+        wrapper, leasing
+    )
+
     def stand_in(function: Any, is_active: Callable[[], bool]) -> Any:
-        return wrapt.FunctionWrapper(function, wrapper, enabled=is_active)
+        return wrapt.FunctionWrapper(function, guarded, enabled=is_active)
 
     return stand_in
+
+
+def _guarded(wrapper: Callable[..., Any], leasing: Leasing) -> Callable[..., Any]:
+    """A wrapper that fails before it calls what it wraps does not keep it from being called."""
+
+    def guarded(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        call = _Call(wrapped)
+        try:
+            return wrapper(call, instance, args, kwargs)
+        except Exception as error:
+            if call.was_made:
+                raise
+            leasing.fail(wrapper.__name__, error)
+        return wrapped(*args, **kwargs)
+
+    return guarded
+
+
+def _guarded_async(wrapper: Callable[..., Any], leasing: Leasing) -> Callable[..., Any]:
+    """`_guarded`, of a coroutine function."""
+
+    async def guarded(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        call = _Call(wrapped)
+        try:
+            return await wrapper(call, instance, args, kwargs)
+        except NETWORK_ERRORS:
+            raise
+        except Exception as error:
+            if call.was_made:
+                raise
+            leasing.fail(wrapper.__name__, error)
+        return await wrapped(*args, **kwargs)
+
+    return guarded
+
+
+class _Call:
+    """What is wrapped, and whether it has been called."""
+
+    def __init__(self, wrapped: Callable[..., Any]) -> None:
+        self.was_made = False
+        self._wrapped = wrapped
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.was_made = True
+        return self._wrapped(*args, **kwargs)
 
 
 class Wrappers:
@@ -59,14 +118,33 @@ class Wrappers:
         self._leasing = leasing
 
     async def run_ws(self, wrapped: Any, stream: Any, args: Any, kwargs: Any) -> Any:
-        with self._leasing.turn_of(stream):
+        leasing = self._leasing
+        if leasing.has_failed:
             return await wrapped(*args, **kwargs)
+        turn = leasing.attempt("beginning a turn", leasing.begin_turn, stream)
+        cut_off: Reason | None = Reason.ERROR
+        try:
+            result = await wrapped(*args, **kwargs)
+            cut_off = None
+            return result
+        except asyncio.CancelledError:
+            cut_off = Reason.INTERRUPTED
+            raise
+        finally:
+            if turn is not None:
+                leasing.attempt("ending a turn", leasing.end_turn, turn, cut_off)
+                await leasing.attempt_to_wait("closing", turn.closed)
 
     def synthesize(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
-        with self._leasing.synthesis() as synthesis:
+        leasing = self._leasing
+        synthesis = leasing.attempt("beginning a synthesis", leasing.begin_synthesis)
+        stream = None
+        try:
             stream = wrapped(*args, **kwargs)
-        synthesis.append(weakref.ref(stream))
-        return stream
+            return stream
+        finally:
+            if synthesis is not None:
+                leasing.attempt("a synthesis", leasing.end_synthesis, synthesis, stream)
 
     async def connect_ws(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
         def plain() -> Any:
@@ -80,14 +158,14 @@ class Wrappers:
 
     def prewarm(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
         wrapped(*args, **kwargs)
-        self._leasing.prewarm(tts)
+        self._leasing.attempt("prewarm", self._leasing.prewarm, tts)
 
     def update_options(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
         wrapped(*args, **kwargs)
-        self._leasing.follow(tts)
+        self._leasing.attempt("update_options", self._leasing.follow, tts)
 
     async def aclose(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
-        await self._leasing.closing(tts, lambda: wrapped(*args, **kwargs))
+        await self._leasing.close(tts, lambda: wrapped(*args, **kwargs))
 
 
 def _asked_for(timeout: float, opts: Any = None) -> tuple[float, Any]:

@@ -14,6 +14,7 @@ from aiohttp import WSMsgType, web
 from aiohttp.test_utils import TestClient, TestServer
 
 from xai_pool_patch.connection import Connection, Heartbeat
+from xai_pool_patch.supervisor import Supervisor
 
 with_send_frame = pytest.mark.skipif(
     not hasattr(aiohttp.ClientWebSocketResponse, "send_frame"),
@@ -89,11 +90,19 @@ class Watch:
 
     heartbeat: Heartbeat
     lost: int = 0
+    broken_words: int = 0
     faults: list[Exception] = field(default_factory=list)
+    supervisor: Supervisor = field(init=False)
     taken: asyncio.Queue[tuple[Any, str]] = field(default_factory=asyncio.Queue)
+
+    def __post_init__(self) -> None:
+        self.supervisor = Supervisor(lambda _, fault: self.faults.append(fault), WHILE)
 
     def note_loss(self) -> None:
         self.lost += 1
+
+    def note_broken_word(self) -> None:
+        self.broken_words += 1
 
     def take(self, message: aiohttp.WSMessage, type_: str) -> None:
         self.taken.put_nowait((message, type_))
@@ -114,9 +123,9 @@ async def connection(
         watch = Watch(heartbeat or Heartbeat(HEARTBEAT))
         made = Connection(
             ws,
+            supervisor=watch.supervisor,
             heartbeat=watch.heartbeat,
             close_timeout=close_timeout,
-            on_fault=watch.faults.append,
         )
         made.on_lost = watch.note_loss
         yield made, peer, watch

@@ -41,6 +41,10 @@ def said_so(caplog: pytest.LogCaptureFixture) -> int:
     return [record.getMessage() for record in caplog.records].count(FALLEN_BACK)
 
 
+def stale_audio_dropped(caplog: pytest.LogCaptureFixture) -> int:
+    return [record.getMessage() for record in caplog.records].count("stale audio dropped")
+
+
 async def hear_whole(line: Line, tts: xai.TTS, text: str) -> None:
     """A turn that is heard from its beginning to its end, and nothing else with it."""
     heard = await speak(tts, text)
@@ -108,9 +112,13 @@ LEAST_TURNS = 250
 
 @pytest.mark.parametrize("clearing", Clearing)
 async def test_interruptions_at_random_moments(
-    clearing: Clearing, pytestconfig: pytest.Config, no_tasks_left: None
+    clearing: Clearing,
+    pytestconfig: pytest.Config,
+    no_tasks_left: None,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """In every way in which a clear can go: not one wrong sample, and every turn heard whole."""
+    caplog.set_level("INFO", "xai_pool_patch")
     turns = max(LEAST_TURNS, pytestconfig.getoption("--soak-turns") // 8)
     xai_pool_patch.install(IMPATIENT)
     talks = [_converse(clearing, seed, turns // CONVERSATIONS) for seed in range(CONVERSATIONS)]
@@ -136,7 +144,7 @@ async def test_interruptions_at_random_moments(
         assert stats["connections_reclaimed"] > turns / 50
     if clearing is Clearing.LEAKING:
         assert leaks > turns / 20
-        assert stats["replays"] > 0, "no leak met a turn"
+        assert stats["replays"] + stale_audio_dropped(caplog) > 0, "no leak met a turn"
 
 
 async def _converse(clearing: Clearing, seed: int, turns: int) -> Conversation:
@@ -253,10 +261,10 @@ async def test_a_server_that_clears_nothing_is_asked_twice(
 @pytest.mark.parametrize(
     ("when", "clear_delay"), [("idle", 0.03), ("leased", 0.1), ("text under way", 0.07)]
 )
-async def test_audio_after_the_acknowledgement_condemns_the_connection(
+async def test_audio_after_the_acknowledgement_is_not_heard(
     when: str, clear_delay: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nobody hears it, the turn that it meets is spoken elsewhere, and no clear is trusted again.
+    """And no clear is trusted again. The turn that it meets goes on as if nothing had come.
 
     The acknowledgement arrives 0.1 s after the interruption, and the next text leaves then, to
     arrive 0.05 s later. What the server says before that can be told from its answer.
@@ -270,14 +278,15 @@ async def test_audio_after_the_acknowledgement_condemns_the_connection(
         async with tts.stream(conn_options=ONCE) as stream:
             stream.push_text("And n")
             if when == "leased":
-                await line.server.wait_for(lambda _: not connection.is_open)
+                await line.server.wait_for(lambda _: connection.leaks == 1)
             stream.push_text("ow.")
             stream.end_input()
             samples = {s async for event in stream for s in event.frame.data if s}
         assert samples == {line.server.utterance_for("And now.").number}
         assert line.errors == []
-        assert (connection.leaks, connection.ended) == (1, End.CLIENT_CLOSE)
-        assert xai_pool_patch.stats()["replays"] == (when != "idle")
+        assert connection.leaks == 1
+        assert (connection.ended is End.CLIENT_CLOSE) == (when == "idle")
+        assert xai_pool_patch.stats()["replays"] == 0
         assert said_so(caplog) == 1
         await interrupted(line, tts, SPEECH)
         await hear_whole(line, tts, "Goodbye.")

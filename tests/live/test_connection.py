@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import WSMsgType
 
-from tests.live.peer import HEARTBEAT, connection, until, with_send_frame
+from tests.live.peer import HEARTBEAT, Peer, Watch, connection, until
 from xai_pool_patch.connection import (
     CLOSED_MESSAGE,
     SUSPICIOUS,
@@ -31,9 +33,14 @@ def message(type_: str, **fields: str) -> str:
     return json.dumps({"type": type_, **fields})
 
 
+async def say(live: Connection, frame: str) -> None:
+    live.sending(frame)
+    await live.ws.send_str(frame)
+
+
 async def cleared(live: Connection, peer: Any) -> None:
     """An utterance is under way, cut off, and the server says that nothing more comes."""
-    await live.send_str(TEXT, None)
+    await say(live, TEXT)
     assert (await peer.hears()).data == TEXT
     restoring = asyncio.create_task(live.restore())
     assert (await peer.hears()).data == TEXT_CLEAR
@@ -162,7 +169,7 @@ async def test_an_unknown_message_is_noted_while_idle(caplog: pytest.LogCaptureF
         assert live.is_reusable
         assert watch.lost == 0
         noted = [record for record in caplog.records if record.getMessage() == "ignored while idle"]
-        assert [vars(record)["message_type"] for record in noted] == ["session.note", "?"]
+        assert [vars(record)["xai_pool_message_type"] for record in noted] == ["session.note", "?"]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +195,7 @@ async def test_audio_that_nobody_asked_for_is_not_heard() -> None:
 async def test_an_error_during_an_utterance_is_for_the_plugin() -> None:
     async with connection() as (live, peer, watch):
         live.attach(watch.take)
-        await live.send_str(TEXT, None)
+        await say(live, TEXT)
         await peer.ws.send_str(message("error"))
         assert (await watch.takes())[1] == "error"
         assert (live.state, live.is_reusable, watch.lost) == (State.OPEN, False, 0)
@@ -209,7 +216,8 @@ async def test_the_end_by_the_peer_is_told_to_both(ends: str) -> None:
         assert (live.state, live.is_over, watch.lost) == (State.LOST, True, 1)
 
 
-async def test_a_fault_of_the_sink_ends_the_connection_and_is_told() -> None:
+async def test_a_fault_of_the_sink_ends_the_reading_and_is_told() -> None:
+    """Whoever hears of it ends all else: no new connection is dialled in its place."""
     fault = ValueError("of the sink")
     calls = []
 
@@ -221,7 +229,7 @@ async def test_a_fault_of_the_sink_ends_the_connection_and_is_told() -> None:
         live.attach(fails)
         await peer.ws.send_str(message("note"))
         await until(lambda: live.is_over)
-        assert (watch.faults, watch.lost, live.state) == ([fault], 1, State.LOST)
+        assert (watch.faults[0], watch.lost, live.state) == (fault, 0, State.LOST)
         assert calls[1:] == [CLOSED_MESSAGE]
 
 
@@ -230,7 +238,7 @@ async def test_a_reader_that_is_cancelled_tells_only_the_sink() -> None:
     async with connection() as (live, _, watch):
         await until(lambda: live.round_trip is not None)
         live.attach(watch.take)
-        live._reader.cancel()
+        live.reader.cancel()
         assert await watch.takes() == (CLOSED_MESSAGE, "")
         assert (live.state, watch.lost, watch.faults) == (State.LOST, 0, [])
 
@@ -240,40 +248,14 @@ async def test_a_reader_that_is_cancelled_tells_only_the_sink() -> None:
 
 async def test_what_is_sent_arrives_and_is_followed() -> None:
     async with connection() as (live, peer, _):
-        await live.send_str(TEXT, None)
+        await say(live, TEXT)
         assert (await peer.hears()).data == TEXT
         assert live.utterance.stage is Stage.ASKED
         assert not live.is_reusable
-        await live.send_bytes(b"\1", None)
+        live.sending(b"\1")
+        await live.ws.send_bytes(b"\1")
         assert (await peer.hears()).data == b"\1"
         assert live.utterance.stage is Stage.SPOILED
-
-
-@with_send_frame
-async def test_a_frame_of_any_kind_arrives_and_spoils() -> None:
-    async with connection() as (live, peer, _):
-        await live.send_frame(DONE.encode(), WSMsgType.TEXT, None)
-        heard = await peer.hears()
-        assert (heard.type, heard.data) == (WSMsgType.TEXT, DONE)
-        assert live.utterance.stage is Stage.SPOILED
-
-
-@pytest.mark.parametrize(
-    "send",
-    [
-        lambda live: live.send_str(TEXT, 15),
-        lambda live: live.send_bytes(TEXT.encode(), 15),
-        pytest.param(
-            lambda live: live.send_frame(TEXT.encode(), WSMsgType.TEXT, 15), marks=with_send_frame
-        ),
-    ],
-)
-async def test_compression_reaches_the_wire(send: Any) -> None:
-    """The peer has not agreed to any, and says so."""
-    async with connection() as (live, peer, _):
-        await send(live)
-        heard = await peer.hears()
-        assert (heard.type, heard.data.code) == (WSMsgType.ERROR, 1002)
 
 
 # Restoring
@@ -289,7 +271,7 @@ async def test_a_clear_makes_it_reusable_again() -> None:
 
 async def test_old_audio_does_not_end_the_wait_for_the_acknowledgement() -> None:
     async with connection() as (live, peer, watch):
-        await live.send_str(TEXT, None)
+        await say(live, TEXT)
         restoring = asyncio.create_task(live.restore())
         await peer.hears()
         await peer.hears()
@@ -337,22 +319,23 @@ async def test_a_clear_into_a_dead_socket_ends_quietly() -> None:
         assert (live.is_reusable, watch.faults) == (False, [])
 
 
-async def test_a_fault_while_clearing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_fault_while_clearing_is_the_supervisors(monkeypatch: pytest.MonkeyPatch) -> None:
     fault = ValueError("of ours")
 
     async def fails(*_: object) -> None:
         raise fault
 
-    async with connection() as (live, _, watch):
+    async with connection() as (live, _, _):
         with monkeypatch.context() as patch:
             patch.setattr(live.ws, "send_str", fails)
-            await live.restore()
-        assert watch.faults == [fault]
+            with pytest.raises(ValueError, match="of ours"):
+                await live.restore()
+        assert "idle" in repr(live)
 
 
 async def test_one_that_cannot_be_cleared_is_not_waited_for() -> None:
     async with connection() as (live, _, _):
-        await live.send_bytes(b"", None)
+        live.sending(b"")
         await asyncio.wait_for(live.restore(), 5.0)
         assert not live.is_reusable
 
@@ -367,39 +350,119 @@ async def test_who_gives_up_the_wait_lets_go_of_the_connection() -> None:
         assert "idle" in repr(live)
 
 
-async def test_audio_ahead_of_the_pong_is_old_on_a_connection_that_was_cleared() -> None:
+# Telling old audio from new
+
+LONG, SHORT = 5.0, 0.05
+OLD, NEW = message("audio.delta", delta="b2xk"), message("audio.delta", delta="bmV3")
+
+
+@asynccontextmanager
+async def asked(
+    *, clear: bool = False, patience: float = LONG
+) -> AsyncIterator[tuple[Connection, Peer, Watch, bytes]]:
+    """An utterance begins on a connection that was used before; its PING is answered by hand."""
     async with connection() as (live, peer, watch):
-        await cleared(live, peer)
+        if clear:
+            await cleared(live, peer)
+        await until(lambda: live.round_trip is not None)
         peer.answers_pings = False
         live.attach(watch.take)
-        await live.ping()
-        await live.send_str(TEXT, None)
-        await peer.hears()
-        await peer.ws.send_str(message("audio.delta", delta=""))
-        assert await watch.takes() == (CLOSED_MESSAGE, "")
+        live.on_broken_word = watch.note_broken_word
+
+        def lost() -> None:  # as a pool does
+            watch.note_loss()
+            live.close()
+
+        live.on_lost = lost
+        await live.ping_as_fence(patience)
+        await say(live, TEXT)
+        ping = await peer.hears()
+        assert (await peer.hears()).data == TEXT
+        yield live, peer, watch, ping.data
+
+
+@pytest.mark.parametrize("clear", [False, True])
+async def test_audio_ahead_of_the_pong_is_old_and_dropped(
+    clear: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It left the server before that knew of the text. After a clear, it broke its word, too."""
+    caplog.set_level(logging.INFO, "xai_pool_patch")
+    async with asked(clear=clear) as (live, peer, watch, ping):
+        for old in (OLD, message("audio.done"), message("note")):
+            await peer.ws.send_str(old)
+        assert (await watch.takes())[1] == "note"
+        await peer.ws.pong(ping)
+        await peer.ws.send_str(NEW)
+        assert (await watch.takes())[0].data == NEW
+        assert (live.state, live.utterance.stage) == (State.OPEN, Stage.SPEAKING)
+        assert (watch.broken_words, watch.lost) == (clear, 0)
+        assert caplog.messages == ["stale audio dropped"]
+
+
+@pytest.mark.parametrize("clear", [False, True])
+async def test_audio_behind_the_pong_is_new(clear: bool) -> None:
+    async with asked(clear=clear) as (live, peer, watch, ping):
+        await peer.ws.pong(ping)
+        await peer.ws.send_str(NEW)
+        assert (await watch.takes())[0].data == NEW
+        assert (live.state, watch.broken_words, watch.lost) == (State.OPEN, 0, 0)
+
+
+async def test_audio_is_heard_in_order_when_the_pong_does_not_come() -> None:
+    """And no PONG of that server is relied on from then on."""
+    async with asked(patience=SHORT) as (live, peer, watch, ping):
+        await peer.ws.send_str(OLD)
+        await peer.ws.send_str(NEW)
+        assert [(await watch.takes())[0].data for _ in range(2)] == [OLD, NEW]
+        await peer.ws.pong(ping)
+        await live.ping_as_fence(LONG)
+        await peer.ws.send_str(NEW)
+        assert (await watch.takes())[0].data == NEW
+        assert (live.state, watch.broken_words, watch.lost) == (State.OPEN, 0, 0)
+
+
+async def test_a_pong_that_is_late_like_everything_else_says_nothing_of_the_next() -> None:
+    """A stall of the network holds up the audio too."""
+    async with asked(patience=SHORT) as (live, peer, watch, _):
+        await until(lambda: live._fence is None)
+        await peer.ws.send_str(NEW)
+        assert (await watch.takes())[0].data == NEW
+        await live.ping_as_fence(LONG)
+        await peer.ws.send_str(OLD)
+        await peer.ws.pong((await peer.hears()).data)
+        await peer.ws.send_str(NEW)
+        assert (await watch.takes())[0].data == NEW
+
+
+@pytest.mark.parametrize("when", ["in time", "late"])
+async def test_without_a_pong_nothing_is_heard_after_a_clear(when: str) -> None:
+    """That nothing more comes of what was cleared is the server's word alone."""
+    async with asked(clear=True, patience=SHORT) as (live, peer, watch, _):
+        if when == "late":
+            await until(lambda: live._fence is not None and live._fence.is_overdue)
+        await peer.ws.send_str(OLD)
+        await until(lambda: live.is_over)
+        types = [watch.taken.get_nowait()[1] for _ in range(watch.taken.qsize())]
+        assert not any(types), "audio was heard"
         assert (live.state, live.broke_word, watch.lost) == (State.LOST, True, 1)
 
 
-async def test_audio_behind_the_pong_is_new() -> None:
-    async with connection() as (live, peer, watch):
-        await cleared(live, peer)
-        live.attach(watch.take)
-        await live.ping()
-        await live.send_str(TEXT, None)
-        await peer.hears()
-        await peer.ws.send_str(message("note"))
-        await peer.ws.send_str(message("audio.delta", delta=""))
-        assert [(await watch.takes())[1], (await watch.takes())[1]] == ["note", "audio.delta"]
-        assert (live.state, live.broke_word) == (State.OPEN, False)
+async def test_held_audio_of_a_connection_that_ends_is_not_heard() -> None:
+    async with asked() as (live, peer, watch, _):
+        await peer.ws.send_str(OLD)
+        peer.hangs_up()
+        assert (await watch.takes())[0].type in (WSMsgType.CLOSED, WSMsgType.ERROR)
+        assert await watch.takes() == (CLOSED_MESSAGE, "")
+        assert live.state is State.LOST
 
 
-async def test_no_pong_is_relied_on_where_nothing_was_cleared() -> None:
+async def test_no_pong_is_relied_on_where_none_has_come() -> None:
     async with connection(answers_pings=False) as (live, peer, watch):
         live.attach(watch.take)
-        await live.ping()
-        await live.send_str(TEXT, None)
-        await peer.ws.send_str(message("audio.delta", delta=""))
-        assert (await watch.takes())[1] == "audio.delta"
+        await live.ping_as_fence(LONG)
+        await say(live, TEXT)
+        await peer.ws.send_str(NEW)
+        assert (await watch.takes())[0].data == NEW
 
 
 # Closing
@@ -469,12 +532,12 @@ async def test_a_close_that_fails_is_told(
             await closing
         await until(lambda: socket.fileno() == -1)
         [told] = [record for record in caplog.records if record.getMessage() == "close cut short"]
-        assert vars(told)["error"].startswith("ConnectionResetError at fails")
+        assert vars(told)["xai_pool_error"].startswith("ConnectionResetError at fails")
 
 
 async def test_repr() -> None:
     async with connection() as (live, _, watch):
         assert repr(live) == "<Connection open idle clean>"
         live.attach(watch.take)
-        await live.send_str(TEXT, None)
+        await say(live, TEXT)
         assert repr(live) == "<Connection open leased asked>"

@@ -52,7 +52,7 @@ def check_log(caplog: pytest.LogCaptureFixture, part: str) -> None:
     """Once, at ERROR, with the place and without the message."""
     [record] = [r for r in caplog.records if r.name == "xai_pool_patch" and r.levelname == "ERROR"]
     assert record.getMessage() == "pool failed, the plugin connects by itself"
-    assert record.error.startswith("BugError at broken:")  # type: ignore[attr-defined]
+    assert record.xai_pool_error.startswith("BugError at broken:")  # type: ignore[attr-defined]
     assert "secret" not in str(vars(record))
 
 

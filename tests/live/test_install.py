@@ -138,7 +138,7 @@ def test_skip_logs_and_leaves_the_plugin_alone(
     assert not xai_pool_patch.is_installed()
     [record] = caplog.records
     assert (record.getMessage(), record.levelno) == ("refused", logging.WARNING)
-    assert "9.9.9" in record.reason  # type: ignore[attr-defined]
+    assert "9.9.9" in record.xai_pool_reason  # type: ignore[attr-defined]
 
 
 def test_no_plugin_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,7 +364,7 @@ async def test_prewarm_without_a_job(patched: None, caplog: pytest.LogCaptureFix
     caplog.set_level("DEBUG")
     xai.TTS(api_key="key").prewarm()
     [record] = [r for r in caplog.records if r.getMessage() == "prewarm skipped"]
-    assert record.reason == "there is no HTTP session outside a job"  # type: ignore[attr-defined]
+    assert record.xai_pool_reason == "there is no HTTP session outside a job"  # type: ignore[attr-defined]
 
 
 async def test_update_options_before_the_first_use(patched: None) -> None:

@@ -16,8 +16,10 @@ from tests.live.peer import PROTOCOL, Peer, connection, line, until, with_send_f
 from tests.unit.pool_kit import TakesBack
 from xai_pool_patch.connection import Connection
 from xai_pool_patch.delivery import Delivery
+from xai_pool_patch.first_audio import FirstAudio
 from xai_pool_patch.lease import Lease
 from xai_pool_patch.pool import Acquired, Reason
+from xai_pool_patch.supervisor import Supervisor
 
 pytestmark = pytest.mark.usefixtures("no_tasks_left")
 
@@ -28,10 +30,17 @@ TEXT = '{"type":"text.delta","delta":"Hello"}'
 def lease_of(live: Connection, pool: Any, redial: Any = None) -> Lease:
     """Of a connection that was dialled for it, or of a reused one that can be replaced."""
     acquired = Acquired(live, waited=0.0, reused=redial is not None, fresh=redial is None)
-    redial = redial or _never
-    return Lease(
-        Delivery(acquired, pool, redial=redial, first_audio_timeout=5.0, on_replaced=_never)
+    supervisor = Supervisor(_never, close_timeout=5.0)
+    delivery = Delivery(
+        acquired,
+        pool,
+        frames=[],
+        supervisor=supervisor,
+        redial=redial or _never,
+        first_audio=FirstAudio(5.0),
+        on_replaced=_never,
     )
+    return Lease(delivery, supervisor, connect=_never)
 
 
 def _never(*_: object) -> Any:
@@ -279,19 +288,20 @@ async def test_it_is_open_while_the_utterance_is_mended() -> None:
         lease.end(Reason.ERROR)
 
 
-async def test_a_send_that_fails_late_is_not_the_plugins_when_the_frame_is_with_another() -> None:
+async def test_a_send_that_fails_late_is_not_the_plugins_when_the_frame_is_with_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """L3: a full buffer held the frame up until its connection was long replaced."""
     blocked = asyncio.Event()
+
+    async def fails_late(*_: object) -> None:
+        await blocked.wait()
+        raise ConnectionResetError
+
     async with connection() as (dead, peer, _), connection() as (live, other_peer, _):
-
-        async def send(each: Connection) -> None:
-            if each is dead:
-                await blocked.wait()
-                raise ConnectionResetError
-            await each.send_str(TEXT, None)
-
+        monkeypatch.setattr(dead.ws, "send_str", fails_late)
         lease = lease_of(dead, TakesBack(), redial=lambda: _returning(live))
-        sending = asyncio.create_task(lease._delivery.send(send))
+        sending = asyncio.create_task(lease.send_str(TEXT))
         await until(lambda: lease._delivery._attempts[0].sent)
         await peer.ws.send_str('{"type":"error"}')
         assert (await other_peer.hears()).data == TEXT

@@ -94,9 +94,16 @@ def test_livekits_console(logged: Callable[[logging.Formatter], list[str]]) -> N
     lines = logged(ColoredFormatter(LIVEKITS_CONSOLE))
     [line] = [line for line in lines if "standby failed" in line]
     assert re.search(r"WARNING xai_pool_patch - standby failed \{.*\}$", line)
-    assert '"retry_in_s": 0.' in line
+    assert '"xai_pool_retry_in_s": 0.' in line
     assert (
-        len([line for line in lines if re.search(r'- connected \{.*"handshake_ms": ', line)]) == 2
+        len(
+            [
+                line
+                for line in lines
+                if re.search(r'- connected \{.*"xai_pool_handshake_ms": ', line)
+            ]
+        )
+        == 2
     )
 
 
@@ -125,11 +132,11 @@ def test_json(
     assert [told.count(message) for message in TOLD_ONCE] == [1] * len(TOLD_ONCE)
     by_event = {document[event]: document for document in documents}
     assert by_event["standby failed"]["level"].lower() == "warning"
-    assert by_event["standby failed"]["error"].split(" at ")[0].endswith(" 503")
-    assert by_event["discarded"]["reason"] == "interrupted"
-    assert by_event["TTS closed"]["utterances"] == 2
-    assert by_event["TTS closed"]["reused"] == 1
-    assert by_event["connected"]["handshake_ms"] > 0
+    assert by_event["standby failed"]["xai_pool_error"].split(" at ")[0].endswith(" 503")
+    assert by_event["discarded"]["xai_pool_reason"] == "interrupted"
+    assert by_event["TTS closed"]["xai_pool_utterances"] == 2
+    assert by_event["TTS closed"]["xai_pool_reused"] == 1
+    assert by_event["connected"]["xai_pool_handshake_ms"] > 0
 
 
 def test_an_application_with_its_own_structlog(
@@ -157,7 +164,7 @@ def test_an_application_with_its_own_structlog(
         structlog.reset_defaults()
     [line] = [line for line in lines if "TTS closed" in line]
     assert "[xai_pool_patch]" in line
-    assert "utterances=2" in line
+    assert "xai_pool_utterances=2" in line
 
 
 def test_every_event_is_in_the_readme() -> None:

@@ -12,6 +12,7 @@ from tests.virtual import run
 from xai_pool_patch.backoff import Account, Backoff, Setback
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool import Pool, Reason
+from xai_pool_patch.supervisor import Supervisor
 from xai_pool_patch.telemetry.journal import Journal
 
 HANDSHAKE = 0.45
@@ -30,6 +31,7 @@ class Wire:
     number: int
     made_at: float
     on_lost: Callable[[], None] | None = None
+    on_broken_word: Callable[[], None] | None = None
     is_reusable: bool = True
     round_trip: float | None = ROUND_TRIP
     broke_word: bool = False
@@ -110,6 +112,10 @@ class TakesBack:
         self.came_back.append("condemned")
 
 
+def no_fault(operation: str, fault: Exception) -> None:
+    raise AssertionError(f"a fault in {operation}") from fault
+
+
 def setback_of(error: Exception) -> Setback:
     assert isinstance(error, RefusedError)
     return error.setback
@@ -122,6 +128,7 @@ def make_pool(
     return Pool(
         network.connect,
         options or PoolOptions(),
+        supervisor=Supervisor(no_fault, close_timeout=1.0),
         standby_timeout=10.0,
         backoff=Backoff(account or Account(), jitter),
         journal=Journal(pool=1),

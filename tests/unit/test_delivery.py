@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import aiohttp
 import pytest
 
-from tests.unit.pool_kit import TakesBack
+from tests.unit.pool_kit import TakesBack, no_fault
 from tests.virtual import run
 from xai_pool_patch.connection import Connection, Heartbeat
-from xai_pool_patch.delivery import Delivery
+from xai_pool_patch.delivery import Delivery, Frame
+from xai_pool_patch.first_audio import FirstAudio
 from xai_pool_patch.pool import Acquired, Reason
+from xai_pool_patch.supervisor import Supervisor
 
 TEXT, DONE = '{"type":"text.delta","delta":"Hello"}', '{"type":"text.done"}'
 
@@ -32,7 +33,7 @@ class Socket:
     async def ping(self, token: bytes) -> None:
         self.sent.append("PING")
 
-    async def send_str(self, frame: str, compress: int | None) -> None:
+    async def send_str(self, frame: str, compress: int | None = None) -> None:
         self.sent.append(frame)
 
 
@@ -41,36 +42,37 @@ def deliver(cut_off: Reason | None, *, fresh: bool) -> tuple[Socket, TakesBack]:
     pool: Any = TakesBack()
 
     async def utterance() -> None:
+        supervisor = Supervisor(no_fault, close_timeout=1.0)
         connection = Connection(
-            socket, heartbeat=Heartbeat(20.0), close_timeout=1.0, on_fault=_raise
+            socket, supervisor=supervisor, heartbeat=Heartbeat(20.0), close_timeout=1.0
         )
         await asyncio.sleep(0)
+        frames: list[Frame] = []
         delivery = Delivery(
             Acquired(connection, waited=0.0, reused=not fresh, fresh=fresh),
             pool,
+            frames,
+            supervisor=supervisor,
             redial=_no_redial,
-            first_audio_timeout=5.0,
+            first_audio=FirstAudio(5.0),
             on_replaced=_raise,
         )
         for frame in (TEXT, DONE):
-            await delivery.send(_sending(frame))
+            frames.append(Frame("send_str", (frame, None), {}))
+            await delivery.send()
         delivery.end(cut_off)
-        connection._reader.cancel()
-        await asyncio.wait([connection._reader])
+        connection.reader.cancel()
+        await asyncio.wait([connection.reader])
 
     run(utterance())
     return socket, pool
-
-
-def _sending(frame: str) -> Callable[[Connection], Any]:
-    return lambda connection: connection.send_str(frame, None)
 
 
 async def _no_redial() -> Any:
     raise AssertionError("nothing has failed")
 
 
-def _raise(fault: object) -> None:
+def _raise(fault: object, _: object) -> None:
     raise AssertionError(fault)
 
 

@@ -14,7 +14,7 @@ from tests.virtual import run
 from xai_pool_patch.backoff import Setback
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool import Pool, Reason
-from xai_pool_patch.telemetry.log import Event
+from xai_pool_patch.telemetry.log import FIELD_PREFIX, Event
 from xai_pool_patch.telemetry.stats import Counters, Tally
 
 ABOUT_1600 = pytest.approx(1600.0, abs=100.0)
@@ -40,7 +40,10 @@ def told(
     counted = run(whole())
     usual = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
     records = [
-        (r.getMessage(), {k: v for k, v in vars(r).items() if k not in usual})
+        (
+            r.getMessage(),
+            {k.removeprefix(FIELD_PREFIX): v for k, v in vars(r).items() if k not in usual},
+        )
         for r in caplog.records
     ]
     return records, counted
@@ -61,9 +64,9 @@ def test_connected_waited_and_reused(caplog: pytest.LogCaptureFixture) -> None:
 
     records, counted = told(caplog, scenario)
     assert records == [
-        ("connected", {"pool": 1, "handshake_ms": 450.0}),
-        ("waited", {"pool": 1, "wait_ms": 450.0}),
-        ("reused", {"pool": 1}),
+        ("connected", {"number": 1, "handshake_ms": 450.0}),
+        ("waited", {"number": 1, "wait_ms": 450.0}),
+        ("reused", {"number": 1}),
     ]
     assert [r.levelname for r in caplog.records] == ["INFO", "DEBUG", "DEBUG"]
     assert (counted["connections_made"], counted["connections_reused"]) == (1, 1)
@@ -177,7 +180,7 @@ def test_no_field_hides_what_a_log_record_says_itself(caplog: pytest.LogCaptureF
         pool.journal.replacement_failed(OSError("no"), "no answer")
 
     records, _ = told(caplog, scenario)
-    assert all(fields.keys() >= {"pool"} for _, fields in records)
+    assert all(fields.keys() >= {"number"} for _, fields in records)
 
 
 def test_counters_of_a_pool_are_counted_into_those_of_its_loop() -> None:

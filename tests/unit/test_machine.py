@@ -23,6 +23,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from tests.unit.pool_kit import no_fault
 from tests.virtual import VirtualLoop, block
 from xai_pool_patch.connection import TEXT_CLEAR, Connection
 from xai_pool_patch.options import PoolOptions
@@ -75,7 +76,7 @@ class Socket:
     async def ping(self, token: bytes) -> None:
         self._messages.put_nowait(aiohttp.WSMessage(WSMsgType.PONG, token, None))
 
-    async def send_str(self, frame: str, compress: int | None) -> None:
+    async def send_str(self, frame: str, compress: int | None = None) -> None:
         assert frame == TEXT_CLEAR
         owed, self.owes_audio = self.owes_audio, False
         for delay, answers in CLEARS[self.clearing].items():
@@ -157,7 +158,7 @@ class Agents(RuleBasedStateMachine):
         """Each, and when it was first seen."""
 
         async def make() -> LoopPools:
-            return LoopPools(self.options)
+            return LoopPools(self.options, no_fault)
 
         self.pools = self.loop.run_until_complete(make())
         self.pools._jitter.seed(1)

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from tests.unit.pool_kit import no_fault
 from tests.virtual import block, run
 from xai_pool_patch.patience import TICKS, Patience
+from xai_pool_patch.supervisor import Supervisor
 
 SECONDS = 1.0
 TICK = SECONDS / TICKS
@@ -23,7 +25,8 @@ def ends_of(meanwhile: Meanwhile, seconds: float = SECONDS) -> list[float]:
     async def scenario() -> list[float]:
         loop = asyncio.get_running_loop()
         began, ends = loop.time(), list[float]()
-        patience = Patience(seconds, lambda: ends.append(loop.time() - began))
+        supervisor = Supervisor(no_fault, close_timeout=1.0)
+        patience = Patience(supervisor, seconds, lambda: ends.append(loop.time() - began))
         await meanwhile(patience)
         await asyncio.sleep(10.0)
         assert patience.is_over == (seconds == 0.0 or ends != [])

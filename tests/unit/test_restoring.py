@@ -52,7 +52,7 @@ async def interrupted(pool: Pool[Wire]) -> Wire:
 def warnings(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
     """Messages and reasons."""
     records = [record for record in caplog.records if record.levelname == "WARNING"]
-    return [(record.getMessage(), vars(record)["reason"]) for record in records]
+    return [(record.getMessage(), vars(record)["xai_pool_reason"]) for record in records]
 
 
 # Reclaiming
@@ -444,8 +444,32 @@ def test_one_that_does_not_is_lost_and_replaced() -> None:
             assert not wire.is_open
             assert (pool.idle, len(network.dialled_at)) == (1, count + 1)
             assert pool.journal.counters.totals["discarded_stale"] == count
+            [wire] = await idle(pool, 1)
+            await asyncio.sleep(KEEPALIVE_AFTER + 5.0)
+            assert wire.is_open
 
     play_proving(scenario)
+
+
+def test_a_server_that_refuses_is_asked_twice(caplog: pytest.LogCaptureFixture) -> None:
+    """Else each connection would be dialled, asked and lost, for ever and without a word."""
+
+    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+        pool.keep(1)
+        for _ in range(2):
+            [wire] = await idle(pool, 1)
+            wire.is_restorable = False
+            lost_at = now() + KEEPALIVE_AFTER
+            await asyncio.sleep(KEEPALIVE_AFTER + 5.0)
+            assert not wire.is_open
+            assert network.dialled_at[-1] > lost_at + ROUND_TRIP + 0.1, "no backoff"
+        [wire] = await idle(pool, 1)
+        await asyncio.sleep(3 * KEEPALIVE_AFTER)
+        assert (wire.is_open, wire.restorations) == (True, 0)
+
+    play_proving(scenario)
+    kept = "idle connections are kept by PINGs alone from here on"
+    assert warnings(caplog) == [(kept, "clears are not acknowledged")]
 
 
 def test_while_one_proves_it_the_others_serve() -> None:

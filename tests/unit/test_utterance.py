@@ -10,6 +10,7 @@ from xai_pool_patch.utterance import Stage, UtteranceTracker, type_of
 
 TEXT, DONE = '{"type":"text.delta","delta":"Hello"}', '{"type":"text.done"}'
 AUDIO, AUDIO_DONE = '{"type":"audio.delta","delta":"AAAA"}', '{"type":"audio.done","trace_id":"t"}'
+WORDLESS = json.dumps({"type": "text.delta", "delta": " … \n"})
 CLEAR, CLEARED = '{"type":"text.clear"}', '{"type":"audio.clear"}'
 ERROR, NEWS = '{"type":"error","message":"no"}', '{"type":"session.updated"}'
 
@@ -137,7 +138,9 @@ def test_a_clear_that_goes_otherwise_spoils_the_connection(steps: list[Step]) ->
         [*up(TEXT), *down(AUDIO_DONE), *up(DONE), *down(AUDIO_DONE)],
         [*up(TEXT), *down(AUDIO, AUDIO_DONE), *up(DONE), *down(AUDIO_DONE)],
         [*up(TEXT, DONE), *down(AUDIO_DONE)],
-        [*up(DONE), *down(AUDIO, AUDIO_DONE)],
+        [*ROUND, *up(WORDLESS, TEXT, DONE), *down(AUDIO_DONE)],
+        [*up(WORDLESS), *down(AUDIO_DONE)],
+        [*up(WORDLESS, DONE), *down(ERROR, AUDIO_DONE)],
         [*up(TEXT, DONE), *down(ERROR, AUDIO_DONE)],
         [*up(TEXT, DONE), *down(b"\x00", AUDIO_DONE)],
         [*up(TEXT, DONE, TEXT), *down(AUDIO_DONE)],
@@ -151,7 +154,7 @@ def test_whatever_else_happens_spoils_the_connection(steps: list[Step]) -> None:
     assert after(steps).stage is Stage.SPOILED
 
 
-@pytest.mark.parametrize("steps", [[], ROUND, up(DONE)])
+@pytest.mark.parametrize("steps", [[], ROUND])
 def test_audio_that_nobody_asked_for_must_not_be_heard(steps: list[Step]) -> None:
     """It belongs to an utterance that was cut off, or to nobody."""
     assert after(steps).received(type_of(AUDIO)) is False
@@ -161,6 +164,45 @@ def test_audio_that_nobody_asked_for_must_not_be_heard(steps: list[Step]) -> Non
 def test_audio_that_was_asked_for_may_be_heard(steps: list[Step]) -> None:
     """Also after an error frame, as it would be without the patch."""
     assert after(steps).received(type_of(AUDIO)) is True
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [*up(WORDLESS, DONE), *down(AUDIO_DONE)],
+        [*up(WORDLESS, WORDLESS, DONE), *down(AUDIO, AUDIO_DONE)],
+        [*up(DONE), *down(AUDIO_DONE)],
+        [*up(DONE), *down(AUDIO, AUDIO, AUDIO_DONE)],
+    ],
+)
+def test_an_utterance_without_words_may_be_answered_by_silence(steps: list[Step]) -> None:
+    """Nobody has said whether by audio that is silent or by none at all."""
+    tracker = UtteranceTracker()
+    for where, frame in steps:
+        if where == "up":
+            tracker.sent(frame)
+        else:
+            assert tracker.received(type_of(frame))
+    assert tracker.stage is Stage.CLEAN
+
+
+def test_an_end_without_audio_is_believed_when_it_is_known_whose_it_is() -> None:
+    """Old messages have been told apart from new ones by a PONG."""
+    tracker = after(up(TEXT, DONE))
+    tracker.is_told_apart = True
+    assert tracker.received("audio.done")
+    assert tracker.stage is Stage.CLEAN
+    tracker = after(ROUND + up(TEXT, DONE))
+    assert not tracker.is_told_apart
+
+
+def test_silence_after_a_clear_is_heard_only_when_it_is_known_whose_it_is() -> None:
+    """It may be what was cleared."""
+    cleared = [*up(TEXT, CLEAR), *down(CLEARED), *up(DONE)]
+    assert after(cleared).received(type_of(AUDIO)) is False
+    tracker = after(cleared)
+    tracker.is_told_apart = True
+    assert tracker.received(type_of(AUDIO)) is True
 
 
 def test_repr() -> None:

@@ -182,13 +182,14 @@ class _Pooled:
 
     async def turn(self, use: Use) -> _Turn:
         began_at = time.perf_counter()
-        with self._leasing.turn_of(SimpleNamespace()) as turn:
-            lease = await self._leasing.connect(
-                turn, self._tts, CONN_OPTIONS.timeout, self._opts, _no_other_way
-            )
-            acquired_at = time.perf_counter()
-            received = await use(lease)
-            used_at = time.perf_counter()
+        turn = self._leasing.begin_turn(SimpleNamespace())
+        lease = await self._leasing.connect(
+            turn, self._tts, CONN_OPTIONS.timeout, self._opts, _no_other_way
+        )
+        acquired_at = time.perf_counter()
+        received = await use(lease)
+        used_at = time.perf_counter()
+        self._leasing.end_turn(turn, cut_off=None)
         released_at = time.perf_counter()
         return _Turn(received, (acquired_at - began_at) + (released_at - used_at))
 
@@ -196,7 +197,7 @@ class _Pooled:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        await self._leasing.closing(self._tts, self._tts.aclose)
+        await self._leasing.close(self._tts, self._tts.aclose)
 
 
 async def _no_other_way() -> None:

@@ -6,13 +6,38 @@ import enum
 import functools
 import logging
 import traceback
+from collections.abc import Callable
 from logging import DEBUG, ERROR, INFO, WARNING
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import structlog
 
+FIELD_PREFIX = "xai_pool_"
+"""Of every field. `logging` refuses a record whose field the application's record factory has set
+already, so no field may have a name that somebody else would think of."""
+
+Report = TypeVar("Report", bound=Callable[..., None])
+
 _logger = logging.getLogger("xai_pool_patch")
+_has_complained = False
+
+
+def harmless(report: Report) -> Report:
+    """What reports something never fails it: not by an application's log handler that raises, not
+    by a meter, a span or a fault of ours. The first such failure is logged, if that is possible."""
+
+    @functools.wraps(report)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        global _has_complained
+        try:
+            report(*args, **kwargs)
+        except Exception as error:
+            if not _has_complained:
+                _has_complained = True
+                tell(Event.TELEMETRY_FAILED, error=error)
+
+    return guarded  # type: ignore[return-value]
 
 
 class Event(enum.Enum):
@@ -33,6 +58,7 @@ class Event(enum.Enum):
     CLOSED = ("closed", INFO)
     RECLAIMED = ("reclaimed", DEBUG)
     RECLAIMING_STOPPED = ("interrupted connections are discarded from here on", WARNING)
+    PROVING_STOPPED = ("idle connections are kept by PINGs alone from here on", WARNING)
     STANDBY_FAILED = ("standby failed", WARNING)
     PINGS_UNANSWERED = ("PINGs are not answered, new connections go without", WARNING)
 
@@ -44,22 +70,30 @@ class Event(enum.Enum):
 
     PREWARM_SKIPPED = ("prewarm skipped", DEBUG)
     IGNORED = ("ignored while idle", DEBUG)
+    STALE_AUDIO = ("stale audio dropped", INFO)
     CLOSE_FAILED = ("close cut short", DEBUG)
+    TELEMETRY_FAILED = ("log, metric or trace failed", WARNING)
 
     def __init__(self, message: str, level: int) -> None:
         self.message = message
         self.level = level
 
 
+@harmless
 def tell(event: Event, *, level: int | None = None, **fields: Any) -> None:
-    """Logs an event; the fields become attributes of the log record.
+    """Logs an event; the fields become attributes of the log record, behind `FIELD_PREFIX`.
 
     Args:
         level: if it is not the usual one.
+        fields: of an exception only what `describe` says is logged.
     """
     level = event.level if level is None else level
     if _logger.isEnabledFor(level):  # by far the cheapest way to say nothing
-        _structured().log(level, event.message, **fields)
+        record = {
+            f"{FIELD_PREFIX}{name}": describe(value) if isinstance(value, Exception) else value
+            for name, value in fields.items()
+        }
+        _structured().log(level, event.message, **record)
 
 
 @functools.cache

@@ -1,0 +1,108 @@
+"""All that runs and is open for the pools of one event loop, so that a fault can end all of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Callable, Collection, Coroutine
+from typing import Any
+
+import aiohttp
+
+OnFault = Callable[[str, Exception], None]
+"""Gets the operation that failed, and what it failed with."""
+
+
+def spawn(coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+    """Starts a task that belongs to the pool, not to the turn that happened to start it.
+
+    An empty context keeps the turn's trace span, stream and TTS from living as long as the
+    connection. A loop that is closed without cancelling its tasks takes this one with it in
+    silence: its socket is gone then, and there is nobody to be warned.
+    """
+    loop = asyncio.get_running_loop()
+    task = contextvars.Context().run(loop.create_task, coroutine, name=name)
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    return task
+
+
+class Supervisor:
+    """Owns the tasks, timers and sockets of one event loop.
+
+    Args:
+        on_fault: gets what a task or a timer raised. None of them is supposed to raise.
+        close_timeout: seconds a peer has to answer a Close frame.
+
+    Attributes:
+        sockets: every WebSocket that was opened for the pools and has not ended.
+        is_stopped: after a fault.
+    """
+
+    def __init__(self, on_fault: OnFault, close_timeout: float) -> None:
+        self.on_fault = on_fault
+        self._close_timeout = close_timeout
+        self.sockets: set[aiohttp.ClientWebSocketResponse] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._goodbyes: set[asyncio.Task[None]] = set()
+        self.is_stopped = False
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Starts a task whose exception is a fault."""
+        task = spawn(coroutine, name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def call_at(self, when: float, callback: Callable[[], object]) -> asyncio.TimerHandle:
+        """`loop.call_at` in an empty context, for the reason that `spawn` has."""
+        loop = asyncio.get_running_loop()
+        return loop.call_at(when, self.run, callback, context=contextvars.Context())
+
+    def run(self, callback: Callable[[], object]) -> None:
+        """Calls it on behalf of the event loop."""
+        if self.is_stopped:
+            return
+        try:
+            callback()
+        except Exception as fault:
+            self.on_fault("timer", fault)
+
+    def stop(self, kept: Collection[aiohttp.ClientWebSocketResponse]) -> None:
+        """Ends all of it after a fault, except for the sockets that somebody still speaks on.
+
+        Shares no code with how connections are closed otherwise: that may be what is at fault.
+        """
+        self.is_stopped = True
+        for task in list(self._tasks):
+            task.cancel()
+        for ws in self.sockets.difference(kept):
+            self.say_goodbye(ws)
+
+    def say_goodbye(self, ws: aiohttp.ClientWebSocketResponse) -> None:
+        """Closes a socket in the background, for want of a connection that does."""
+        self.sockets.discard(ws)
+        goodbye = spawn(_say_goodbye(ws, self._close_timeout), name="xai_pool_patch.goodbye")
+        self._goodbyes.add(goodbye)
+        goodbye.add_done_callback(self._goodbyes.discard)
+
+    async def stopped(self) -> None:
+        """Waits for the Close frames that `stop` sent to be answered."""
+        if self._goodbyes:
+            await asyncio.wait(self._goodbyes)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and isinstance(fault := task.exception(), Exception):
+            self.on_fault(task.get_name(), fault)
+
+
+async def _say_goodbye(ws: aiohttp.ClientWebSocketResponse, close_timeout: float) -> None:
+    closing = asyncio.ensure_future(ws.close())
+    await asyncio.wait([closing], timeout=close_timeout)
+    closing.cancel()
+    await asyncio.wait([closing])
+    if not closing.cancelled():
+        closing.exception()  # of a socket that is gone already: nobody needs to hear of it
+    response = getattr(ws, "_response", None)
+    if response is not None:
+        response.close()
