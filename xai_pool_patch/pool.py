@@ -488,6 +488,9 @@ class Pool(Generic[C]):
         self._members[connection] = member
         connection.on_lost = lambda: self._lost(member)
         self._offer(member)
+        if not connection.is_reusable:
+            # An eager task factory lets its reader run before anybody can be told of its end.
+            self._lost(member)
         self._settle()
 
     def _dial_failed(self, dial: _Dial[C], error: Exception) -> None:
