@@ -21,7 +21,7 @@ from .pool import Pool
 from .telemetry import metrics
 from .telemetry.journal import Journal
 from .telemetry.log import Event, describe, status_of, tell
-from .telemetry.stats import Counters, PoolStats, Stats, Tally, counts_of, stats_of
+from .telemetry.stats import Counters, PoolStats, Stats, Tally, counts_of, stats_of, sum_of
 
 STANDBY_TIMEOUT = 10.0
 """Seconds a background dial may take: what LiveKit allows a caller's (`APIConnectOptions`)."""
@@ -204,8 +204,26 @@ class LoopPools:
         )
 
 
+@dataclass(frozen=True)
+class _Loops:
+    """The event loops of one moment: replaced as a whole, so that readers need no lock."""
+
+    pools: dict[asyncio.AbstractEventLoop, LoopPools]
+    ended: Counters
+    """Of loops that are closed."""
+
+    def and_also(self, loop: asyncio.AbstractEventLoop, pools: LoopPools) -> _Loops:
+        closed = {each for each in self.pools if each.is_closed()}
+        ended = sum_of(self.ended, *(self.pools[each].counters for each in closed))
+        others = {each: pools for each, pools in self.pools.items() if each not in closed}
+        return _Loops({**others, loop: pools}, ended)
+
+
 class Registry:
     """The pools of one installation: those of every event loop in this process.
+
+    Only changes are locked: a signal handler may ask for statistics in the middle of one that its
+    own thread makes.
 
     Attributes:
         has_failed: the pools are not to be trusted, after a fault of their own.
@@ -214,8 +232,8 @@ class Registry:
     def __init__(self, options: PoolOptions) -> None:
         self.options = options
         self.has_failed = False
-        self._loops: dict[asyncio.AbstractEventLoop, LoopPools] = {}
-        self._ended = Counters()
+        self._is_closed = False
+        self._loops = _Loops({}, Counters())
         self._lock = threading.Lock()  # worker threads have a loop each
         metrics.observe(self)
 
@@ -226,11 +244,14 @@ class Registry:
             RuntimeError: no loop is running.
         """
         loop = asyncio.get_running_loop()
-        with self._lock:
-            if loop not in self._loops:
-                self._forget_closed_loops()
-                self._loops[loop] = LoopPools(self.options, self.fail)
-            return self._loops[loop]
+        pools = self._loops.pools.get(loop)
+        if pools is None:
+            pools = LoopPools(self.options, self.fail)
+            with self._lock:
+                self._loops = self._loops.and_also(loop, pools)
+            if self._is_closed:  # meanwhile, in another thread, which has not seen these
+                loop.call_soon(pools.close)
+        return pools
 
     def fail(self, deed: str, fault: Exception) -> None:
         """A fault of the pools' own. From here on the plugin connects by itself."""
@@ -240,19 +261,14 @@ class Registry:
 
     def close(self) -> None:
         """Ends every pool, each in its own loop. Connections in use end when they come back."""
-        with self._lock:
-            self._forget_closed_loops()
-            loops = list(self._loops.items())
-        for loop, pools in loops:
-            with contextlib.suppress(RuntimeError):  # closed in this very moment
+        self._is_closed = True
+        for loop, pools in self._loops.pools.items():
+            with contextlib.suppress(RuntimeError):  # it is closed
                 loop.call_soon_threadsafe(pools.close)
 
     def stats(self) -> Stats:
-        with self._lock:
-            counters = Counters()
-            counters.add(self._ended)
-            for loop_pools in self._loops.values():
-                counters.add(loop_pools.counters)
+        loops = self._loops
+        counters = sum_of(loops.ended, *(pools.counters for pools in loops.pools.values()))
         return stats_of(self._pools(), counters)
 
     def pool_stats(self) -> list[PoolStats]:
@@ -262,13 +278,7 @@ class Registry:
         ]
 
     def _pools(self) -> list[Pool[Connection]]:
-        with self._lock:
-            loops = list(self._loops.values())
-        return [pool for loop in loops for pool in loop.pools.values()]
-
-    def _forget_closed_loops(self) -> None:
-        for loop in [loop for loop in self._loops if loop.is_closed()]:
-            self._ended.add(self._loops.pop(loop).counters)
+        return [pool for loop in self._loops.pools.values() for pool in loop.pools.values()]
 
 
 def setback_of(error: Exception) -> Setback:
