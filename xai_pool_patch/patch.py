@@ -6,6 +6,7 @@ each, so that putting in and taking out walk the same list.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 import os
@@ -63,13 +64,15 @@ class Patch:
     def undo(self) -> None:
         """Takes out what is ours. Beneath somebody else's wrapper it only passes through."""
         self.is_active = False
-        if vars(self.owner).get(self.name) is not self._ours:
-            tell(Event.COVERED, attribute=f"{self.owner.__name__}.{self.name}")
-        elif self._original is _Missing.MISSING:
-            delattr(self.owner, self.name)
-        else:
-            setattr(self.owner, self.name, self._original)
-        self.after()
+        try:
+            if vars(self.owner).get(self.name) is not self._ours:
+                tell(Event.COVERED, attribute=f"{self.owner.__name__}.{self.name}")
+            elif self._original is _Missing.MISSING:
+                delattr(self.owner, self.name)
+            else:
+                setattr(self.owner, self.name, self._original)
+        finally:
+            self.after()
 
 
 @dataclass(eq=False)
@@ -121,10 +124,13 @@ class Installation:
                 tell(Event.REFUSED, level=logging.ERROR, reason=told)
 
     def undo(self) -> None:
-        while self.patches:
-            self.patches.pop().undo()
-        if self.registry is not None:
-            self.registry.close()
+        """Backwards, to the end: what one step raises comes out when all have been taken."""
+        with contextlib.ExitStack() as steps:
+            if self.registry is not None:
+                steps.callback(self.registry.close)
+            for patch in self.patches:
+                steps.callback(patch.undo)
+            self.patches = []
 
 
 _lock = threading.RLock()
@@ -179,10 +185,11 @@ def uninstall() -> None:
     the others when their utterance ends. Without an installation it does nothing.
     """
     global _installation
-    with _lock:
+    with _lock:  # to its end: nobody installs on top of what is half undone
         installation, _installation = _installation, None
+        if installation is not None:
+            installation.undo()
     if installation is not None:
-        installation.undo()
         tell(Event.UNINSTALLED)
 
 

@@ -53,8 +53,10 @@ class PluginPool(ConnectionPool[aiohttp.ClientWebSocketResponse]):
 
     def restore(self) -> None:
         """The plugin's own pool serves again."""
-        for name in ("put", "remove"):
-            vars(self._own).pop(name, None)
+        tts = self._tts()
+        if tts is not None:  # else its pool has gone with it
+            for name in ("put", "remove"):
+                vars(vars(tts)[NAME]).pop(name, None)
 
     async def get(self, *, timeout: float) -> aiohttp.ClientWebSocketResponse:
         tts = self._tts()

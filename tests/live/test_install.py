@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,15 @@ from xai_pool_patch import (
     InvalidOptionError,
     PoolOptions,
     UnsupportedPluginError,
+    patch,
     plugin,
+    shared,
 )
 from xai_pool_patch.demo.standin import End
 
 CLASSES = (plugin_module.TTS, plugin_module.SynthesizeStream)
+STEPS = 5 if HAS_OWN_POOL else 7
+"""Of uninstall(): so many attributes are patched, and then there are the pools."""
 
 
 def plugin_as_it_is() -> list[dict[str, Any]]:
@@ -228,6 +233,101 @@ def test_a_failure_half_way_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> N
         xai_pool_patch.install()
     assert plugin_as_it_is() == before
     assert not xai_pool_patch.is_installed()
+
+
+@pytest.mark.parametrize("fails_at", range(1, STEPS + 1))
+async def test_a_failure_half_way_out_leaves_nothing_undone(
+    fails_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A1: what one step raises comes out after the last one; patches and pools are all gone."""
+    before = plugin_as_it_is()
+    undo, close, steps = patch.Patch.undo, shared.Registry.close, []
+
+    def counted(step: Any) -> Any:
+        def take(of: Any) -> None:
+            steps.append(of)
+            step(of)
+            if len(steps) == fails_at:
+                raise ZeroDivisionError
+
+        return take
+
+    async with line_to() as line:
+        xai_pool_patch.install()
+        tts = line.tts()
+        await speak(tts, "Hello.")
+        monkeypatch.setattr(patch.Patch, "undo", counted(undo))
+        monkeypatch.setattr(shared.Registry, "close", counted(close))
+        with pytest.raises(ZeroDivisionError):
+            xai_pool_patch.uninstall()
+        assert len(steps) == STEPS
+        assert plugin_as_it_is() == before
+        assert not xai_pool_patch.is_installed()
+        await all_closed(line.server)
+        await tts.aclose()
+
+
+def test_what_else_there_is_to_undo_does_not_depend_on_the_log(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A1: the plugin's own pools serve again, though a handler of the application raises."""
+
+    class Owner:
+        name = "original"
+
+    def tell(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    undone: list[str] = []
+    record = patch.Patch(Owner, "name", lambda *_: "ours", lambda: undone.append("the rest"))
+    record.apply()
+    Owner.name = "theirs"
+    monkeypatch.setattr(patch, "tell", tell)
+    with pytest.raises(ZeroDivisionError):
+        record.undo()
+    assert (undone, Owner.name) == (["the rest"], "theirs")
+
+
+class NotingLock:
+    """Tells when a thread has to wait for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self.is_awaited = threading.Event()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self.is_awaited.set()
+            self._lock.acquire()
+
+    def __exit__(self, *_: Any) -> None:
+        self._lock.release()
+
+
+def test_nobody_installs_on_top_of_what_is_half_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A1: install() in one thread while another is in the middle of uninstall() comes after it."""
+    before, lock, undo = plugin_as_it_is(), NotingLock(), patch.Patch.undo
+
+    def install() -> None:
+        xai_pool_patch.install()
+        lock.is_awaited.set()  # it has not had to wait, and is through
+
+    other = threading.Thread(target=install)
+
+    def half_way(record: patch.Patch) -> None:
+        undo(record)
+        if other.ident is None:
+            other.start()
+            assert lock.is_awaited.wait(timeout=10.0)
+
+    monkeypatch.setattr(patch, "_lock", lock)
+    monkeypatch.setattr(patch.Patch, "undo", half_way)
+    xai_pool_patch.install()
+    xai_pool_patch.uninstall()
+    other.join()
+    assert xai_pool_patch.is_installed()
+    xai_pool_patch.uninstall()
+    assert plugin_as_it_is() == before
 
 
 async def connections_of_two_turns() -> int:

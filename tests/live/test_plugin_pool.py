@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from livekit.plugins import xai
 import xai_pool_patch
 from tests.kit import API_KEY, HAS_OWN_POOL, ONCE, all_closed, line_to, quick, speak
 from xai_pool_patch.demo.standin import End
+from xai_pool_patch.plugin_pool import PluginPool
 
 pytestmark = pytest.mark.skipif(not HAS_OWN_POOL, reason="this plugin has no pool of its own")
 
@@ -182,3 +184,29 @@ async def test_a_tts_that_was_never_made_has_no_pool(patched: None) -> None:
     """The attribute behaves as the plugin's does."""
     with pytest.raises(AttributeError, match="'TTS' object has no attribute '_pool'"):
         pool_of(xai.TTS.__new__(xai.TTS))
+
+
+async def test_uninstalled_while_a_tts_is_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A1: one that goes in the middle of it needs its pool no more; the others get theirs back."""
+    restore = PluginPool.restore
+
+    def when_one_has_gone(stand_in: PluginPool) -> None:
+        while len(ttss) > 1:
+            ttss.pop()
+        gc.collect()
+        restore(stand_in)
+
+    async with line_to() as line:
+        xai_pool_patch.install()
+        ttss = [line.tts() for _ in range(3)]
+        kept = ttss[0]
+        for tts in ttss:
+            await speak(tts, "During.")
+        del tts
+        monkeypatch.setattr(PluginPool, "restore", when_one_has_gone)
+        xai_pool_patch.uninstall()
+        await all_closed(line.server)
+        for text in ("After, first.", "After, second."):
+            await speak(kept, text)
+        assert line.metrics[-1].connection_reused
+        await kept.aclose()
