@@ -114,7 +114,7 @@ class Installation:
         """
         global _installation
         with _lock:
-            if _installation is not self:
+            if _installation is not self or self.patches:
                 return
             try:
                 self.apply(module)
@@ -253,16 +253,44 @@ def _check_same(installed: PoolOptions, wanted: PoolOptions) -> None:
 
 
 def _prepare(options: PoolOptions, allow_unverified: bool) -> Installation:
-    import wrapt
-
-    from .plugin import MODULE, check_version, installed_version
+    from .plugin import check_version, imported_plugin, installed_version
 
     version = installed_version()
     installation = Installation(options, version, allow_unverified)
-    module = sys.modules.get(MODULE)
+    if imported_plugin() is None:
+        check_version(version, allow_unverified=allow_unverified)
+        _hook_import(installation.on_import)
+    # Looked at again: another thread's import may have ended before it was hooked.
+    module = imported_plugin()
     if module is not None:
         installation.apply(module)
-    else:
-        check_version(version, allow_unverified=allow_unverified)
-        wrapt.register_post_import_hook(installation.on_import, MODULE)
     return installation
+
+
+def _hook_import(hook: Callable[[ModuleType], None]) -> None:
+    """Calls it with the plugin's module at the end of its import, be it to come or under way."""
+    import wrapt
+
+    from .plugin import MODULE
+
+    wrapt.register_post_import_hook(hook, MODULE)
+    package, _, name = MODULE.rpartition(".")
+    parent = sys.modules.get(package)
+    if parent is not None and not hasattr(parent, name):
+        # That import may be past the point where wrapt hears of it. It is not waited for: it may be
+        # this very thread's, or wait for a lock that this one holds.
+        _hook_binding(parent, name, hook)
+
+
+def _hook_binding(parent: ModuleType, name: str, hook: Callable[[ModuleType], None]) -> None:
+    """Calls it with the submodule when that is bound in its parent, as each is when imported."""
+    original: Any = type(parent)
+
+    class Watched(original):  # type: ignore[misc]
+        def __setattr__(self, attribute: str, value: Any) -> None:
+            super().__setattr__(attribute, value)
+            if attribute == name and type(self) is Watched:
+                self.__class__ = original
+                hook(value)
+
+    parent.__class__ = Watched

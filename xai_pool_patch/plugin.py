@@ -9,6 +9,7 @@ import enum
 import hashlib
 import importlib.metadata
 import inspect
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -171,6 +172,14 @@ def differences(module: ModuleType, shape: Shape) -> list[str]:
     if shape is not Shape.OWN_POOL and "prewarm" in vars(getattr(module, "TTS", object)):
         found.append("TTS has a prewarm of its own")
     return found
+
+
+def imported_plugin() -> ModuleType | None:
+    """The plugin's module; None as long as its import is to come or under way."""
+    module = sys.modules.get(MODULE)
+    spec = getattr(module, "__spec__", None)
+    # The interpreter goes by the same mark, when a second thread imports a module.
+    return None if getattr(spec, "_initializing", False) else module
 
 
 def installed_version() -> str:

@@ -478,8 +478,9 @@ async def test_update_options_before_the_first_use(patched: None) -> None:
         await tts.aclose()
 
 
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 def test_install_does_not_import_the_plugin_and_catches_its_import() -> None:
@@ -495,6 +496,62 @@ def test_install_does_not_import_the_plugin_and_catches_its_import() -> None:
         "assert not hasattr(xai.TTS.aclose, '__wrapped__'), 'not undone'\n"
     )
     assert done.returncode == 0, done.stderr
+
+
+IN_AN_IMPORT = """
+import importlib.machinery, sys, threading, types
+import xai_pool_patch
+
+STAGE, WHO = sys.argv[1:]
+
+def meanwhile():
+    if WHO == "the importing thread":
+        xai_pool_patch.install()
+        return
+    other = threading.Thread(target=xai_pool_patch.install)
+    other.start()
+    other.join(20.0)
+    assert not other.is_alive(), "it waits for the import, which waits for it"
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name != "livekit.plugins.xai.tts":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        run = spec.loader.exec_module
+
+        def create_module(spec):
+            if STAGE == "found":
+                meanwhile()
+
+        def exec_module(module):
+            if STAGE == "begun":
+                meanwhile()
+            run(module)
+            if STAGE == "run":
+                meanwhile()
+
+        spec.loader.create_module, spec.loader.exec_module = create_module, exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder())
+from livekit.plugins import xai
+assert xai_pool_patch.is_installed()
+assert hasattr(xai.TTS.aclose, "__wrapped__"), "not patched"
+xai_pool_patch.uninstall()
+assert not hasattr(xai.TTS.aclose, "__wrapped__"), "patched twice"
+assert type(xai) is types.ModuleType
+xai_pool_patch.install()
+assert hasattr(xai.TTS.aclose, "__wrapped__")
+"""
+
+
+@pytest.mark.parametrize("who", ["the importing thread", "another thread"])
+@pytest.mark.parametrize("stage", ["found", "begun", "run"])
+def test_installed_while_the_plugin_is_being_imported(stage: str, who: str) -> None:
+    """A1: patched at the end of that import, which nobody waits for and nobody else begins."""
+    done = python(IN_AN_IMPORT, stage, who)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_uninstall_before_the_import_leaves_the_plugin_alone() -> None:
