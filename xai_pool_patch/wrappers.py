@@ -45,8 +45,15 @@ def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> list[Pa
 
 
 def _wrapped(wrapper: Callable[..., Any]) -> Callable[[Any, Callable[[], bool]], Any]:
+    def bound(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        if instance is None:
+            # Called as the plain function that it was, by somebody who took it from the class.
+            instance, *args = args
+            wrapped = wrapped.__get__(instance, type(instance))
+        return wrapper(wrapped, instance, args, kwargs)
+
     def stand_in(function: Any, is_active: Callable[[], bool]) -> Any:
-        return wrapt.FunctionWrapper(function, wrapper, enabled=is_active)
+        return wrapt.FunctionWrapper(function, bound, enabled=is_active)
 
     return stand_in
 
