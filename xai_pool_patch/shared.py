@@ -51,7 +51,8 @@ class _User:
 
     finalizer: weakref.finalize[..., object] | None = None
     current: Key | None = None
-    visited: set[Key] = field(default_factory=set)
+    visited: dict[Key, Connect] = field(default_factory=dict)
+    """With what dials for it, as this TTS would."""
     tally: Tally = field(default_factory=Tally)
 
 
@@ -85,7 +86,7 @@ class LoopPools:
         """The pool of that key, kept warm for this TTS until it moves on or goes.
 
         Args:
-            dialler: makes what the pool dials with, if there is no such pool yet.
+            dialler: makes what the pool dials with as long as this TTS uses it, if it has not yet.
         """
         pool = self.visit(tts, key, dialler)
         user = self._users[tts]
@@ -99,10 +100,11 @@ class LoopPools:
     def visit(self, tts: object, key: Key, dialler: Callable[[], Connect]) -> Pool[Connection]:
         """The pool of that key, for one utterance with other options than the current."""
         user = self._users.get(tts) or self._join(tts)
-        user.visited.add(key)
+        if key not in user.visited:
+            user.visited[key] = dialler()
         pool = self.pools.get(key)
         if pool is None or pool.is_closed:
-            pool = self._make(key, dialler())
+            pool = self._make(key, user.visited[key])
             self.pools = {**self.pools, key: pool}
             self._keep_if_used(key)
         return pool
@@ -148,7 +150,7 @@ class LoopPools:
         if user.finalizer is not None:
             user.finalizer.detach()
         tell(Event.TTS_CLOSED, **user.tally.as_fields())
-        visited, user.visited, user.current = user.visited, set(), None
+        visited, user.visited, user.current = set(user.visited), {}, None
         still_visited = {key for other in self._users.values() for key in other.visited}
         for key in visited & still_visited:
             self._keep_if_used(key)
@@ -165,9 +167,10 @@ class LoopPools:
     def _forget_empty(self, user: _User) -> None:
         """An application may go through any number of options in the life of a TTS."""
         in_use = {other.current for other in self._users.values()}
-        left = user.visited - in_use
+        left = user.visited.keys() - in_use
         empty = {key for key in left if key not in self.pools or self.pools[key].is_empty}
-        user.visited -= empty
+        for key in empty:
+            del user.visited[key]
         self._end(empty)
 
     def _keep_if_used(self, key: Key | None) -> None:
@@ -179,7 +182,9 @@ class LoopPools:
         options = self._options
 
         async def connect(timeout: float) -> Connection:
-            ws = await dial(timeout)
+            # As a TTS would that is still there: the one that it was made for may have gone.
+            dials = (user.visited.get(key) for user in self._users.values())
+            ws = await next(filter(None, dials), dial)(timeout)
             try:
                 return Connection(
                     ws,

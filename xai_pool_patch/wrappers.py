@@ -23,10 +23,9 @@ from .shared import Registry
 def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> list[Patch]:
     """What is put into a plugin of that shape."""
     tts, stream = module.TTS, module.SynthesizeStream
-    found = vars(tts)["_connect_ws"]
     has_pool = shape is Shape.OWN_POOL
-    # Where it is not wrapped here, it is looked up for each pool: others may wrap it later.
-    leasing = Leasing(registry, shape, lambda: vars(tts)["_connect_ws"] if has_pool else found)
+    connect = _as_its_pool_does if has_pool else vars(tts)["_connect_ws"]
+    leasing = Leasing(registry, shape, lambda: connect)
     wrappers = Wrappers(leasing)
     patches = [
         Patch(stream, "_run_ws", _wrapped(wrappers.run_ws)),
@@ -42,6 +41,11 @@ def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> list[Pa
         Patch(tts, "prewarm", _wrapped(wrappers.prewarm)),
         Patch(tts, "update_options", _wrapped(wrappers.update_options)),
     ]
+
+
+def _as_its_pool_does(tts: Any, timeout: float) -> Any:
+    """Looked up for each dial, since it is not wrapped here: others may wrap it at any time."""
+    return tts._connect_pooled_ws(timeout)
 
 
 def _wrapped(wrapper: Callable[..., Any]) -> Callable[[Any, Callable[[], bool]], Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,11 +18,18 @@ import xai_pool_patch
 from tests.kit import (
     API_KEY,
     HAS_OWN_POOL,
+    SHAPE,
     Line,
     all_closed,
+    interrupted,
     line_to,
+    quick,
+    registry,
     speak,
 )
+from tests.live.peer import until
+from xai_pool_patch.dialler import dialler_of
+from xai_pool_patch.wrappers import _as_its_pool_does
 
 Sees = Callable[[Any], object]
 
@@ -85,6 +95,191 @@ async def two_turns(line: Line, tts: xai.TTS) -> None:
         heard = await speak(tts, text)
         assert heard.error is None
         assert heard.samples == {line.server.utterances[-1].number}
+
+
+# Wrappers of the dial
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_wrapper_of_the_dial_sees_the_tts(
+    when: str, wrapped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A1: its class, its properties and whatever was set on it, before and after the handshake."""
+    account: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+    seen: list[list[Any]] = []
+
+    def sees(self: Any) -> None:
+        what = [isinstance(self, Slotted), type(self).__name__, self.model, self.provider]
+        what += [self.label, self.sample_rate, self.customer, self.slotted, self.computed]
+        what += [self._opts.voice, self.callback(), account[self], self == tts]
+        self.dials = getattr(self, "dials", 0) + 1
+        seen.append(what)
+
+    if when == "after":
+        xai_pool_patch.install()
+    monkeypatch.setattr(xai.TTS, "_connect_ws", wrapped(vars(xai.TTS)["_connect_ws"], sees))
+    xai_pool_patch.install()
+    async with line_to() as line:
+        tts = Slotted(line, "Ada")
+        account[tts] = "paid"
+        await two_turns(line, tts)
+        expected = [True, "Slotted", "the voice of Ada", "xAI", f"{__name__}.Slotted", 24000]
+        expected += ["Ada", "Ada", "computed for Ada", "ara", "Hello, Ada.", "paid", True]
+        assert seen[0] == expected
+        assert all(what == expected for what in seen)
+        assert tts.dials == len(seen), "what it sets is kept"  # type: ignore[attr-defined]
+        assert len(line.server.connections) == 1
+        await tts.aclose()
+    xai_pool_patch.uninstall()
+
+
+async def test_a_wrapper_that_calls_what_it_kept_on_the_class(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A1: the plugin's own, called by another name, dials with the pool's session and options."""
+    dial: Any = vars(xai.TTS)["_connect_ws"]
+
+    @functools.wraps(dial)
+    async def theirs(self: Any, *args: Any) -> Any:
+        await asyncio.sleep(0)  # the voice changes now
+        return await self._plain_connect_ws(*args)
+
+    monkeypatch.setattr(xai.TTS, "_plain_connect_ws", dial, raising=False)
+    monkeypatch.setattr(xai.TTS, "_connect_ws", theirs)
+    xai_pool_patch.install()
+    async with line_to(quick(ping_interval=0.05)) as line:
+        tts = line.tts()
+        tts.prewarm()
+        await asyncio.sleep(0)
+        tts.update_options(voice="eve")
+        await line.server.wait_for(lambda s: len(s.connections) == 2)
+        assert sorted(c.query["voice"] for c in line.server.connections) == ["ara", "eve"]
+        await line.server.wait_for(lambda s: all(c.pings_received for c in s.connections))
+        await two_turns(line, tts)
+        assert len(line.server.connections) == 2
+        await tts.aclose()
+    xai_pool_patch.uninstall()
+
+
+async def test_a_subclass_with_a_session_of_its_own(patched: None) -> None:
+    """C1: wherever it comes from, it opens WebSockets whose PINGs and PONGs reach the reader."""
+
+    class Own(xai.TTS):
+        def _ensure_session(self) -> Any:
+            return self.http  # type: ignore[attr-defined]
+
+    async with line_to() as line:
+        tts: Any = Own(api_key=API_KEY)
+        tts.http = line.http
+        await two_turns(line, tts)
+        [pool] = registry().here().pools.values()
+        [connection] = pool._members
+        await until(lambda: connection.round_trip is not None)
+        await tts.aclose()
+
+
+async def test_who_shares_a_pool_dials_for_it_when_its_maker_has_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """P10: a pool outlives the TTS that made it, and so do the wrappers that read attributes."""
+    seen: list[str] = []
+    wrapped = wrapped_plainly(vars(xai.TTS)["_connect_ws"], lambda self: seen.append(self.customer))
+    monkeypatch.setattr(xai.TTS, "_connect_ws", wrapped)
+    xai_pool_patch.install()
+    async with line_to() as line:
+        first, second = Slotted(line, "Ada"), Slotted(line, "Grace")
+        await two_turns(line, first)
+        await two_turns(line, second)
+        assert len(line.server.connections) == 1
+        gone = weakref.ref(first)
+        del first
+        gc.collect()
+        assert gone() is None
+        await interrupted(line, second)
+        await line.server.wait_for(lambda s: len(s.connections) == 2)
+        await two_turns(line, second)
+        assert len(line.server.connections) == 2
+        assert seen == ["Ada", "Ada", "Grace", "Grace"]
+        await second.aclose()
+    xai_pool_patch.uninstall()
+
+
+async def test_a_tts_that_keeps_itself_is_collected_all_the_same(patched: None) -> None:
+    """P10: the pool holds nothing of it, not even a method that was set as an attribute."""
+    async with line_to() as line:
+        tts = Slotted(line, "Ada")
+        await two_turns(line, tts)
+        gone = weakref.ref(tts)
+        del tts
+        gc.collect()
+        assert gone() is None
+        await all_closed(line.server)
+
+
+async def test_without_a_tts_the_plugin_dials_as_ever(patched: None) -> None:
+    """A redial for the last utterance of one that is closing needs its key and options only."""
+    async with line_to() as line:
+        tts = line.tts(voice="eve")
+        pools = registry().here()
+        connect = vars(xai.TTS)["_connect_ws"]
+        connect = _as_its_pool_does if HAS_OWN_POOL else connect.__wrapped__
+        dial = dialler_of(connect, tts, tts._opts, shape=SHAPE, heartbeat=pools.heartbeat)
+        del tts
+        gc.collect()
+        line.metrics.clear()
+        ws = await dial(5.0)
+        assert line.server.connections[0].query["voice"] == "eve"
+        await ws.close()
+
+
+async def test_what_a_class_does_at_its_end_and_its_making_is_not_done_for_the_dial(
+    patched: None,
+) -> None:
+    """An application's `__del__` and `__init_subclass__` are called for what it has made itself."""
+    ended: list[str] = []
+    made: list[type] = []
+
+    class Registered(xai.TTS):
+        def __init_subclass__(cls, *, name: str) -> None:
+            made.append(cls)
+
+        def __del__(self) -> None:
+            ended.append(self.label)
+
+    class Named(Registered, name="Ada"):
+        pass
+
+    async with line_to() as line:
+        tts = Named(api_key=API_KEY, http_session=line.http)
+        await two_turns(line, tts)
+        assert len(line.server.connections) == 1
+        gc.collect()
+        assert (ended, made) == ([], [Named])
+        await tts.aclose()
+
+
+@needs_own_pool
+@pytest.mark.parametrize("name", ["_connect_ws", "_connect_pooled_ws"])
+async def test_a_wrapper_counts_from_its_coming_to_its_going(patched: None, name: str) -> None:
+    """A1: it is asked at each dial who wraps the plugin's ways to connect, one or the other."""
+    calls: list[str] = []
+    original: Any = vars(xai.TTS)[name]
+    async with line_to() as line:
+        tts = line.tts()
+        await two_turns(line, tts)
+        for count, is_wrapped in enumerate([True, False], 2):
+            theirs = wrapped_plainly(original, lambda self: calls.append(self.model))
+            setattr(xai.TTS, name, theirs if is_wrapped else original)
+            try:
+                await interrupted(line, tts)
+                await line.server.wait_for(lambda s, n=count: len(s.connections) == n)  # type: ignore[misc]
+                await two_turns(line, tts)
+            finally:
+                setattr(xai.TTS, name, original)
+            assert len(line.server.connections) == count
+        assert len(calls) == 2
+        await tts.aclose()
 
 
 # Wrappers of everything
