@@ -33,7 +33,7 @@ def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> list[Pa
         Patch(tts, "aclose", _wrapped(wrappers.aclose)),
     ]
     if has_pool:
-        attribute = plugin_pool.PoolAttribute(tts, leasing)
+        attribute = plugin_pool.PoolAttribute(tts, leasing, registry.fail)
         return [*patches, Patch(tts, plugin_pool.NAME, lambda *_: attribute, attribute.restore)]
     return [
         *patches,

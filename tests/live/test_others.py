@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import gc
 import logging
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import wrapt
+from livekit.agents.utils import ConnectionPool
 from livekit.plugins import xai
 
 import xai_pool_patch
@@ -29,6 +31,7 @@ from tests.kit import (
 )
 from tests.live.peer import until
 from xai_pool_patch.dialler import dialler_of
+from xai_pool_patch.plugin import Shape
 from xai_pool_patch.wrappers import _as_its_pool_does
 
 Sees = Callable[[Any], object]
@@ -280,6 +283,94 @@ async def test_a_wrapper_counts_from_its_coming_to_its_going(patched: None, name
             assert len(line.server.connections) == count
         assert len(calls) == 2
         await tts.aclose()
+
+
+# Attributes of one instance
+
+
+async def test_a_way_to_connect_that_is_set_on_an_instance_is_used() -> None:
+    """Nobody else gets its connections: one a turn before 1.6.5, later the plugin's own pool."""
+    xai_pool_patch.install()
+    async with line_to() as line:
+        tts, other = line.tts(), line.tts()
+        calls: list[Any] = []
+
+        async def mine(timeout: float, *opts: Any) -> Any:
+            calls.append(opts)
+            return await line.http.ws_connect(
+                "wss://api.x.ai/v1/tts?voice=mine", headers={"Authorization": f"Bearer {API_KEY}"}
+            )
+
+        tts._connect_ws = mine  # type: ignore[method-assign,unused-ignore]
+        await two_turns(line, tts)
+        dials = 1 if HAS_OWN_POOL else 2
+        assert [opts == () for opts in calls] == [SHAPE is Shape.READS_OPTIONS] * dials
+        await two_turns(line, other)
+        assert [c.query["voice"] for c in line.server.connections] == ["mine"] * dials + ["ara"]
+        await tts.aclose()
+        await other.aclose()
+        await all_closed(line.server)
+    xai_pool_patch.uninstall()
+
+
+@needs_own_pool
+async def test_a_way_to_connect_may_come_and_go(patched: None) -> None:
+    """Under a TTS that has spoken: its own pool serves, and reuses, for as long as it is there."""
+    async with line_to() as line:
+        tts: Any = line.tts()
+        await two_turns(line, tts)
+        calls: list[Any] = []
+        dial = tts._connect_ws
+
+        def mine(*args: Any) -> Any:
+            calls.append(args)
+            return dial(*args)
+
+        tts._connect_ws = mine
+        assert type(tts._pool) is ConnectionPool
+        await two_turns(line, tts)
+        assert (len(calls), len(line.server.connections)) == (1, 2)
+        del tts._connect_ws
+        await two_turns(line, tts)
+        assert (len(calls), len(line.server.connections)) == (1, 2)
+        assert [metric.connection_reused for metric in line.metrics[-2:]] == [True, True]
+        await tts.aclose()
+        await all_closed(line.server)
+
+
+@needs_own_pool
+async def test_a_pool_that_is_set_on_an_instance_is_used(patched: None) -> None:
+    """Though another one has stood in for the one before it."""
+
+    class Own(ConnectionPool[Any]):
+        pass
+
+    async with line_to() as line:
+        tts: Any = line.tts()
+        await two_turns(line, tts)
+        before = vars(tts)["_pool"]
+        tts._pool = own = Own(connect_cb=tts._connect_pooled_ws, close_cb=tts._close_pooled_ws)
+        assert tts._pool is own
+        assert vars(before).keys().isdisjoint({"put", "remove"})
+        await two_turns(line, tts)
+        assert len(line.server.connections) == 2
+        await tts.aclose()
+        await all_closed(line.server)
+
+
+async def test_a_copy_is_a_tts_of_its_own(patched: None) -> None:
+    """P10: it shares connections as any other, and each leaves them by itself."""
+    async with line_to() as line:
+        tts = line.tts()
+        await two_turns(line, tts)
+        twin = copy.copy(tts)
+        await two_turns(line, twin)
+        assert len(line.server.connections) == 1
+        await tts.aclose()
+        await two_turns(line, twin)
+        assert len(line.server.connections) == 1
+        await twin.aclose()
+        await all_closed(line.server)
 
 
 # Wrappers of everything

@@ -11,7 +11,7 @@ from livekit.agents.utils import ConnectionPool
 from livekit.plugins import xai
 
 import xai_pool_patch
-from tests.kit import API_KEY, HAS_OWN_POOL, ONCE, all_closed, line_to, quick, speak
+from tests.kit import API_KEY, HAS_OWN_POOL, ONCE, all_closed, line_to, quick, registry, speak
 from xai_pool_patch.demo.standin import End
 from xai_pool_patch.plugin_pool import PluginPool
 
@@ -210,3 +210,41 @@ async def test_uninstalled_while_a_tts_is_collected(monkeypatch: pytest.MonkeyPa
             await speak(kept, text)
         assert line.metrics[-1].connection_reused
         await kept.aclose()
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "PluginPool.__init__",
+        "PluginPool._close_own",
+        "PoolAttribute._stand_in_for",
+        "PoolAttribute._connects_as_published",
+        "PoolAttribute.restore",
+    ],
+)
+async def test_a_fault_in_taking_over(
+    part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A4: the plugin's own pool goes on serving, and the log says once what is wrong."""
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError
+
+    async with line_to() as line:
+        tts = line.tts()
+        await speak(tts, "Before.")
+        xai_pool_patch.install()
+        if part == "PoolAttribute.restore":
+            await speak(tts, "During.")
+            registry().fail("testing", ZeroDivisionError())
+        with monkeypatch.context() as breaking:
+            breaking.setattr(f"xai_pool_patch.plugin_pool.{part}", broken)
+            for text in ("First.", "Second."):
+                heard = await speak(tts, text)
+                assert heard.samples == {line.server.utterance_for(text).number}
+        assert line.errors == []
+        [record] = [r for r in caplog.records if r.levelname == "ERROR"]
+        assert "ZeroDivisionError" in record.error  # type: ignore[attr-defined]
+        xai_pool_patch.uninstall()
+        await tts.aclose()
+        await all_closed(line.server)
