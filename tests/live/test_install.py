@@ -19,7 +19,17 @@ from livekit.plugins import xai
 from livekit.plugins.xai import tts as plugin_module
 
 import xai_pool_patch
-from tests.kit import HAS_OWN_POOL, SHAPE, VERSION, Heard, all_closed, line_to, quick, speak
+from tests.kit import (
+    HAS_OWN_POOL,
+    SHAPE,
+    VERSION,
+    Heard,
+    all_closed,
+    line_to,
+    quick,
+    registry,
+    speak,
+)
 from xai_pool_patch import (
     AlreadyInstalledError,
     InvalidOptionError,
@@ -30,6 +40,7 @@ from xai_pool_patch import (
     shared,
 )
 from xai_pool_patch.demo.standin import End
+from xai_pool_patch.dialler import key_of
 
 CLASSES = (plugin_module.TTS, plugin_module.SynthesizeStream)
 STEPS = 5 if HAS_OWN_POOL else 7
@@ -454,6 +465,23 @@ async def test_uninstalled_during_a_dial() -> None:
         await all_closed(line.server)
 
 
+async def test_asked_for_pools_while_another_thread_uninstalls() -> None:
+    """A1: a loop that the end of an installation did not reach has pools that end by themselves."""
+
+    async def dial(timeout: float) -> Any:
+        raise AssertionError("a connection that nobody would close")
+
+    async with line_to() as line:
+        xai_pool_patch.install()
+        late = registry()
+        xai_pool_patch.uninstall()
+        tts = line.tts()
+        pool = late.here().use(tts, key_of(tts, tts._opts), lambda: dial)
+        assert not pool.is_closed
+        await asyncio.sleep(0)
+        assert pool.is_closed
+
+
 def test_prewarm_without_an_event_loop(patched: None) -> None:
     """The base class's prewarm() did nothing, so a worker's set-up code may call it anywhere."""
     xai.TTS(api_key="key").prewarm()
@@ -515,13 +543,13 @@ def meanwhile():
 
 class Finder:
     def find_spec(self, name, path, target=None):
-        if name != "livekit.plugins.xai.tts":
+        if name != f"livekit.plugins.xai.{'types' if STAGE == 'near' else 'tts'}":
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         run = spec.loader.exec_module
 
         def create_module(spec):
-            if STAGE == "found":
+            if STAGE in ("near", "found"):
                 meanwhile()
 
         def exec_module(module):
@@ -538,16 +566,25 @@ sys.meta_path.insert(0, Finder())
 from livekit.plugins import xai
 assert xai_pool_patch.is_installed()
 assert hasattr(xai.TTS.aclose, "__wrapped__"), "not patched"
+assert not hasattr(xai.TTS.aclose.__wrapped__, "__wrapped__"), "patched twice"
 xai_pool_patch.uninstall()
-assert not hasattr(xai.TTS.aclose, "__wrapped__"), "patched twice"
+assert not hasattr(xai.TTS.aclose, "__wrapped__"), "not undone"
 assert type(xai) is types.ModuleType
 xai_pool_patch.install()
 assert hasattr(xai.TTS.aclose, "__wrapped__")
 """
 
 
-@pytest.mark.parametrize("who", ["the importing thread", "another thread"])
-@pytest.mark.parametrize("stage", ["found", "begun", "run"])
+@pytest.mark.parametrize(
+    ("stage", "who"),
+    [
+        ("near", "the importing thread"),
+        ("begun", "the importing thread"),
+        ("found", "another thread"),
+        ("begun", "another thread"),
+        ("run", "another thread"),
+    ],
+)
 def test_installed_while_the_plugin_is_being_imported(stage: str, who: str) -> None:
     """A1: patched at the end of that import, which nobody waits for and nobody else begins."""
     done = python(IN_AN_IMPORT, stage, who)
