@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -39,31 +40,63 @@ def dialler_of(
     """Makes what a pool dials with.
 
     Args:
-        connect: the plugin's `TTS._connect_ws`, as a plain function.
+        connect: the plugin's `TTS._connect_ws`, as a plain function. Where it has a pool of its
+            own, what that calls instead, which takes no options.
     """
-    view = _TTSView(tts._api_key, dataclasses.replace(opts), tts._ensure_session(), heartbeat)
-    dial = connect.__get__(view, _TTSView)
-    if shape is Shape.READS_OPTIONS:
-        return dial  # type: ignore[no-any-return]
-    return functools.partial(dial, opts=view._opts)
+    tts_type: Any = type(tts)
+    reference, view_type = weakref.ref(tts), _view_type_of(tts_type)
+    session = _PooledSession(tts._ensure_session(), heartbeat)
+    own = {"_api_key": tts._api_key, "_opts": dataclasses.replace(opts), "_session": session}
+
+    async def dial(timeout: float) -> Any:
+        view = object.__new__(view_type)
+        vars(view).update(own, _viewed=reference())
+        asked_for = (timeout, view._opts) if shape is Shape.TAKES_OPTIONS else (timeout,)
+        return await connect.__get__(view, view_type)(*asked_for)
+
+    return dial
 
 
-class _TTSView:
-    """What the plugin's `_connect_ws` sees as `self` when the pool dials.
+@functools.lru_cache(maxsize=64)
+def _view_type_of(tts_type: Any) -> Any:
+    names = {"__module__": tts_type.__module__, "__qualname__": tts_type.__qualname__}
+    return type(tts_type)(tts_type.__name__, (_View, tts_type), names)
 
-    It holds the options of the moment, so that a later change does not turn a dial for one voice
-    into a connection for another; and not the TTS, which may go while its pool serves others.
+
+class _View:
+    """What the plugin's `_connect_ws` sees as `self` when the pool dials: the TTS, but for
+
+    - its options, which are those of the moment, so that a later change does not turn a dial for
+      one voice into a connection for another;
+    - its session, which opens WebSockets as a `Connection` needs them.
+
+    It is of the TTS's class and has its attributes, since wrappers of `_connect_ws` may read any.
+    Nothing keeps the TTS but the dial: it may go while its pool serves others.
     """
 
-    def __init__(
-        self, api_key: str, opts: Any, session: aiohttp.ClientSession, heartbeat: Heartbeat
-    ) -> None:
-        self._api_key = api_key
-        self._opts = opts
-        self._session = _PooledSession(session, heartbeat)
+    def __init_subclass__(cls) -> None:
+        pass  # what the TTS's class would do there is for the application's own subclasses
+
+    def __del__(self) -> None:
+        pass  # the TTS's is for its own end
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self).get("_viewed"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self):
+            vars(self)[name] = value
+        else:
+            setattr(vars(self)["_viewed"], name, value)
+
+    def __eq__(self, other: object) -> bool:
+        return bool(vars(self)["_viewed"] == other)
+
+    def __hash__(self) -> int:
+        return hash(vars(self)["_viewed"])
 
     def _ensure_session(self) -> Any:
-        return self._session
+        return vars(self)["_session"]
 
 
 class _PooledSession:

@@ -124,10 +124,11 @@ class Leasing:
     Args:
         registry: the pools.
         shape: how the plugin comes by its connections.
-        connect: finds the plugin's own `TTS._connect_ws`, as a plain function.
+        connect: the plugin's own `TTS._connect_ws`, as a plain function. Where it has a pool of its
+            own, what that calls instead, which takes no options.
     """
 
-    def __init__(self, registry: Registry, shape: Shape, connect: Callable[[], Any]) -> None:
+    def __init__(self, registry: Registry, shape: Shape, connect: Callable[..., Any]) -> None:
         self._registry = registry
         self._shape = shape
         self._connect = connect
@@ -278,14 +279,12 @@ class Leasing:
 
     def _plugins_own(self, tts: Any, timeout: float, opts: Any) -> Any:
         """A WebSocket as the plugin's own connect opens it."""
-        connect = self._connect()
-        if self._shape is Shape.READS_OPTIONS:
-            return connect(tts, timeout)
-        return connect(tts, timeout, opts if opts is not None else tts._opts)
+        if self._shape is Shape.TAKES_OPTIONS:
+            return self._connect(tts, timeout, opts if opts is not None else tts._opts)
+        return self._connect(tts, timeout)
 
     def _dialler(self, pools: LoopPools, tts: Any, opts: Any) -> Connect:
-        connect = self._connect()
-        return dialler_of(connect, tts, opts, shape=self._shape, heartbeat=pools.heartbeat)
+        return dialler_of(self._connect, tts, opts, shape=self._shape, heartbeat=pools.heartbeat)
 
 
 def _job() -> Any:

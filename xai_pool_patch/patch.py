@@ -6,6 +6,7 @@ each, so that putting in and taking out walk the same list.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 import os
@@ -63,13 +64,15 @@ class Patch:
     def undo(self) -> None:
         """Takes out what is ours. Beneath somebody else's wrapper it only passes through."""
         self.is_active = False
-        if vars(self.owner).get(self.name) is not self._ours:
-            tell(Event.COVERED, attribute=f"{self.owner.__name__}.{self.name}")
-        elif self._original is _Missing.MISSING:
-            delattr(self.owner, self.name)
-        else:
-            setattr(self.owner, self.name, self._original)
-        self.after()
+        try:
+            if vars(self.owner).get(self.name) is not self._ours:
+                tell(Event.COVERED, attribute=f"{self.owner.__name__}.{self.name}")
+            elif self._original is _Missing.MISSING:
+                delattr(self.owner, self.name)
+            else:
+                setattr(self.owner, self.name, self._original)
+        finally:
+            self.after()
 
 
 @dataclass(eq=False)
@@ -111,7 +114,7 @@ class Installation:
         """
         global _installation
         with _lock:
-            if _installation is not self:
+            if _installation is not self or self.patches:
                 return
             try:
                 self.apply(module)
@@ -123,10 +126,13 @@ class Installation:
                 tell(Event.FAULT, operation="install", error=fault)
 
     def undo(self) -> None:
-        while self.patches:
-            self.patches.pop().undo()
-        if self.registry is not None:
-            self.registry.close()
+        """Backwards, to the end: what one step raises comes out when all have been taken."""
+        with contextlib.ExitStack() as steps:
+            if self.registry is not None:
+                steps.callback(self.registry.close)
+            for patch in self.patches:
+                steps.callback(patch.undo)
+            self.patches = []
 
 
 _lock = threading.RLock()
@@ -184,11 +190,15 @@ def uninstall() -> None:
     the others when their utterance ends. Without an installation it does nothing.
     """
     global _installation
-    with _lock:
+    with _lock:  # to its end: nobody installs on top of what is half undone
         installation, _installation = _installation, None
-    if installation is not None:
-        installation.undo()
-        tell(Event.UNINSTALLED)
+        if installation is None:
+            return
+        try:
+            installation.undo()
+        except Exception as fault:
+            tell(Event.FAULT, operation="uninstall", error=fault)
+    tell(Event.UNINSTALLED)
 
 
 def is_switched_off() -> bool:
@@ -251,16 +261,44 @@ def _check_same(installed: PoolOptions, wanted: PoolOptions) -> None:
 
 
 def _prepare(options: PoolOptions, allow_unverified: bool) -> Installation:
-    import wrapt
-
-    from .plugin import MODULE, check_version, installed_version
+    from .plugin import check_version, imported_plugin, installed_version
 
     version = installed_version()
     installation = Installation(options, version, allow_unverified)
-    module = sys.modules.get(MODULE)
+    if imported_plugin() is None:
+        check_version(version, allow_unverified=allow_unverified)
+        _hook_import(installation.on_import)
+    # Looked at again: another thread's import may have ended before it was hooked.
+    module = imported_plugin()
     if module is not None:
         installation.apply(module)
-    else:
-        check_version(version, allow_unverified=allow_unverified)
-        wrapt.register_post_import_hook(installation.on_import, MODULE)
     return installation
+
+
+def _hook_import(hook: Callable[[ModuleType], None]) -> None:
+    """Calls it with the plugin's module at the end of its import, be it to come or under way."""
+    import wrapt
+
+    from .plugin import MODULE
+
+    wrapt.register_post_import_hook(hook, MODULE)
+    package, _, name = MODULE.rpartition(".")
+    parent = sys.modules.get(package)
+    if parent is not None and not hasattr(parent, name):
+        # That import may be past the point where wrapt hears of it. It is not waited for: it may be
+        # this very thread's, or wait for a lock that this one holds.
+        _hook_binding(parent, name, hook)
+
+
+def _hook_binding(parent: ModuleType, name: str, hook: Callable[[ModuleType], None]) -> None:
+    """Calls it with the submodule when that is bound in its parent, as each is when imported."""
+    original: Any = type(parent)
+
+    class Watched(original):  # type: ignore[misc]
+        def __setattr__(self, attribute: str, value: Any) -> None:
+            super().__setattr__(attribute, value)
+            if attribute == name and type(self) is Watched:
+                self.__class__ = original
+                hook(value)
+
+    parent.__class__ = Watched

@@ -9,6 +9,7 @@ import enum
 import hashlib
 import importlib.metadata
 import inspect
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -104,9 +105,10 @@ class _Method:
         parameters = tuple(inspect.signature(function).parameters)
         if self.parameters is not None and parameters != self.parameters:
             return f"{where} takes {parameters}, not {self.parameters}"
-        if inspect.iscoroutinefunction(function) != self.is_coroutine:
+        unwrapped = inspect.unwrap(function)  # of what others have put around it
+        if inspect.iscoroutinefunction(unwrapped) != self.is_coroutine:
             return f"{where} is {'not ' if self.is_coroutine else ''}a coroutine function"
-        code = getattr(inspect.unwrap(function), "__code__", None)
+        code = getattr(unwrapped, "__code__", None)
         unused = self.uses - set(getattr(code, "co_names", ()))
         return f"{where} does not use {', '.join(sorted(unused))}" if unused else None
 
@@ -168,9 +170,23 @@ _METHODS = {
 def differences(module: ModuleType, shape: Shape) -> list[str]:
     """What in the imported plugin is not as that shape has it."""
     found = [d for method in _METHODS[shape] if (d := method.difference(module))]
-    if shape is not Shape.OWN_POOL and "prewarm" in vars(getattr(module, "TTS", object)):
+    if shape is not Shape.OWN_POOL and _has_own_prewarm(getattr(module, "TTS", object)):
         found.append("TTS has a prewarm of its own")
     return found
+
+
+def _has_own_prewarm(tts_type: type) -> bool:
+    """Rather than the base class's, which others may have wrapped where it is inherited."""
+    owners = [vars(owner)["prewarm"] for owner in tts_type.__mro__ if "prewarm" in vars(owner)]
+    return "prewarm" in vars(tts_type) and len({inspect.unwrap(each) for each in owners}) > 1
+
+
+def imported_plugin() -> ModuleType | None:
+    """The plugin's module; None as long as its import is to come or under way."""
+    module = sys.modules.get(MODULE)
+    spec = getattr(module, "__spec__", None)
+    # The interpreter goes by the same mark, when a second thread imports a module.
+    return None if getattr(spec, "_initializing", False) else module
 
 
 def installed_version() -> str:

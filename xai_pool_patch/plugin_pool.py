@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import threading
@@ -19,7 +20,7 @@ from .supervisor import spawn
 
 NAME = "_pool"
 
-WAYS_TO_CONNECT = ("_connect_ws", "_connect_pooled_ws")
+WAYS_TO_CONNECT = {"_connect_ws", "_connect_pooled_ws"}
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -65,14 +66,14 @@ class PluginPool(ConnectionPool[aiohttp.ClientWebSocketResponse]):
         self._tts = weakref.ref(tts)
         self._leasing = leasing
         own = self._own
-        # Replaced on the instance, since nothing else tells when a connection comes back that was
-        # in use, or being dialled, when this pool took over.
-        own.put = own.remove = self._close_own
         prewarming = own._prewarm_task and own._prewarm_task()
         if prewarming is not None:
             prewarming.cancel()
         for ws in list(own._available):
             self._close_own(ws)
+        # Replaced on the instance, since nothing else tells when a connection comes back that was
+        # in use, or being dialled, when this pool took over. Last, so that nothing fails after it.
+        own.put = own.remove = self._close_own
 
     def __repr__(self) -> str:
         return f"<PluginPool for {type(self._tts()).__name__}>"
@@ -83,8 +84,10 @@ class PluginPool(ConnectionPool[aiohttp.ClientWebSocketResponse]):
 
     def restore(self) -> None:
         """The plugin's own pool serves again."""
-        for name in ("put", "remove"):
-            vars(self._own).pop(name, None)
+        tts = self._tts()
+        if tts is not None:  # else its pool has gone with it
+            for name in ("put", "remove"):
+                vars(vars(tts)[NAME]).pop(name, None)
 
     @_fails_open
     async def get(self, *, timeout: float) -> aiohttp.ClientWebSocketResponse:
@@ -149,7 +152,7 @@ class PoolAttribute:
         self._is_restored = False
         self._stand_ins: weakref.WeakKeyDictionary[Any, PluginPool | None]
         self._stand_ins = weakref.WeakKeyDictionary()
-        self._lock = threading.Lock()  # worker threads have TTS instances of their own
+        self._lock = threading.RLock()  # worker threads have TTS instances of their own
 
     def __get__(self, tts: Any, owner: type | None = None) -> Any:
         if tts is None:
@@ -158,7 +161,7 @@ class PoolAttribute:
             raise AttributeError(f"{type(tts).__name__!r} object has no attribute {NAME!r}")
         own = vars(tts)[NAME]
         try:
-            if self._leasing.has_failed:
+            if self._leasing.has_failed and not self._is_restored:
                 self.restore()
             return own if self._is_restored else self._stand_in_for(tts, own) or own
         except Exception as fault:
@@ -166,23 +169,34 @@ class PoolAttribute:
             return own
 
     def __set__(self, tts: Any, own: Any) -> None:
+        self._let_go(tts)
         vars(tts)[NAME] = own
 
     def restore(self) -> None:
         """From here on the plugin's own pools serve again."""
-        with self._lock:
+        with self._lock, contextlib.ExitStack() as steps:
             self._is_restored = True
-            stand_ins = [stand_in for stand_in in self._stand_ins.values() if stand_in]
+            for stand_in in filter(None, self._stand_ins.values()):
+                steps.callback(stand_in.restore)
             self._stand_ins.clear()
-        for stand_in in stand_ins:
-            stand_in.restore()
 
     def _stand_in_for(self, tts: Any, own: Any) -> PluginPool | None:
+        if not WAYS_TO_CONNECT.isdisjoint(vars(tts)):
+            # One that is set on an instance, which may come and go, keeps it likewise.
+            self._let_go(tts)
+            return None
         with self._lock:
             if tts not in self._stand_ins:
                 is_known = type(own) is ConnectionPool and self._connects_as_published(type(tts))
                 self._stand_ins[tts] = PluginPool(tts, self._leasing) if is_known else None
             return self._stand_ins[tts]
+
+    def _let_go(self, tts: Any) -> None:
+        """Its own pool serves, for now at least."""
+        with self._lock:
+            stand_in = self._stand_ins.pop(tts, None)
+        if stand_in is not None:
+            stand_in.restore()
 
     def _connects_as_published(self, tts_type: type) -> bool:
         """A subclass that connects in a way of its own keeps the pool that calls it."""

@@ -522,6 +522,9 @@ class Pool(Generic[C]):
         connection.on_lost = lambda: self._lost(member)
         connection.on_broken_word = self._stop_reclaiming_liars
         self._offer(member)
+        if not connection.is_reusable:
+            # An eager task factory lets its reader run before anybody can be told of its end.
+            self._lost(member)
         self._settle()
 
     def _dial_failed(self, dial: _Dial[C], error: Exception) -> None:

@@ -24,7 +24,7 @@ from .supervisor import OnFault, Supervisor
 from .telemetry import metrics
 from .telemetry.journal import Journal
 from .telemetry.log import Event, status_of, tell
-from .telemetry.stats import Counters, PoolStats, Stats, Tally, counts_of, stats_of
+from .telemetry.stats import Counters, PoolStats, Stats, Tally, counts_of, stats_of, sum_of
 
 STANDBY_TIMEOUT = 10.0
 """Seconds a background dial may take: what LiveKit allows a caller's (`APIConnectOptions`)."""
@@ -54,7 +54,8 @@ class _User:
 
     finalizer: weakref.finalize[..., object] | None = None
     current: Key | None = None
-    visited: set[Key] = field(default_factory=set)
+    visited: dict[Key, Connect] = field(default_factory=dict)
+    """With what dials for it, as this TTS would."""
     tally: Tally = field(default_factory=Tally)
 
 
@@ -96,7 +97,7 @@ class LoopPools:
         """The pool of that key, kept warm for this TTS until it moves on or goes.
 
         Args:
-            dialler: makes what the pool dials with, if there is no such pool yet.
+            dialler: makes what the pool dials with as long as this TTS uses it, if it has not yet.
         """
         pool = self.visit(tts, key, dialler)
         user = self._users[tts]
@@ -110,10 +111,11 @@ class LoopPools:
     def visit(self, tts: object, key: Key, dialler: Callable[[], Connect]) -> Pool[Connection]:
         """The pool of that key, for one utterance with other options than the current."""
         user = self._users.get(tts) or self._join(tts)
-        user.visited.add(key)
+        if key not in user.visited:
+            user.visited[key] = dialler()
         pool = self.pools.get(key)
         if pool is None or pool.is_closed:
-            pool = self._make(key, dialler())
+            pool = self._make(key, user.visited[key])
             self.pools = {**self.pools, key: pool}
             self._keep_if_used(key)
         return pool
@@ -182,7 +184,7 @@ class LoopPools:
         if user.finalizer is not None:
             user.finalizer.detach()
         tell(Event.TTS_CLOSED, **user.tally.as_fields())
-        visited, user.visited, user.current = user.visited, set(), None
+        visited, user.visited, user.current = set(user.visited), {}, None
         still_visited = {key for other in self._users.values() for key in other.visited}
         for key in visited & still_visited:
             self._keep_if_used(key)
@@ -199,9 +201,10 @@ class LoopPools:
     def _forget_empty(self, user: _User) -> None:
         """An application may go through any number of options in the life of a TTS."""
         in_use = {other.current for other in self._users.values()}
-        left = user.visited - in_use
+        left = user.visited.keys() - in_use
         empty = {key for key in left if key not in self.pools or self.pools[key].is_empty}
-        user.visited -= empty
+        for key in empty:
+            del user.visited[key]
         self._end(empty)
 
     def _keep_if_used(self, key: Key | None) -> None:
@@ -213,7 +216,9 @@ class LoopPools:
         options = self._options
 
         async def connect(timeout: float) -> Connection:
-            ws = await dial(timeout)
+            # As a TTS would that is still there: the one that it was made for may have gone.
+            dials = (user.visited.get(key) for user in self._users.values())
+            ws = await next(filter(None, dials), dial)(timeout)
             if self.supervisor.is_stopped:  # an old wait_for() may swallow the cancellation
                 await ws.close()
                 raise PoolClosedError("the pool failed during the dial")
@@ -243,8 +248,26 @@ class LoopPools:
         )
 
 
+@dataclass(frozen=True)
+class _Loops:
+    """The event loops of one moment: replaced as a whole, so that readers need no lock."""
+
+    pools: dict[asyncio.AbstractEventLoop, LoopPools]
+    ended: Counters
+    """Of loops that are closed."""
+
+    def and_also(self, loop: asyncio.AbstractEventLoop, pools: LoopPools) -> _Loops:
+        closed = {each for each in self.pools if each.is_closed()}
+        ended = sum_of(self.ended, *(self.pools[each].counters for each in closed))
+        others = {each: pools for each, pools in self.pools.items() if each not in closed}
+        return _Loops({**others, loop: pools}, ended)
+
+
 class Registry:
     """The pools of one installation: those of every event loop in this process.
+
+    Only changes are locked: a signal handler may ask for statistics in the middle of one that its
+    own thread makes.
 
     Attributes:
         has_failed: the pools are not to be trusted, after a fault of their own.
@@ -253,8 +276,8 @@ class Registry:
     def __init__(self, options: PoolOptions) -> None:
         self.options = options
         self.has_failed = False
-        self._loops: dict[asyncio.AbstractEventLoop, LoopPools] = {}
-        self._ended = Counters()
+        self._is_closed = False
+        self._loops = _Loops({}, Counters())
         self._lock = threading.Lock()  # worker threads have a loop each
         metrics.observe(self)
 
@@ -265,18 +288,21 @@ class Registry:
             RuntimeError: no loop is running.
         """
         loop = asyncio.get_running_loop()
-        with self._lock:
-            if loop not in self._loops:
-                self._forget_closed_loops()
-                self._loops[loop] = LoopPools(self.options, self.fail)
-            return self._loops[loop]
+        pools = self._loops.pools.get(loop)
+        if pools is None:
+            pools = LoopPools(self.options, self.fail)
+            with self._lock:
+                self._loops = self._loops.and_also(loop, pools)
+            if self._is_closed:  # meanwhile, in another thread, which has not seen these
+                loop.call_soon(pools.close)
+        return pools
 
     def fail(self, operation: str, fault: Exception) -> None:
         """After a fault of the pools' own: closes them all. The plugin connects by itself then."""
         level = logging.DEBUG if self.has_failed else logging.ERROR
         self.has_failed = True
         tell(Event.FAULT, level=level, operation=operation, error=fault)
-        for loop, pools in self._open_loops():
+        for loop, pools in self._loops.pools.items():
             if is_running(loop):
                 pools.abandon()
             else:
@@ -285,16 +311,14 @@ class Registry:
 
     def close(self) -> None:
         """Ends every pool, each in its own loop. Connections in use end when they come back."""
-        for loop, pools in self._open_loops():
-            with contextlib.suppress(RuntimeError):  # closed in this very moment
+        self._is_closed = True
+        for loop, pools in self._loops.pools.items():
+            with contextlib.suppress(RuntimeError):  # it is closed
                 loop.call_soon_threadsafe(pools.close)
 
     def stats(self) -> Stats:
-        with self._lock:
-            counters = Counters()
-            counters.add(self._ended)
-            for loop_pools in self._loops.values():
-                counters.add(loop_pools.counters)
+        loops = self._loops
+        counters = sum_of(loops.ended, *(pools.counters for pools in loops.pools.values()))
         return stats_of(self._pools(), counters)
 
     def pool_stats(self) -> list[PoolStats]:
@@ -303,19 +327,8 @@ class Registry:
             for pool in self._pools()
         ]
 
-    def _open_loops(self) -> list[tuple[asyncio.AbstractEventLoop, LoopPools]]:
-        with self._lock:
-            self._forget_closed_loops()
-            return list(self._loops.items())
-
     def _pools(self) -> list[Pool[Connection]]:
-        with self._lock:
-            loops = list(self._loops.values())
-        return [pool for loop in loops for pool in loop.pools.values()]
-
-    def _forget_closed_loops(self) -> None:
-        for loop in [loop for loop in self._loops if loop.is_closed()]:
-            self._ended.add(self._loops.pop(loop).counters)
+        return [pool for loop in self._loops.pools.values() for pool in loop.pools.values()]
 
 
 def is_running(loop: asyncio.AbstractEventLoop) -> bool:

@@ -7,6 +7,7 @@ when `_run_ws` is left. Only then is it known whether the utterance was finished
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 from collections.abc import Callable
 from types import ModuleType
@@ -26,10 +27,8 @@ from .shared import Registry
 def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> list[Patch]:
     """What is put into a plugin of that shape."""
     tts, stream = module.TTS, module.SynthesizeStream
-    found = vars(tts)["_connect_ws"]
     has_pool = shape is Shape.OWN_POOL
-    # Where it is not wrapped here, it is looked up for each pool: others may wrap it later.
-    leasing = Leasing(registry, shape, lambda: vars(tts)["_connect_ws"] if has_pool else found)
+    leasing = Leasing(registry, shape, connect_of(tts, shape))
     wrappers = Wrappers(leasing)
 
     def patch(owner: type, name: str, wrapper: Callable[..., Any]) -> Patch:
@@ -51,6 +50,16 @@ def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> list[Pa
     ]
 
 
+def connect_of(tts_type: type, shape: Shape) -> Any:
+    """The plugin's own way to a connection, as a plain function."""
+    return _as_its_pool_does if shape is Shape.OWN_POOL else vars(tts_type)["_connect_ws"]
+
+
+def _as_its_pool_does(tts: Any, timeout: float) -> Any:
+    """Looked up for each dial, since it is not wrapped here: others may wrap it at any time."""
+    return tts._connect_pooled_ws(timeout)
+
+
 def _wrapped(
     wrapper: Callable[..., Any], leasing: Leasing
 ) -> Callable[[Any, Callable[[], bool]], Any]:
@@ -70,7 +79,7 @@ def _guarded(wrapper: Callable[..., Any], leasing: Leasing) -> Callable[..., Any
     def guarded(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         call = _Call(wrapped)
         try:
-            return wrapper(call, instance, args, kwargs)
+            return wrapper(*_bound(call, instance, args), kwargs)
         except Exception as error:
             if call.was_made:
                 raise
@@ -86,7 +95,7 @@ def _guarded_async(wrapper: Callable[..., Any], leasing: Leasing) -> Callable[..
     async def guarded(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         call = _Call(wrapped)
         try:
-            return await wrapper(call, instance, args, kwargs)
+            return await wrapper(*_bound(call, instance, args), kwargs)
         except NETWORK_ERRORS:
             raise
         except Exception as error:
@@ -96,6 +105,14 @@ def _guarded_async(wrapper: Callable[..., Any], leasing: Leasing) -> Callable[..
         return await wrapped(*args, **kwargs)
 
     return guarded
+
+
+def _bound(call: _Call, instance: Any, args: Any) -> tuple[Callable[..., Any], Any, Any]:
+    if instance is not None:
+        return call, instance, args
+    # Called as the plain function that it was, by somebody who took it from the class.
+    instance, *args = args
+    return functools.partial(call, instance), instance, args
 
 
 class _Call:

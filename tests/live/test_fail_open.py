@@ -21,7 +21,7 @@ BEFORE_THE_UTTERANCE = [
     "leasing.key_of",
     "leasing.Turn.begin",
     "leasing.Turn.acquired",
-    "leasing.Leasing._end_with_job",
+    "leasing._job",
     "telemetry.journal.Journal.reused",
     "pool.Pool.acquire",
     "pool.Pool._take_idle",

@@ -94,7 +94,7 @@ FAULTS = {
     "reset as the turn begins": Fault(reset_in_flight),
     "Close as the turn begins": Fault(close_in_flight),
     "error frame as the turn begins": Fault(error_in_flight),
-    "audio.done that nobody asked for": Fault(stray_done_in_flight),
+    "audio.done that nobody asked for": Fault(stray_done_in_flight, replays=0),
     "half-open at checkout": Fault(freeze),
     "error frame as the first answer": Fault(behaving(error_on_text="Deadline expired")),
     "Close before the first audio": Fault(behaving(end_before_audio=Ending.CLOSE)),

@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,32 @@ from livekit.plugins import xai
 from livekit.plugins.xai import tts as plugin_module
 
 import xai_pool_patch
-from tests.kit import HAS_OWN_POOL, SHAPE, VERSION, Heard, all_closed, line_to, quick, speak
+from tests.kit import (
+    HAS_OWN_POOL,
+    SHAPE,
+    VERSION,
+    Heard,
+    all_closed,
+    line_to,
+    quick,
+    registry,
+    speak,
+)
 from xai_pool_patch import (
     AlreadyInstalledError,
     InvalidOptionError,
     PoolOptions,
     UnsupportedPluginError,
+    patch,
     plugin,
+    shared,
 )
 from xai_pool_patch.demo.standin import End
+from xai_pool_patch.dialler import key_of
 
 CLASSES = (plugin_module.TTS, plugin_module.SynthesizeStream)
+STEPS = 5 if HAS_OWN_POOL else 7
+"""Of uninstall(): so many attributes are patched, and then there are the pools."""
 
 
 def plugin_as_it_is() -> list[dict[str, Any]]:
@@ -212,8 +228,16 @@ def test_a_module_with_nothing_in_it_is_refused() -> None:
     assert "SynthesizeStream._run_ws is missing" in refusal_of(types.ModuleType("empty"))
 
 
-def test_a_failure_half_way_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A1: either all of the plugin is patched or none of it."""
+def faults(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What failed, as it was logged."""
+    records = [r for r in caplog.records if r.levelname == "ERROR"]
+    return [vars(record)["xai_pool_operation"] for record in records]
+
+
+def test_a_failure_half_way_is_rolled_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A1, A4: either all of the plugin is patched or none of it; the agent starts all the same."""
     before = plugin_as_it_is()
     wrap, calls = wrapt.FunctionWrapper, []
 
@@ -224,10 +248,105 @@ def test_a_failure_half_way_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> N
         return wrap(*args, **kwargs)
 
     monkeypatch.setattr(wrapt, "FunctionWrapper", fail_at_the_second)
-    with pytest.raises(RuntimeError):
-        xai_pool_patch.install()
+    xai_pool_patch.install()
+    assert faults(caplog) == ["install"]
     assert plugin_as_it_is() == before
     assert not xai_pool_patch.is_installed()
+
+
+@pytest.mark.parametrize("fails_at", range(1, STEPS + 1))
+async def test_a_failure_half_way_out_leaves_nothing_undone(
+    fails_at: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A1: what one step raises is logged after the last one; patches and pools are all gone."""
+    before = plugin_as_it_is()
+    undo, close, steps = patch.Patch.undo, shared.Registry.close, []
+
+    def counted(step: Any) -> Any:
+        def take(of: Any) -> None:
+            steps.append(of)
+            step(of)
+            if len(steps) == fails_at:
+                raise ZeroDivisionError
+
+        return take
+
+    async with line_to() as line:
+        xai_pool_patch.install()
+        tts = line.tts()
+        await speak(tts, "Hello.")
+        monkeypatch.setattr(patch.Patch, "undo", counted(undo))
+        monkeypatch.setattr(shared.Registry, "close", counted(close))
+        xai_pool_patch.uninstall()
+        assert faults(caplog) == ["uninstall"]
+        assert len(steps) == STEPS
+        assert plugin_as_it_is() == before
+        assert not xai_pool_patch.is_installed()
+        await all_closed(line.server)
+        await tts.aclose()
+
+
+def test_what_else_there_is_to_undo_does_not_depend_on_the_log(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A1: the plugin's own pools serve again, though a handler of the application raises."""
+
+    class Owner:
+        name = "original"
+
+    def tell(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    undone: list[str] = []
+    record = patch.Patch(Owner, "name", lambda *_: "ours", lambda: undone.append("the rest"))
+    record.apply()
+    Owner.name = "theirs"
+    monkeypatch.setattr(patch, "tell", tell)
+    with pytest.raises(ZeroDivisionError):
+        record.undo()
+    assert (undone, Owner.name) == (["the rest"], "theirs")
+
+
+class NotingLock:
+    """Tells when a thread has to wait for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self.is_awaited = threading.Event()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self.is_awaited.set()
+            self._lock.acquire()
+
+    def __exit__(self, *_: Any) -> None:
+        self._lock.release()
+
+
+def test_nobody_installs_on_top_of_what_is_half_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A1: install() in one thread while another is in the middle of uninstall() comes after it."""
+    before, lock, undo = plugin_as_it_is(), NotingLock(), patch.Patch.undo
+
+    def install() -> None:
+        xai_pool_patch.install()
+        lock.is_awaited.set()  # it has not had to wait, and is through
+
+    other = threading.Thread(target=install)
+
+    def half_way(record: patch.Patch) -> None:
+        undo(record)
+        if other.ident is None:
+            other.start()
+            assert lock.is_awaited.wait(timeout=10.0)
+
+    monkeypatch.setattr(patch, "_lock", lock)
+    monkeypatch.setattr(patch.Patch, "undo", half_way)
+    xai_pool_patch.install()
+    xai_pool_patch.uninstall()
+    other.join()
+    assert xai_pool_patch.is_installed()
+    xai_pool_patch.uninstall()
+    assert plugin_as_it_is() == before
 
 
 async def connections_of_two_turns() -> int:
@@ -256,7 +375,7 @@ async def test_beneath_somebody_elses_wrapper(caplog: pytest.LogCaptureFixture) 
     assert await connections_of_two_turns() == 1
     xai_pool_patch.uninstall()
     assert vars(stream_type)["_run_ws"] is cover
-    covered = [r.attribute for r in caplog.records if hasattr(r, "attribute")]
+    covered = [r.xai_pool_attribute for r in caplog.records if hasattr(r, "xai_pool_attribute")]
     assert covered == ["SynthesizeStream._run_ws"]
     assert await connections_of_two_turns() == connections
     assert len(calls) == 4
@@ -354,6 +473,23 @@ async def test_uninstalled_during_a_dial() -> None:
         await all_closed(line.server)
 
 
+async def test_asked_for_pools_while_another_thread_uninstalls() -> None:
+    """A1: a loop that the end of an installation did not reach has pools that end by themselves."""
+
+    async def dial(timeout: float) -> Any:
+        raise AssertionError("a connection that nobody would close")
+
+    async with line_to() as line:
+        xai_pool_patch.install()
+        late = registry()
+        xai_pool_patch.uninstall()
+        tts = line.tts()
+        pool = late.here().use(tts, key_of(tts, tts._opts), lambda: dial)
+        assert not pool.is_closed
+        await asyncio.sleep(0)
+        assert pool.is_closed
+
+
 def test_prewarm_without_an_event_loop(patched: None) -> None:
     """The base class's prewarm() did nothing, so a worker's set-up code may call it anywhere."""
     xai.TTS(api_key="key").prewarm()
@@ -378,8 +514,9 @@ async def test_update_options_before_the_first_use(patched: None) -> None:
         await tts.aclose()
 
 
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 def test_install_does_not_import_the_plugin_and_catches_its_import() -> None:
@@ -395,6 +532,71 @@ def test_install_does_not_import_the_plugin_and_catches_its_import() -> None:
         "assert not hasattr(xai.TTS.aclose, '__wrapped__'), 'not undone'\n"
     )
     assert done.returncode == 0, done.stderr
+
+
+IN_AN_IMPORT = """
+import importlib.machinery, sys, threading, types
+import xai_pool_patch
+
+STAGE, WHO = sys.argv[1:]
+
+def meanwhile():
+    if WHO == "the importing thread":
+        xai_pool_patch.install()
+        return
+    other = threading.Thread(target=xai_pool_patch.install)
+    other.start()
+    other.join(20.0)
+    assert not other.is_alive(), "it waits for the import, which waits for it"
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name != f"livekit.plugins.xai.{'types' if STAGE == 'near' else 'tts'}":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        run = spec.loader.exec_module
+
+        def create_module(spec):
+            if STAGE in ("near", "found"):
+                meanwhile()
+
+        def exec_module(module):
+            if STAGE == "begun":
+                meanwhile()
+            run(module)
+            if STAGE == "run":
+                meanwhile()
+
+        spec.loader.create_module, spec.loader.exec_module = create_module, exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder())
+from livekit.plugins import xai
+assert xai_pool_patch.is_installed()
+assert hasattr(xai.TTS.aclose, "__wrapped__"), "not patched"
+assert not hasattr(xai.TTS.aclose.__wrapped__, "__wrapped__"), "patched twice"
+xai_pool_patch.uninstall()
+assert not hasattr(xai.TTS.aclose, "__wrapped__"), "not undone"
+assert type(xai) is types.ModuleType
+xai_pool_patch.install()
+assert hasattr(xai.TTS.aclose, "__wrapped__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("stage", "who"),
+    [
+        ("near", "the importing thread"),
+        ("begun", "the importing thread"),
+        ("found", "another thread"),
+        ("begun", "another thread"),
+        ("run", "another thread"),
+    ],
+)
+def test_installed_while_the_plugin_is_being_imported(stage: str, who: str) -> None:
+    """A1: patched at the end of that import, which nobody waits for and nobody else begins."""
+    done = python(IN_AN_IMPORT, stage, who)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_uninstall_before_the_import_leaves_the_plugin_alone() -> None:
@@ -415,7 +617,7 @@ def test_a_refusal_at_import_does_not_break_the_import() -> None:
     """The application keeps its agent; the log says why it is not faster."""
     done = python(
         "import logging, xai_pool_patch, xai_pool_patch.plugin as plugin\n"
-        "logging.basicConfig(format='%(name)s %(levelname)s %(message)s %(reason)s')\n"
+        "logging.basicConfig(format='%(name)s %(levelname)s %(message)s %(xai_pool_reason)s')\n"
         "xai_pool_patch.install()\n"
         "missing = plugin._Method('TTS', 'missing')\n"
         "plugin._METHODS.update(dict.fromkeys(plugin.Shape, [missing]))\n"

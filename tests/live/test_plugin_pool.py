@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from livekit.agents.utils import ConnectionPool
 from livekit.plugins import xai
 
 import xai_pool_patch
-from tests.kit import API_KEY, HAS_OWN_POOL, ONCE, all_closed, line_to, quick, speak
+from tests.kit import API_KEY, HAS_OWN_POOL, ONCE, all_closed, line_to, quick, registry, speak
 from xai_pool_patch.demo.standin import End
+from xai_pool_patch.plugin_pool import PluginPool
 
 pytestmark = pytest.mark.skipif(not HAS_OWN_POOL, reason="this plugin has no pool of its own")
 
@@ -182,3 +184,67 @@ async def test_a_tts_that_was_never_made_has_no_pool(patched: None) -> None:
     """The attribute behaves as the plugin's does."""
     with pytest.raises(AttributeError, match="'TTS' object has no attribute '_pool'"):
         pool_of(xai.TTS.__new__(xai.TTS))
+
+
+async def test_uninstalled_while_a_tts_is_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A1: one that goes in the middle of it needs its pool no more; the others get theirs back."""
+    restore = PluginPool.restore
+
+    def when_one_has_gone(stand_in: PluginPool) -> None:
+        while len(ttss) > 1:
+            ttss.pop()
+        gc.collect()
+        restore(stand_in)
+
+    async with line_to() as line:
+        xai_pool_patch.install()
+        ttss = [line.tts() for _ in range(3)]
+        kept = ttss[0]
+        for tts in ttss:
+            await speak(tts, "During.")
+        del tts
+        monkeypatch.setattr(PluginPool, "restore", when_one_has_gone)
+        xai_pool_patch.uninstall()
+        await all_closed(line.server)
+        for text in ("After, first.", "After, second."):
+            await speak(kept, text)
+        assert line.metrics[-1].connection_reused
+        await kept.aclose()
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "PluginPool.__init__",
+        "PluginPool._close_own",
+        "PoolAttribute._stand_in_for",
+        "PoolAttribute._connects_as_published",
+        "PoolAttribute.restore",
+    ],
+)
+async def test_a_fault_in_taking_over(
+    part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A4: the plugin's own pool goes on serving, and the log says once what is wrong."""
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError
+
+    async with line_to() as line:
+        tts = line.tts()
+        await speak(tts, "Before.")
+        xai_pool_patch.install()
+        if part == "PoolAttribute.restore":
+            await speak(tts, "During.")
+            registry().fail("testing", ZeroDivisionError())
+        with monkeypatch.context() as breaking:
+            breaking.setattr(f"xai_pool_patch.plugin_pool.{part}", broken)
+            for text in ("First.", "Second."):
+                heard = await speak(tts, text)
+                assert heard.samples == {line.server.utterance_for(text).number}
+        assert line.errors == []
+        [record] = [r for r in caplog.records if r.levelname == "ERROR"]
+        assert "ZeroDivisionError" in record.error  # type: ignore[attr-defined]
+        xai_pool_patch.uninstall()
+        await tts.aclose()
+        await all_closed(line.server)

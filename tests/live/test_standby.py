@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
+import sys
 import threading
+from typing import Any
 
 import pytest
 from livekit.plugins import xai
@@ -12,6 +15,7 @@ from livekit.plugins import xai
 import xai_pool_patch
 from tests.kit import Line, all_closed, line_to, quick, speak
 from xai_pool_patch import PoolOptions
+from xai_pool_patch.connection import _transport_of
 
 VOICES = ("ara", "eve")
 
@@ -200,6 +204,37 @@ async def test_a_server_that_comes_back_is_found(patched: None) -> None:
         assert [h.status for h in line.server.handshakes] == [101, 503, 503, 101]
         assert await reused(line, tts, "After.")
         await tts.aclose()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="Python 3.12 brought eager tasks")
+async def test_a_standby_that_dies_behind_its_handshake_under_eager_tasks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """P4: it is replaced, though its reader saw its end before the pool could be told of it."""
+    asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined,unused-ignore]
+    async with line_to() as line:
+        dial = xai.TTS._connect_ws
+
+        @functools.wraps(dial)
+        async def dies_at_first(self: Any, *args: Any) -> Any:
+            ws = await dial(self, *args)
+            if len(line.server.connections) == 1:
+                line.server.reset_all()
+                while not (transport := _transport_of(ws)) or not transport.is_closing():
+                    await asyncio.sleep(0)
+            return ws
+
+        monkeypatch.setattr(xai.TTS, "_connect_ws", dies_at_first)
+        xai_pool_patch.install()
+        tts = line.tts()
+        tts.prewarm()
+        await ready(line, 1)
+        stats = xai_pool_patch.stats()
+        assert (stats["idle"], stats["discarded_stale"]) == (0, 1)
+        await ready(line, 2)
+        assert await reused(line, tts, "Hello.")
+        await tts.aclose()
+        xai_pool_patch.uninstall()
 
 
 def test_worker_threads_never_meet(patched: None) -> None:

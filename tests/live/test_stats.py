@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 import threading
+from types import FrameType
+from typing import Any
 
 import pytest
 
 import xai_pool_patch
-from tests.kit import API_KEY, line_to, speak
-from xai_pool_patch import PoolStats, Stats
+from tests.kit import API_KEY, line_to, registry, speak
+from xai_pool_patch import PoolStats, Stats, patch
+from xai_pool_patch.telemetry import metrics
 
 
 @pytest.mark.parametrize("when", ["never installed", "waiting for the plugin", "installed"])
@@ -100,3 +104,66 @@ def test_asked_for_while_loops_run_in_other_threads(patched: None) -> None:
     handed_out = stats["connections_reused"] + stats["connections_made"]
     assert handed_out >= jobs * turns
     assert (stats["idle"], stats["leased"]) == (0, 0)
+
+
+class NotHeld:
+    """A lock that its thread would wait for in vain."""
+
+    def __enter__(self) -> None:
+        raise AssertionError("a lock was taken")
+
+    acquire = __enter__
+
+    def __exit__(self, *_: Any) -> None: ...
+
+
+async def test_to_ask_takes_no_lock(patched: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever holds one may be interrupted by a signal handler that asks."""
+    async with line_to() as line:
+        tts = line.tts()
+        await speak(tts, "Hello.")
+        with monkeypatch.context() as held:
+            held.setattr(registry(), "_lock", NotHeld())
+            held.setattr(patch, "_lock", NotHeld())
+            assert xai_pool_patch.is_installed()
+            assert xai_pool_patch.stats()["idle"] == 1
+            assert [pool["idle"] for pool in xai_pool_patch.pool_stats()] == [1]
+            assert sum(observed.value for observed in metrics._count(None)) == 1  # type: ignore[arg-type]
+        await tts.aclose()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signal to send oneself")
+def test_asked_by_a_signal_handler_in_the_middle_of_a_change(patched: None) -> None:
+    """An operator's SIGUSR1 comes at any moment, also while its own thread holds every lock."""
+    answers: list[Stats] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        answers.append(xai_pool_patch.stats())
+
+    held, before = registry()._lock, signal.signal(signal.SIGUSR1, ask)
+    rescue = threading.Timer(5.0, held.release)  # a test that fails should not hang
+    rescue.start()
+    try:
+        with held, patch._lock:
+            signal.raise_signal(signal.SIGUSR1)
+            assert held.locked(), "the handler waited for the lock until it was rescued"
+            assert len(answers) == 1
+    finally:
+        rescue.cancel()
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_what_was_done_in_loops_that_are_closed_is_counted_once(patched: None) -> None:
+    """Each job has a loop; the next one's beginning moves its counts, and loses none."""
+
+    async def job() -> None:
+        async with line_to() as line:
+            tts = line.tts()
+            await speak(tts, "Hello.")
+            await tts.aclose()
+
+    for number in range(1, 4):
+        asyncio.run(job())
+        assert xai_pool_patch.stats()["connections_made"] == number
+        assert xai_pool_patch.stats()["handshake_ms_max"] > 0.0
+    assert len(registry()._loops.pools) == 1

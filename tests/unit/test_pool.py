@@ -532,6 +532,49 @@ def test_a_server_that_ends_fresh_connections_is_dialled_with_backoff() -> None:
     play(scenario)
 
 
+class DeadOnArrival(Network):
+    """What it dials has ended by the time the pool gets it, and nobody can be told of that."""
+
+    async def connect(self, timeout: float) -> Wire:
+        wire = await super().connect(timeout)
+        wire.is_reusable = False
+        return wire
+
+
+def test_a_standby_that_died_behind_its_handshake_is_lost() -> None:
+    """P4: an eager task factory has the reader see the end before the pool has the connection."""
+
+    async def scenario() -> None:
+        network = DeadOnArrival()
+        pool = make_pool(network)
+        pool.keep(1)
+        await asyncio.sleep(2 * HANDSHAKE)
+        totals = pool.journal.counters.totals
+        assert (pool.idle, totals["discarded_stale"], len(network.dialled_at)) == (0, 1, 1)
+        await asyncio.sleep(60.0)
+        assert 2 <= len(network.dialled_at) <= 10, "backoff"
+        pool.close()
+        await pool.aclose()
+        assert network.open == []
+
+    run(scenario())
+
+
+def test_a_caller_gets_a_connection_that_died_behind_its_handshake() -> None:
+    """P8: as it would without the pool; to dial again and again would not help it."""
+
+    async def scenario() -> None:
+        network = DeadOnArrival()
+        pool = make_pool(network)
+        wire = await leased(pool)
+        assert not wire.is_open
+        assert (pool.leased, len(network.dialled_at)) == (0, 1)
+        pool.discard(wire, Reason.ERROR)
+        await pool.aclose()
+
+    run(scenario())
+
+
 def test_a_standby_that_served_ends_the_backoff() -> None:
     """P4: it was of use, so the trouble is over; having been made would prove nothing."""
 

@@ -37,6 +37,7 @@ from ..leasing import Leasing
 from ..options import PoolOptions
 from ..plugin import MODULE, Shape, installed_version, recognise
 from ..shared import Registry
+from ..wrappers import connect_of
 from .link import HOST
 from .standin import PATH, SERVER_NAME, Behaviour, StandIn
 
@@ -176,8 +177,7 @@ class _Pooled:
         self._tts = xai.TTS(api_key=Behaviour().api_key, http_session=http)
         module = sys.modules[MODULE]
         shape = recognise(module, installed_version(), allow_unverified=True)
-        connect = vars(xai.TTS)["_connect_ws"]
-        self._leasing = Leasing(Registry(PoolOptions()), shape, lambda: connect)
+        self._leasing = Leasing(Registry(PoolOptions()), shape, connect_of(xai.TTS, shape))
         self._opts = None if shape is Shape.READS_OPTIONS else self._tts._opts
 
     async def turn(self, use: Use) -> _Turn:

@@ -87,6 +87,13 @@ class Counters:
             mine[name] = max(mine[name], value) if name.endswith("_max") else mine[name] + value
 
 
+def sum_of(*several: Counters) -> Counters:
+    whole = Counters()
+    for counters in several:
+        whole.add(counters)
+    return whole
+
+
 @dataclass
 class Tally:
     """What the pools did for one TTS."""

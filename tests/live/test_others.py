@@ -1,0 +1,458 @@
+"""Others in the house: wrappers, subclasses and attributes that are not the patch's own."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+import gc
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import wrapt
+from livekit.agents.utils import ConnectionPool
+from livekit.plugins import xai
+
+import xai_pool_patch
+from tests.kit import (
+    API_KEY,
+    HAS_OWN_POOL,
+    SHAPE,
+    Line,
+    all_closed,
+    interrupted,
+    line_to,
+    quick,
+    registry,
+    speak,
+)
+from tests.live.peer import until
+from xai_pool_patch.dialler import dialler_of
+from xai_pool_patch.plugin import Shape
+from xai_pool_patch.wrappers import _as_its_pool_does
+
+Sees = Callable[[Any], object]
+
+needs_own_pool = pytest.mark.skipif(not HAS_OWN_POOL, reason="this plugin has no pool of its own")
+
+
+@pytest.fixture(autouse=True)
+def the_pool_stays_on(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Whatever others do, it is no fault of the patch."""
+    yield
+    assert [r for r in caplog.get_records("call") if r.levelno >= logging.ERROR] == []
+
+
+class Slotted(xai.TTS):
+    """An application's TTS, with attributes of every kind."""
+
+    __slots__ = ("slotted",)
+
+    def __init__(self, line: Line, customer: str) -> None:
+        super().__init__(api_key=API_KEY, http_session=line.http)
+        self.customer = self.slotted = customer
+        self.callback = self._greet  # a method of its own: whoever keeps that keeps the TTS
+
+    def __getattr__(self, name: str) -> str:
+        if name == "computed":
+            return f"computed for {self.customer}"
+        raise AttributeError(name)
+
+    def _greet(self) -> str:
+        return f"Hello, {self.customer}."
+
+    @property
+    def model(self) -> str:
+        return f"the voice of {self.customer}"
+
+
+def wrapped_plainly(dial: Any, sees: Sees) -> Any:
+    @functools.wraps(dial)
+    async def theirs(self: Any, *args: Any) -> Any:
+        sees(self)
+        ws = await dial(self, *args)
+        sees(self)
+        return ws
+
+    return theirs
+
+
+def wrapped_by_wrapt(dial: Any, sees: Sees) -> Any:
+    async def theirs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        sees(instance)
+        ws = await wrapped(*args, **kwargs)
+        sees(instance)
+        return ws
+
+    return wrapt.FunctionWrapper(dial, theirs)
+
+
+WRAPPED = [wrapped_plainly, wrapped_by_wrapt]
+
+
+async def two_turns(line: Line, tts: xai.TTS) -> None:
+    for text in ("One.", "Two."):
+        heard = await speak(tts, text)
+        assert heard.error is None
+        assert heard.samples == {line.server.utterances[-1].number}
+
+
+# Wrappers of the dial
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_wrapper_of_the_dial_sees_the_tts(
+    when: str, wrapped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A1: its class, its properties and whatever was set on it, before and after the handshake."""
+    account: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+    seen: list[list[Any]] = []
+
+    def sees(self: Any) -> None:
+        what = [isinstance(self, Slotted), type(self).__name__, self.model, self.provider]
+        what += [self.label, self.sample_rate, self.customer, self.slotted, self.computed]
+        what += [self._opts.voice, self.callback(), account[self], self == tts]
+        self.dials = getattr(self, "dials", 0) + 1
+        seen.append(what)
+
+    if when == "after":
+        xai_pool_patch.install()
+    monkeypatch.setattr(xai.TTS, "_connect_ws", wrapped(vars(xai.TTS)["_connect_ws"], sees))
+    xai_pool_patch.install()
+    async with line_to() as line:
+        tts = Slotted(line, "Ada")
+        account[tts] = "paid"
+        await two_turns(line, tts)
+        expected = [True, "Slotted", "the voice of Ada", "xAI", f"{__name__}.Slotted", 24000]
+        expected += ["Ada", "Ada", "computed for Ada", "ara", "Hello, Ada.", "paid", True]
+        assert seen[0] == expected
+        assert all(what == expected for what in seen)
+        assert tts.dials == len(seen), "what it sets is kept"  # type: ignore[attr-defined]
+        assert len(line.server.connections) == 1
+        await tts.aclose()
+    xai_pool_patch.uninstall()
+
+
+async def test_a_wrapper_that_calls_what_it_kept_on_the_class(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A1: the plugin's own, called by another name, dials with the pool's session and options."""
+    dial: Any = vars(xai.TTS)["_connect_ws"]
+
+    @functools.wraps(dial)
+    async def theirs(self: Any, *args: Any) -> Any:
+        await asyncio.sleep(0)  # the voice changes now
+        return await self._plain_connect_ws(*args)
+
+    monkeypatch.setattr(xai.TTS, "_plain_connect_ws", dial, raising=False)
+    monkeypatch.setattr(xai.TTS, "_connect_ws", theirs)
+    xai_pool_patch.install()
+    async with line_to(quick(ping_interval=0.05)) as line:
+        tts = line.tts()
+        tts.prewarm()
+        await asyncio.sleep(0)
+        tts.update_options(voice="eve")
+        await line.server.wait_for(lambda s: len(s.connections) == 2)
+        assert sorted(c.query["voice"] for c in line.server.connections) == ["ara", "eve"]
+        await line.server.wait_for(lambda s: all(c.pings_received for c in s.connections))
+        await two_turns(line, tts)
+        assert len(line.server.connections) == 2
+        await tts.aclose()
+    xai_pool_patch.uninstall()
+
+
+async def test_a_subclass_with_a_session_of_its_own(patched: None) -> None:
+    """C1: wherever it comes from, it opens WebSockets whose PINGs and PONGs reach the reader."""
+
+    class Own(xai.TTS):
+        def _ensure_session(self) -> Any:
+            return self.http  # type: ignore[attr-defined]
+
+    async with line_to() as line:
+        tts: Any = Own(api_key=API_KEY)
+        tts.http = line.http
+        await two_turns(line, tts)
+        [pool] = registry().here().pools.values()
+        [connection] = pool._members
+        await until(lambda: connection.round_trip is not None)
+        await tts.aclose()
+
+
+async def test_who_shares_a_pool_dials_for_it_when_its_maker_has_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """P10: a pool outlives the TTS that made it, and so do the wrappers that read attributes."""
+    seen: list[str] = []
+    wrapped = wrapped_plainly(vars(xai.TTS)["_connect_ws"], lambda self: seen.append(self.customer))
+    monkeypatch.setattr(xai.TTS, "_connect_ws", wrapped)
+    xai_pool_patch.install()
+    async with line_to() as line:
+        first, second = Slotted(line, "Ada"), Slotted(line, "Grace")
+        await two_turns(line, first)
+        await two_turns(line, second)
+        assert len(line.server.connections) == 1
+        gone = weakref.ref(first)
+        del first
+        gc.collect()
+        assert gone() is None
+        await interrupted(line, second)
+        await line.server.wait_for(lambda s: len(s.connections) == 2)
+        await two_turns(line, second)
+        assert len(line.server.connections) == 2
+        assert seen == ["Ada", "Ada", "Grace", "Grace"]
+        await second.aclose()
+    xai_pool_patch.uninstall()
+
+
+async def test_a_tts_that_keeps_itself_is_collected_all_the_same(patched: None) -> None:
+    """P10: the pool holds nothing of it, not even a method that was set as an attribute."""
+    async with line_to() as line:
+        tts = Slotted(line, "Ada")
+        await two_turns(line, tts)
+        gone = weakref.ref(tts)
+        del tts
+        gc.collect()
+        assert gone() is None
+        await all_closed(line.server)
+
+
+async def test_without_a_tts_the_plugin_dials_as_ever(patched: None) -> None:
+    """A redial for the last utterance of one that is closing needs its key and options only."""
+    async with line_to() as line:
+        tts = line.tts(voice="eve")
+        pools = registry().here()
+        connect = vars(xai.TTS)["_connect_ws"]
+        connect = _as_its_pool_does if HAS_OWN_POOL else connect.__wrapped__
+        dial = dialler_of(connect, tts, tts._opts, shape=SHAPE, heartbeat=pools.heartbeat)
+        del tts
+        gc.collect()
+        line.metrics.clear()
+        ws = await dial(5.0)
+        assert line.server.connections[0].query["voice"] == "eve"
+        await ws.close()
+
+
+async def test_what_a_class_does_at_its_end_and_its_making_is_not_done_for_the_dial(
+    patched: None,
+) -> None:
+    """An application's `__del__` and `__init_subclass__` are called for what it has made itself."""
+    ended: list[str] = []
+    made: list[type] = []
+
+    class Registered(xai.TTS):
+        def __init_subclass__(cls, *, name: str) -> None:
+            made.append(cls)
+
+        def __del__(self) -> None:
+            ended.append(self.label)
+
+    class Named(Registered, name="Ada"):
+        pass
+
+    async with line_to() as line:
+        tts = Named(api_key=API_KEY, http_session=line.http)
+        await two_turns(line, tts)
+        assert len(line.server.connections) == 1
+        gc.collect()
+        assert (ended, made) == ([], [Named])
+        await tts.aclose()
+
+
+@needs_own_pool
+@pytest.mark.parametrize("name", ["_connect_ws", "_connect_pooled_ws"])
+async def test_a_wrapper_counts_from_its_coming_to_its_going(patched: None, name: str) -> None:
+    """A1: it is asked at each dial who wraps the plugin's ways to connect, one or the other."""
+    calls: list[str] = []
+    original: Any = vars(xai.TTS)[name]
+    async with line_to() as line:
+        tts = line.tts()
+        await two_turns(line, tts)
+        for count, is_wrapped in enumerate([True, False], 2):
+            theirs = wrapped_plainly(original, lambda self: calls.append(self.model))
+            setattr(xai.TTS, name, theirs if is_wrapped else original)
+            try:
+                await interrupted(line, tts)
+                await line.server.wait_for(lambda s, n=count: len(s.connections) == n)  # type: ignore[misc]
+                await two_turns(line, tts)
+            finally:
+                setattr(xai.TTS, name, original)
+            assert len(line.server.connections) == count
+        assert len(calls) == 2
+        await tts.aclose()
+
+
+# Attributes of one instance
+
+
+async def test_a_way_to_connect_that_is_set_on_an_instance_is_used() -> None:
+    """Nobody else gets its connections: one a turn before 1.6.5, later the plugin's own pool."""
+    xai_pool_patch.install()
+    async with line_to() as line:
+        tts, other = line.tts(), line.tts()
+        calls: list[Any] = []
+
+        async def mine(timeout: float, *opts: Any) -> Any:
+            calls.append(opts)
+            return await line.http.ws_connect(
+                "wss://api.x.ai/v1/tts?voice=mine", headers={"Authorization": f"Bearer {API_KEY}"}
+            )
+
+        tts._connect_ws = mine  # type: ignore[method-assign,unused-ignore]
+        await two_turns(line, tts)
+        dials = 1 if HAS_OWN_POOL else 2
+        assert [opts == () for opts in calls] == [SHAPE is Shape.READS_OPTIONS] * dials
+        await two_turns(line, other)
+        assert [c.query["voice"] for c in line.server.connections] == ["mine"] * dials + ["ara"]
+        await tts.aclose()
+        await other.aclose()
+        await all_closed(line.server)
+    xai_pool_patch.uninstall()
+
+
+@needs_own_pool
+async def test_a_way_to_connect_may_come_and_go(patched: None) -> None:
+    """Under a TTS that has spoken: its own pool serves, and reuses, for as long as it is there."""
+    async with line_to() as line:
+        tts: Any = line.tts()
+        await two_turns(line, tts)
+        calls: list[Any] = []
+        dial = tts._connect_ws
+
+        def mine(*args: Any) -> Any:
+            calls.append(args)
+            return dial(*args)
+
+        tts._connect_ws = mine
+        assert type(tts._pool) is ConnectionPool
+        await two_turns(line, tts)
+        assert (len(calls), len(line.server.connections)) == (1, 2)
+        del tts._connect_ws
+        await two_turns(line, tts)
+        assert (len(calls), len(line.server.connections)) == (1, 2)
+        assert [metric.connection_reused for metric in line.metrics[-2:]] == [True, True]
+        await tts.aclose()
+        await all_closed(line.server)
+
+
+@needs_own_pool
+async def test_a_pool_that_is_set_on_an_instance_is_used(patched: None) -> None:
+    """Though another one has stood in for the one before it."""
+
+    class Own(ConnectionPool[Any]):
+        pass
+
+    async with line_to() as line:
+        tts: Any = line.tts()
+        await two_turns(line, tts)
+        before = vars(tts)["_pool"]
+        tts._pool = own = Own(connect_cb=tts._connect_pooled_ws, close_cb=tts._close_pooled_ws)
+        assert tts._pool is own
+        assert vars(before).keys().isdisjoint({"put", "remove"})
+        await two_turns(line, tts)
+        assert len(line.server.connections) == 2
+        await tts.aclose()
+        await all_closed(line.server)
+
+
+async def test_a_copy_is_a_tts_of_its_own(patched: None) -> None:
+    """P10: it shares connections as any other, and each leaves them by itself."""
+    async with line_to() as line:
+        tts = line.tts()
+        await two_turns(line, tts)
+        twin = copy.copy(tts)
+        await two_turns(line, twin)
+        assert len(line.server.connections) == 1
+        await tts.aclose()
+        await two_turns(line, twin)
+        assert len(line.server.connections) == 1
+        await twin.aclose()
+        await all_closed(line.server)
+
+
+# Wrappers of everything
+
+
+METHODS = [("TTS", name) for name in ("_connect_ws", "aclose", "prewarm", "synthesize")]
+METHODS += [("TTS", "update_options"), ("SynthesizeStream", "_run_ws")]
+
+
+def wrapped_transparently(function: Any, calls: list[str]) -> Any:
+    @functools.wraps(function)
+    def theirs(*args: Any, **kwargs: Any) -> Any:
+        calls.append(function.__name__)
+        return function(*args, **kwargs)
+
+    return theirs
+
+
+def wrapped_transparently_by_wrapt(function: Any, calls: list[str]) -> Any:
+    def theirs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        calls.append(wrapped.__name__)
+        return wrapped(*args, **kwargs)
+
+    return wrapt.FunctionWrapper(function, theirs)
+
+
+@pytest.mark.parametrize("wrap", [wrapped_transparently, wrapped_transparently_by_wrapt])
+@pytest.mark.parametrize("theirs_first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("theirs_off_first", [True, False], ids=["off first", "off last"])
+async def test_wrappers_of_every_method_come_and_go(
+    wrap: Any, theirs_first: bool, theirs_off_first: bool
+) -> None:
+    """A1: in any order, both do their work while they are there, and the patch can come again."""
+    calls: list[str] = []
+    owners = {"TTS": xai.TTS, "SynthesizeStream": xai.tts.SynthesizeStream}
+    kept: list[tuple[type, str, bool, Any]] = []
+
+    def put_on() -> None:
+        for owner_name, name in METHODS:
+            owner = owners[owner_name]
+            kept.append((owner, name, name in vars(owner), getattr(owner, name)))
+            setattr(owner, name, wrap(getattr(owner, name), calls))
+
+    def take_off() -> None:
+        while kept:
+            owner, name, was_own, function = kept.pop()
+            if was_own:
+                setattr(owner, name, function)
+            else:
+                delattr(owner, name)
+
+    async def play(line: Line, connections: int) -> None:
+        before = len(line.server.connections)
+        tts = line.tts()
+        tts.prewarm()
+        tts.update_options(voice="eve")
+        await two_turns(line, tts)
+        async with tts.synthesize("Three.") as stream:
+            assert [event async for event in stream]
+        await tts.aclose()
+        made = {c.number for c in line.server.connections if c.utterances}
+        assert len([number for number in made if number > before]) == connections
+        await all_closed(line.server)
+
+    unpatched = 1 if HAS_OWN_POOL else 3
+    before = [dict(vars(owner)) for owner in owners.values()]
+    async with line_to() as line:
+        for step in [put_on, xai_pool_patch.install][:: 1 if theirs_first else -1]:
+            step()
+        await play(line, 1)
+        assert set(calls) == {name for _, name in METHODS}
+        steps = [take_off, xai_pool_patch.uninstall][:: 1 if theirs_off_first else -1]
+        steps[0]()
+        await play(line, 1 if theirs_off_first and not theirs_first else unpatched)
+        steps[1]()
+        await play(line, unpatched)
+        xai_pool_patch.install()
+        await play(line, 1)
+        xai_pool_patch.uninstall()
+    for owner, attributes in zip(owners.values(), before, strict=True):
+        for name in {name for _, name in METHODS} | {"_pool"}:
+            if name in attributes:
+                setattr(owner, name, attributes[name])
+            elif name in vars(owner):
+                delattr(owner, name)
