@@ -286,6 +286,17 @@ async def test_goes_on_to_the_other_as_soon_as_unpatched_and_comes_back(
     assert patched.seconds <= 1.5 * unpatched.seconds + SLACK
 
 
+async def test_a_dead_connection_does_not_put_off_the_switch() -> None:
+    """What answers no PING is not waited for once no replacement can be had, however patient the
+    options are with a session that answers some."""
+    stalled = OUTAGES["accepts and stalls"]
+    options = PoolOptions(heartbeat=20.0, first_audio_timeout=3.0, close_timeout=0.5)
+    patched = await breakdown(stalled, is_warm=True, is_patched=True, options=options)
+    unpatched = await breakdown(stalled, is_warm=False, is_patched=False)
+    assert patched.attempts <= unpatched.attempts
+    assert patched.seconds <= 1.5 * unpatched.seconds + SLACK
+
+
 async def later_recovery(*, is_patched: bool) -> list[str]:
     """Who spoke each turn: ours is given up in the first, and well again after the second."""
     speakers = []
