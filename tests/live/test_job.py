@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from livekit.plugins import xai
 from livekit.protocol import agent
 
 import xai_pool_patch
-from tests.kit import API_KEY, line_to, quick, speak
+from tests.kit import API_KEY, Heard, line_to, quick, speak
 from xai_pool_patch.demo.standin import End, StandIn
 from xai_pool_patch.pool import Pool
 
@@ -201,3 +202,128 @@ async def test_outside_of_a_job_nothing_changes(patched: None) -> None:
             await line.server.wait_for(lambda s: s.open_count == 0, timeout=0.05)
         assert line.server.open_count == 1
         await tts.aclose()
+
+
+# Shutdown callbacks run side by side, ours among them. What others say while it runs, or after it,
+# is all the job's own affair, and has to end as properly.
+
+
+def our_own_has_run(server: StandIn) -> bool:
+    """It closes what is idle first of all."""
+    return not server.connections[0].is_open
+
+
+@dataclass
+class LastWords:
+    """A shutdown callback that speaks when ours has run."""
+
+    server: StandIn
+    has_spoken_before: bool
+    heard: list[Heard] = field(default_factory=list)
+
+    def tts(self) -> xai.TTS:
+        if not self.has_spoken_before:
+            kept.append(xai.TTS(api_key=API_KEY, voice="eve"))
+        return kept[-1]
+
+    async def to_the_end(self) -> None:
+        await self.server.wait_for(our_own_has_run)
+        for text in ("Thank you for calling.", "Goodbye."):
+            self.heard.append(await speak(self.tts(), text))
+
+    async def interrupted(self) -> None:
+        await self.server.wait_for(our_own_has_run)
+        self.server.behaviour.pace = 10.0
+        async with self.tts().stream() as stream:
+            stream.push_text("Thank you for calling. Goodbye.")
+            stream.end_input()
+            await stream.__anext__()
+
+    async def never_heard(self) -> None:
+        await self.server.wait_for(our_own_has_run)
+        self.server.behaviour.handshake_delay = 0.05
+        accepted = self.server.link.accepted
+        async with self.tts().stream() as stream:
+            stream.push_text("Goodbye.")
+            stream.end_input()
+            await self.server.wait_for(lambda s: s.link.accepted > accepted)
+
+    async def prewarmed(self) -> None:
+        await self.server.wait_for(our_own_has_run)
+        self.tts().prewarm()
+
+
+@pytest.mark.parametrize("has_spoken_before", [True, False], ids=["its TTS", "a new TTS"])
+@pytest.mark.parametrize("words", ["to_the_end", "interrupted", "never_heard", "prewarmed"])
+async def test_last_words(
+    words: str,
+    has_spoken_before: bool,
+    patched: None,
+    no_tasks_left: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are heard, their connections get a Close frame, and nothing is kept for more of them."""
+    async with line_to(round_trip=0.01) as line:
+        last = LastWords(line.server, has_spoken_before)
+
+        async def entrypoint(job: JobContext) -> None:
+            await converse(ara=1)
+            job.add_shutdown_callback(getattr(last, words))
+            job.shutdown()
+
+        await run_job(entrypoint, line.server, monkeypatch)
+        spoken = [{utterance.number} for utterance in line.server.utterances[1:]]
+        assert words != "to_the_end" or [heard.samples for heard in last.heard] == spoken
+        await line.server.wait_for(lambda s: s.open_count == 0)
+        ended = [connection.ended for connection in line.server.connections]
+        assert ended == [End.CLIENT_CLOSE] * len(ended)
+        assert line.server.link.accepted <= 2 + (words == "to_the_end")
+        stats = xai_pool_patch.stats()
+        assert (stats["pools"], stats["idle"], stats["dialling"]) == (0, 0, 0)
+
+
+async def to_its_end(speech: asyncio.Task[Any]) -> None:
+    await asyncio.wait([speech])
+
+
+async def interrupt(speech: asyncio.Task[Any]) -> None:
+    speech.cancel()
+    await asyncio.wait([speech])
+
+
+async def leave(speech: asyncio.Task[Any]) -> None:
+    """Nobody waits for it, and the job ends first."""
+
+
+@pytest.mark.parametrize("deal_with", [to_its_end, interrupt, leave])
+async def test_words_under_way_when_the_job_ends(
+    deal_with: Callable[[asyncio.Task[Any]], Awaitable[None]],
+    patched: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are spoken on as long as anybody waits; then their connection gets a Close frame."""
+    async with line_to(quick(generation=0.1), round_trip=0.01) as line:
+        speeches: list[asyncio.Task[Heard]] = []
+
+        async def entrypoint(job: JobContext) -> None:
+            await converse(ara=1, eve=1)
+            speech = asyncio.create_task(speak(kept[-1], "Goodbye."))
+            speeches.append(speech)
+
+            async def deal_with_it() -> None:
+                await line.server.wait_for(our_own_has_run)
+                await deal_with(speech)
+
+            await line.server.wait_for(lambda s: len(s.utterances) == 3)
+            job.add_shutdown_callback(deal_with_it)
+            job.shutdown()
+
+        await run_job(entrypoint, line.server, monkeypatch)
+        accepted = line.server.link.accepted
+        await line.server.wait_for(lambda s: s.open_count == 0)
+        await interrupt(speeches[0])
+        if deal_with is to_its_end:
+            assert speeches[0].result().samples == {line.server.utterances[2].number}
+        assert [c.ended for c in line.server.connections] == [End.CLIENT_CLOSE] * 2
+        assert line.server.link.accepted == accepted
+        assert xai_pool_patch.stats()["pools"] == 0
