@@ -39,6 +39,7 @@ class Turn:
     Attributes:
         waited: seconds waited for the connection that is heard.
         reused: it was there when asked for.
+        pools: those of its event loop, once it has asked for a connection.
     """
 
     def __init__(self, stream: Any = None) -> None:
@@ -50,24 +51,24 @@ class Turn:
         self._reporting = [stream, synthesis.stream() if synthesis is not None else None]
         self._tally = Tally()
         self._lease: Lease | None = None
-        self._pools: LoopPools | None = None
+        self.pools: LoopPools | None = None
 
     def begin(self, lease: Lease, pools: LoopPools, tally: Tally) -> None:
         self.end(Reason.ERROR)  # of a subclass that connects more than once
-        self._lease, self._pools = lease, pools
+        self._lease = lease
         self._tally = tally
         pools.leases.add(lease)
 
     def end(self, cut_off: Reason | None) -> None:
-        if self._lease is not None and self._pools is not None:
+        if self._lease is not None and self.pools is not None:
             # First: should it fail to end, nobody keeps its socket open.
-            self._pools.leases.discard(self._lease)
+            self.pools.leases.discard(self._lease)
             self._lease.end(cut_off)
 
     async def closed(self) -> None:
         """Waits for its connection to be closed, if its job is over: there will be no later."""
-        if self._pools is not None and self._pools.is_over(_job()):
-            await self._pools.aclose()
+        if self.pools is not None and self.pools.is_over(_job()):
+            await self.pools.aclose()
 
     @harmless
     def acquired(self, waited: float, *, reused: bool) -> None:
@@ -246,7 +247,7 @@ class Leasing:
         await self._registry.here().supervisor.stopped()
 
     async def _lease(self, turn: Turn, tts: Any, timeout: float, opts: Any) -> Lease:
-        pools = self._registry.here()
+        pools = turn.pools = self._registry.here()
         pool = self._use(pools, tts)
         tally = pools.tally(tts)  # the TTS may have left by the time there is a connection
         if opts is not None:

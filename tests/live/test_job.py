@@ -291,11 +291,7 @@ async def interrupt(speech: asyncio.Task[Any]) -> None:
     await asyncio.wait([speech])
 
 
-async def leave(speech: asyncio.Task[Any]) -> None:
-    """Nobody waits for it, and the job ends first."""
-
-
-@pytest.mark.parametrize("deal_with", [to_its_end, interrupt, leave])
+@pytest.mark.parametrize("deal_with", [to_its_end, interrupt])
 async def test_words_under_way_when_the_job_ends(
     deal_with: Callable[[asyncio.Task[Any]], Awaitable[None]],
     patched: None,
