@@ -244,13 +244,13 @@ async def test_what_a_class_does_at_its_end_and_its_making_is_not_done_for_the_d
     made: list[type] = []
 
     class Registered(xai.TTS):
-        def __init_subclass__(cls, *, name: str) -> None:
+        def __init_subclass__(cls, *, customer: str) -> None:
             made.append(cls)
 
         def __del__(self) -> None:
             ended.append(self.label)
 
-    class Named(Registered, name="Ada"):
+    class Named(Registered, customer="Ada"):
         pass
 
     async with line_to() as line:
