@@ -42,28 +42,30 @@ class Patch:
     """One attribute of one class, and what stands in for it.
 
     Args:
-        stand_in: makes it from what there was, and from whether it is to be used.
+        stand_in: makes it from what there was, and from the switch.
         after: what else there is to undo.
+        switch: not empty while what stands in is to be used. wrapt looks at it in each call; a list
+            needs no call of ours, which could fail.
     """
 
     owner: type
     name: str
-    stand_in: Callable[[Any, Callable[[], bool]], Any]
+    stand_in: Callable[[Any, list[str]], Any]
     after: Callable[[], None] = lambda: None
-    is_active: bool = False
+    switch: list[str] = field(default_factory=list)
     _original: Any = _Missing.MISSING
     _ours: Any = None
 
     def apply(self) -> None:
         self._original = vars(self.owner).get(self.name, _Missing.MISSING)
         inherited = getattr(self.owner, self.name, None)
-        self._ours = self.stand_in(inherited, lambda: self.is_active)
+        self._ours = self.stand_in(inherited, self.switch)
         setattr(self.owner, self.name, self._ours)
-        self.is_active = True
+        self.switch.append("on")
 
     def undo(self) -> None:
         """Takes out what is ours. Beneath somebody else's wrapper it only passes through."""
-        self.is_active = False
+        self.switch.clear()
         try:
             if vars(self.owner).get(self.name) is not self._ours:
                 tell(Event.COVERED, attribute=f"{self.owner.__name__}.{self.name}")

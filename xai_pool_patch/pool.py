@@ -378,7 +378,8 @@ class Pool(Generic[C]):
         """
         self.is_closed = True
         for waiter in self._waiters:
-            waiter.fail(PoolClosedError("the pool failed"))
+            if not waiter.future.done():
+                waiter.future.set_exception(PoolClosedError("the pool failed"))
         for held in (self._members, self._idle, self._restoring, self._dials):
             held.clear()
 

@@ -60,15 +60,13 @@ def _as_its_pool_does(tts: Any, timeout: float) -> Any:
     return tts._connect_pooled_ws(timeout)
 
 
-def _wrapped(
-    wrapper: Callable[..., Any], leasing: Leasing
-) -> Callable[[Any, Callable[[], bool]], Any]:
+def _wrapped(wrapper: Callable[..., Any], leasing: Leasing) -> Callable[[Any, list[str]], Any]:
     guarded = (_guarded_async if inspect.iscoroutinefunction(wrapper) else _guarded)(
         wrapper, leasing
     )
 
-    def stand_in(function: Any, is_active: Callable[[], bool]) -> Any:
-        return wrapt.FunctionWrapper(function, guarded, enabled=is_active)
+    def stand_in(function: Any, switch: list[str]) -> Any:
+        return wrapt.FunctionWrapper(function, guarded, enabled=switch)  # type: ignore[arg-type]
 
     return stand_in
 
