@@ -36,6 +36,7 @@ lint: $(VENV)/ready
 # Debian and Ubuntu have ensurepip, which puts pip into the environment, in a package of its own.
 # Without it that Python's pip does, if there is one.
 $(VENV)/ready: pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) xai_pool_patch/python.py
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(PYTHON) -c 'import pip, venv' 2>/dev/null || { \
 		echo '$(PYTHON) cannot make a virtual environment. Debian and Ubuntu: apt-get install python3-venv' >&2; \
 		exit 1; }

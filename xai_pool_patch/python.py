@@ -1,10 +1,11 @@
-"""The Pythons that are supported. Older ones can read this, and so be told."""
+"""The Pythons that are supported. Older ones can read this, and so be told.
+
+Run by itself, as the Makefile does, it tells on stderr what is wrong with the Python that runs it.
+"""
 
 from __future__ import annotations
 
 import sys
-
-from .errors import UnsupportedPluginError
 
 FIRST, LAST = (3, 10), (3, 14)
 
@@ -21,6 +22,8 @@ def check_python() -> None:
     Raises:
         UnsupportedPluginError: this Python is not supported.
     """
+    from .errors import UnsupportedPluginError
+
     if (reason := unsupported()) is not None:
         raise UnsupportedPluginError(reason)
 
@@ -31,5 +34,7 @@ def _written(version: tuple[int, ...]) -> str:
 
 SUPPORTED = f"{_written(FIRST)} to {_written(LAST)}"
 
+if __name__ == "__main__":
+    sys.exit(unsupported())
 if sys.version_info[:2] < FIRST:  # other modules would fail on it, in less plain words
     raise ImportError(unsupported())

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from xai_pool_patch import python
 from xai_pool_patch.python import unsupported
+
+ROOT = Path(__file__).parents[2]
+MAKEFILE = ROOT / "Makefile"
 
 
 @pytest.mark.parametrize("version", [(3, 10, 0), (3, 12, 3), (3, 14, 99)])
@@ -23,10 +28,23 @@ def test_unsupported(version: tuple[int, ...]) -> None:
     assert unsupported(version) == f"found Python {found}; xai_pool_patch supports 3.10 to 3.14"
 
 
-def test_an_older_one_is_told_at_import() -> None:
-    """In one line, ahead of everything that such a Python cannot import."""
-    pretend = "import sys; sys.version_info = (3, 9, 18, 'final', 0); import xai_pool_patch"
+def on_an_older_one(code: str) -> str:
+    pretend = f"import sys; sys.version_info = (3, 9, 18, 'final', 0); {code}"
     done = subprocess.run([sys.executable, "-c", pretend], capture_output=True, text=True)
     assert done.returncode == 1
-    told = "ImportError: found Python 3.9.18; xai_pool_patch supports 3.10 to 3.14"
-    assert done.stderr.splitlines()[-1] == told
+    return done.stderr
+
+
+TOLD = "found Python 3.9.18; xai_pool_patch supports 3.10 to 3.14"
+
+
+def test_an_older_one_is_told_at_import() -> None:
+    """In one line, ahead of everything that such a Python cannot import."""
+    assert on_an_older_one("import xai_pool_patch").splitlines()[-1] == f"ImportError: {TOLD}"
+
+
+def test_an_older_one_is_told_by_make() -> None:
+    """Which asks the file itself, ahead of pip's many lines."""
+    assert f"$(PYTHON) {Path(python.__file__).relative_to(ROOT)}\n" in MAKEFILE.read_text()
+    run = f"import runpy; runpy.run_path({python.__file__!r}, run_name='__main__')"
+    assert on_an_older_one(run) == f"{TOLD}\n"
