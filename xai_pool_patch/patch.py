@@ -146,8 +146,8 @@ def install(
 
     Args:
         options: how the pool behaves; the defaults suit one conversation per TTS.
-        allow_unverified: takes a version of the plugin that is not among the verified ones, as
-            long as everything that is wrapped or relied on looks the same.
+        allow_unverified: takes a version of the plugin or of livekit-agents that is not among the
+            verified ones, as long as everything that is wrapped or relied on looks the same.
         on_unsupported: what to do about a plugin or a Python that is not supported: `"raise"`, or
             `"skip"` to log a warning and leave the plugin as it is.
 

@@ -142,6 +142,23 @@ def test_skip_logs_and_leaves_the_plugin_alone(
     assert "9.9.9" in record.reason  # type: ignore[attr-defined]
 
 
+def test_a_version_of_livekit_agents_that_was_not_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A5: pip takes it beside any plugin, so it is refused here, by name."""
+    version_of = importlib.metadata.version
+    newer = {"livekit-agents": "1.9.0"}
+    monkeypatch.setattr(importlib.metadata, "version", lambda n: newer.get(n) or version_of(n))
+    before = plugin_as_it_is()
+    refused = re.escape("found livekit-agents 1.9.0; verified are 1.5.2 to 1.8.9.")
+    with pytest.raises(UnsupportedPluginError, match=refused):
+        xai_pool_patch.install()
+    with pytest.raises(UnsupportedPluginError, match=refused):
+        plugin.check_version(VERSION, allow_unverified=False)  # the plugin is not imported yet
+    assert plugin_as_it_is() == before
+    xai_pool_patch.install(allow_unverified=True)
+    assert plugin_as_it_is() != before
+    xai_pool_patch.uninstall()
+
+
 def test_no_plugin_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """A5: a missing plugin is named as missing."""
 
