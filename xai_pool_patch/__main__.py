@@ -21,6 +21,7 @@ from .demo.bench import bench_command
 from .errors import UnsupportedPluginError
 from .patch import OFF_SWITCH, is_switched_off
 from .plugin import DISTRIBUTION, MODULE, installed_version, is_as_published, recognise
+from .python import check_python
 from .telemetry.log import describe
 
 if TYPE_CHECKING:
@@ -176,6 +177,7 @@ app.command("bench")(bench_command)
 def check() -> None:
     """Tell which plugin is installed, and whether it can be patched. Exit code 1: it cannot."""
     try:
+        check_python()
         version = installed_version()
         print(f"found: {DISTRIBUTION} {version}")
         module = importlib.import_module(MODULE)

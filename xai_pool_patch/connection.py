@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import re
 from collections.abc import Callable
@@ -241,7 +242,9 @@ class Connection:
         # A peer that answered has nothing more to say, and one that did not would keep the TLS
         # layer waiting for its goodbye.
         if self._transport is not None:
-            self._transport.abort()
+            # Closed twice, a TLS transport has nothing left to abort. Python 3.11.2 raises there.
+            with contextlib.suppress(AttributeError):
+                self._transport.abort()
 
     async def _read(self) -> None:
         try:

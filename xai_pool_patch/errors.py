@@ -20,7 +20,7 @@ class AlreadyInstalledError(XaiPoolPatchError, RuntimeError):
 
 
 class UnsupportedPluginError(XaiPoolPatchError, RuntimeError):
-    """The installed livekit-plugins-xai is not one this package can patch safely.
+    """The installed livekit-plugins-xai, or the Python, is not one this package can patch safely.
 
     The message says what was found and what is supported.
     """

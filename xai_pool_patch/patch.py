@@ -24,6 +24,7 @@ from .errors import (
     XaiPoolPatchError,
 )
 from .options import PoolOptions
+from .python import check_python
 from .telemetry.log import Event, tell
 from .telemetry.stats import Counters, PoolStats, Stats, stats_of
 
@@ -155,13 +156,13 @@ def install(
 
     Args:
         options: how the pool behaves; the defaults suit one conversation per TTS.
-        allow_unverified: takes a version of the plugin that is not among the verified ones, as
-            long as everything that is wrapped or relied on looks the same.
-        on_unsupported: what to do about a plugin that is not supported: `"raise"`, or `"skip"` to
-            log a warning and leave the plugin as it is.
+        allow_unverified: takes a version of the plugin or of livekit-agents that is not among the
+            verified ones, as long as everything that is wrapped or relied on looks the same.
+        on_unsupported: what to do about a plugin or a Python that is not supported: `"raise"`, or
+            `"skip"` to log a warning and leave the plugin as it is.
 
     Raises:
-        UnsupportedPluginError: the plugin is missing or not supported.
+        UnsupportedPluginError: the plugin is missing, or it or the Python is not supported.
         AlreadyInstalledError: it is installed with other options.
         InvalidOptionError: an argument is not what it should be.
     """
@@ -265,6 +266,7 @@ def _check_same(installed: PoolOptions, wanted: PoolOptions) -> None:
 def _prepare(options: PoolOptions, allow_unverified: bool) -> Installation:
     from .plugin import check_version, imported_plugin, installed_version
 
+    check_python()
     version = installed_version()
     installation = Installation(options, version, allow_unverified)
     if imported_plugin() is None:

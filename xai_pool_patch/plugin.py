@@ -17,6 +17,8 @@ from types import ModuleType
 from .errors import UnsupportedPluginError
 
 DISTRIBUTION = "livekit-plugins-xai"
+FRAMEWORK = "livekit-agents"
+"""Released together with the plugin, under the same numbers."""
 MODULE = "livekit.plugins.xai.tts"
 
 
@@ -189,16 +191,16 @@ def imported_plugin() -> ModuleType | None:
     return None if getattr(spec, "_initializing", False) else module
 
 
-def installed_version() -> str:
+def installed_version(distribution: str = DISTRIBUTION) -> str:
     """
     Raises:
         UnsupportedPluginError: it is not installed.
     """
     try:
-        return importlib.metadata.version(DISTRIBUTION)
+        return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         raise UnsupportedPluginError(
-            f"{DISTRIBUTION} is not installed; xai_pool_patch supports {SUPPORTED}"
+            f"{distribution} is not installed; xai_pool_patch supports {SUPPORTED}"
         ) from None
 
 
@@ -212,6 +214,16 @@ def check_version(version: str, *, allow_unverified: bool) -> None:
         raise UnsupportedPluginError(
             f"found {DISTRIBUTION} {version}; verified are {SUPPORTED}. If `xai-pool-patch check`"
             " finds that it looks like one of them, install(allow_unverified=True) takes it"
+        )
+    _check_framework(allow_unverified)
+
+
+def _check_framework(allow_unverified: bool) -> None:
+    version = installed_version(FRAMEWORK)
+    if edition_of(version) is None and not allow_unverified:
+        raise UnsupportedPluginError(
+            f"found {FRAMEWORK} {version}; verified are {SUPPORTED}."
+            " install(allow_unverified=True) takes it"
         )
 
 
@@ -231,6 +243,7 @@ def recognise(module: ModuleType, version: str, *, allow_unverified: bool) -> Sh
             f"{DISTRIBUTION} {version} is not what its version says (edited or vendored?):"
             f" {'; '.join(found)}. xai_pool_patch supports {SUPPORTED}, as published"
         )
+    _check_framework(allow_unverified)
     return edition.shape
 
 

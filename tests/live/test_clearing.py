@@ -106,7 +106,7 @@ class Conversation:
         check(self.line, text, heard)
 
 
-LEAST_TURNS = 250
+LEAST_TURNS = 150
 """Of each kind. Fewer would say little of what happens now and then."""
 
 

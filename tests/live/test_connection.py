@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -501,6 +502,27 @@ async def test_one_that_the_peer_has_closed_needs_no_closing() -> None:
         await asyncio.gather(peer.ws.close(), until(lambda: watch.lost))
         assert live.close() is None
         assert live.state is State.LOST
+
+
+@pytest.mark.parametrize("by_the_peer", [False, True])
+async def test_a_transport_that_has_nothing_left_to_abort(
+    monkeypatch: pytest.MonkeyPatch, by_the_peer: bool
+) -> None:
+    """In Python 3.11.2 a TLS transport that was closed twice raises."""
+
+    def abort() -> None:
+        raise AttributeError("'NoneType' object has no attribute '_abort'")
+
+    async with connection() as (live, peer, watch):
+        monkeypatch.setattr(live, "_transport", SimpleNamespace(abort=abort))
+        if by_the_peer:
+            await asyncio.gather(peer.ws.close(), until(lambda: watch.lost))
+            assert live.close() is None
+        else:
+            closing = live.close()
+            assert closing is not None
+            await closing
+        assert watch.faults == []
 
 
 async def test_a_cancelled_close_drops_the_socket() -> None:

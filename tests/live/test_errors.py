@@ -12,6 +12,7 @@ from livekit.agents import APIConnectionError, APIConnectOptions, APIError, APIS
 
 import xai_pool_patch
 from tests.kit import Line, line_to, quick, speak
+from xai_pool_patch import PoolOptions
 
 IMPATIENT = APIConnectOptions(max_retry=0, timeout=0.2)
 RETRYING = APIConnectOptions(max_retry=1, retry_interval=0.01, timeout=0.2)
@@ -130,6 +131,7 @@ async def test_the_same_error_as_without_the_patch(case: str, options: APIConnec
     assert after == before
 
 
+@pytest.mark.parametrize("patched", [PoolOptions(close_timeout=0.2)], indirect=True)
 async def test_the_timeout_covers_the_wait_for_somebody_elses_dial(patched: None) -> None:
     """A caller who relies on a standby that hangs fails when it said, not when the dial does."""
     async with line_to() as line:

@@ -6,6 +6,7 @@ import asyncio
 import importlib.metadata
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -110,7 +111,7 @@ def test_switched_off_by_the_environment(
     assert record.getMessage() == "not installed, switched off by the environment"
 
 
-@pytest.fixture(params=["1.5.1", "1.8.10", "2.0.0", f"{VERSION}+local"])
+@pytest.fixture(params=["1.5.1", "1.8.10", "1.9.0", "2.0.0", f"{VERSION}+local"])
 def unverified(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A version that is not in the table, with the look of one that is."""
     monkeypatch.setattr(importlib.metadata, "version", lambda name: request.param)
@@ -157,6 +158,23 @@ def test_skip_logs_and_leaves_the_plugin_alone(
     assert "9.9.9" in record.xai_pool_reason  # type: ignore[attr-defined]
 
 
+def test_a_version_of_livekit_agents_that_was_not_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A5: pip takes it beside any plugin, so it is refused here, by name."""
+    version_of = importlib.metadata.version
+    newer = {"livekit-agents": "1.9.0"}
+    monkeypatch.setattr(importlib.metadata, "version", lambda n: newer.get(n) or version_of(n))
+    before = plugin_as_it_is()
+    refused = re.escape("found livekit-agents 1.9.0; verified are 1.5.2 to 1.8.9.")
+    with pytest.raises(UnsupportedPluginError, match=refused):
+        xai_pool_patch.install()
+    with pytest.raises(UnsupportedPluginError, match=refused):
+        plugin.check_version(VERSION, allow_unverified=False)  # the plugin is not imported yet
+    assert plugin_as_it_is() == before
+    xai_pool_patch.install(allow_unverified=True)
+    assert plugin_as_it_is() != before
+    xai_pool_patch.uninstall()
+
+
 def test_no_plugin_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """A5: a missing plugin is named as missing."""
 
@@ -166,6 +184,24 @@ def test_no_plugin_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(UnsupportedPluginError, match="livekit-plugins-xai is not installed"):
         xai_pool_patch.install()
+
+
+@pytest.mark.parametrize("allow_unverified", [False, True])
+def test_a_python_that_is_not_supported(
+    allow_unverified: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Refused in one line, as pip refuses it, or logged; nobody has run the plugin on it."""
+    monkeypatch.setattr("xai_pool_patch.python.LAST", (3, 9))
+    found = ".".join(map(str, sys.version_info[:3]))
+    reason = f"found Python {found}; xai_pool_patch supports 3.10 to 3.14"
+    before = plugin_as_it_is()
+    with pytest.raises(UnsupportedPluginError, match=f"^{re.escape(reason)}$"):
+        xai_pool_patch.install(allow_unverified=allow_unverified)
+    xai_pool_patch.install(allow_unverified=allow_unverified, on_unsupported="skip")
+    [record] = caplog.records
+    assert (record.getMessage(), record.levelno) == ("refused", logging.WARNING)
+    assert record.reason == reason  # type: ignore[attr-defined]
+    assert plugin_as_it_is() == before
 
 
 def edited(owner: str, name: str, function: Any) -> types.ModuleType:

@@ -14,14 +14,18 @@ from tests.kit import ONCE, Heard, Line, all_closed, interrupted, line_to, quick
 from xai_pool_patch.demo.standin import End
 
 TURNS = 300
+"""Where the soak is whole; elsewhere fewer."""
 SEED = 6078
 
 
-async def test_interruptions_at_random_moments(no_tasks_left: None) -> None:
+async def test_interruptions_at_random_moments(
+    pytestconfig: pytest.Config, no_tasks_left: None
+) -> None:
     """300 turns, two of three cut off somewhere between the first word and after the last sample.
 
     Not one wrong sample, a Close frame for every connection that was cut off, nothing left open.
     """
+    turns = min(TURNS, pytestconfig.getoption("--soak-turns") // 4)
     xai_pool_patch.install(xai_pool_patch.PoolOptions(close_timeout=2.0))
     chance = random.Random(SEED)
     behaviour = quick(generation=0.01, pace=20.0, speech_per_character=0.02)
@@ -29,11 +33,11 @@ async def test_interruptions_at_random_moments(no_tasks_left: None) -> None:
         tts = line.tts()
         tts.prewarm()
         cut_off = 0
-        for number in range(TURNS):
+        for number in range(turns):
             heard = await _turn(tts, f"This is turn number {number}.", _patience(chance))
             await _check(line, number, heard)
             cut_off += heard.error is not None
-        assert TURNS / 3 < cut_off < TURNS, "the moments are badly chosen"
+        assert turns / 3 < cut_off < turns, "the moments are badly chosen"
         await tts.aclose()
         await all_closed(line.server)
         _check_endings(line)

@@ -9,8 +9,10 @@ import nox.project
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 import noxfile
+from xai_pool_patch import plugin, python
 
 ROOT = Path(noxfile.__file__).parent
 PINNED = sorted((ROOT / "constraints").iterdir())
@@ -24,10 +26,22 @@ def pins(environment: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("package", ["livekit-plugins-xai", "livekit-agents"])
-def test_the_releases_declared_are_those_from_the_first_run_to_the_last(package: str) -> None:
-    """None below, none above."""
-    run = f">={noxfile.PLUGINS[0]},<={noxfile.PLUGINS[-1]}"
-    assert DECLARED[package] == SpecifierSet(run)
+def test_the_releases_declared_are_those_from_the_first_run_to_the_next_major(package: str) -> None:
+    """None below. What is newer than the last run is refused by install(), not by pip."""
+    assert DECLARED[package] == SpecifierSet(f">={noxfile.PLUGINS[0]},<2")
+    assert Version(noxfile.PLUGINS[-1]) in DECLARED[package]
+
+
+def test_the_releases_verified_are_those_from_the_first_run_to_the_last() -> None:
+    """By the table that install() judges by, each of whose rows is run, and by the README's."""
+    verified = [version for edition in plugin.EDITIONS for version in edition.versions]
+    assert verified == sorted(verified, key=Version)
+    assert (verified[0], verified[-1]) == (noxfile.PLUGINS[0], noxfile.PLUGINS[-1])
+    for edition in plugin.EDITIONS:
+        assert set(edition.versions) & set(noxfile.PLUGINS)
+    readme = (ROOT / "README.md").read_text()
+    for package in ("livekit-plugins-xai", "livekit-agents"):
+        assert f"| {package} | {plugin.SUPPORTED} |" in readme
 
 
 @pytest.mark.parametrize("floor", noxfile.FLOORS)
@@ -46,15 +60,20 @@ def test_every_dependency_is_of_the_matrix() -> None:
 
 
 def test_the_pythons_declared_are_those_run() -> None:
-    """By the range and by the classifiers, on both of the plugins that are run thoroughly."""
+    """By the range, the classifiers, install() and the README, on both of the thorough plugins.
+
+    What the machine itself has is run besides.
+    """
     first, last = noxfile.PYTHONS[0], noxfile.PYTHONS[-1]
     beyond = f"3.{int(last.split('.')[1]) + 1}"
     assert SpecifierSet(PROJECT["requires-python"]) == SpecifierSet(f">={first},<{beyond}")
     said = [c.rpartition(" :: ")[2] for c in PROJECT["classifiers"] if "Python :: 3." in c]
     assert said == noxfile.PYTHONS
-    for plugin in noxfile.THOROUGH:
-        run = {python for python, environment in noxfile.RUNS if environment == f"plugin-{plugin}"}
-        assert run == set(noxfile.PYTHONS)
+    assert f"{first} to {last}" == python.SUPPORTED
+    assert f"| Python | {python.SUPPORTED} |" in (ROOT / "README.md").read_text()
+    for version in noxfile.THOROUGH:
+        run = {name for name, environment in noxfile.RUNS if environment == f"plugin-{version}"}
+        assert run == {*noxfile.PYTHONS, noxfile.SYSTEM}
 
 
 def test_every_environment_has_its_file_and_every_file_its_environment() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import noxfile
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -18,6 +20,13 @@ def test_the_workflow_does_what_ci_does() -> None:
     """Neither goes green with what the other would have caught."""
     assert targets(".ci/run") == ["lint", "test", "matrix"]
     assert targets(".github/workflows/ci.yml") == targets(".ci/run")
+
+
+def test_the_workflow_has_every_python() -> None:
+    """The last one of a job is that which runs make."""
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
+    [matrix] = re.findall(r"python-version: \|\n((?: +3\.\d+\n)+)", workflow)
+    assert sorted(matrix.split()) == noxfile.PYTHONS
 
 
 def test_the_commit_hook_is_the_linting_of_ci() -> None:
