@@ -22,7 +22,7 @@ from .errors import UnsupportedPluginError
 from .patch import OFF_SWITCH, is_switched_off
 from .plugin import DISTRIBUTION, MODULE, installed_version, is_as_published, recognise
 from .python import check_python
-from .telemetry.log import describe
+from .telemetry.log import FIELD_PREFIX, describe
 
 if TYPE_CHECKING:
     from .demo.conversation import OpenLine, Setting
@@ -217,7 +217,8 @@ def _details(record: logging.LogRecord) -> list[str]:
     details = []
     if record.name == xai_pool_patch.__name__:
         plain = vars(logging.makeLogRecord({}))
-        details = [f"{name}={value}" for name, value in vars(record).items() if name not in plain]
+        fields = {name: value for name, value in vars(record).items() if name not in plain}
+        details = [f"{name.removeprefix(FIELD_PREFIX)}={fields[name]}" for name in fields]
     if record.exc_info and record.exc_info[1]:
         details.append(f"({describe(record.exc_info[1])})")
     return details

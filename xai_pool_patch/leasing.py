@@ -253,6 +253,8 @@ class Leasing:
         if opts is not None:
             pool = pools.visit(tts, key_of(tts, opts), lambda: self._dialler(pools, tts, opts))
         acquired = await _acquire(pool, timeout)
+        if self.has_failed:  # between the moment it was handed a connection and this one
+            raise PoolClosedError("the pool failed")
         delivery = Delivery(
             acquired,
             pool,

@@ -49,7 +49,8 @@ class PoolOptions:
     first_audio_timeout: float = 5.0
     """Time a reused connection has, from the end of an utterance's text, to say anything; after
     that the utterance is sent again on a new one. An open socket is not a live session: xAI's
-    speech to text was seen to answer PINGs and do nothing else."""
+    speech to text was seen to answer PINGs and do nothing else. One that answers PINGs is waited
+    for up to three times this if nothing better comes, since a slow server is not a dead one."""
 
     interruption: Interruption = "discard"
     """What becomes of a connection whose utterance was interrupted. Discarding it needs nothing
@@ -62,7 +63,8 @@ class PoolOptions:
 
     keepalive: Keepalive = "ping"
     """What an idle connection has to answer to count as alive: the heartbeat's PINGs, or also a
-    `text.clear` now and then, which proves the session behind the socket."""
+    `text.clear` now and then, which proves the session behind the socket. A server that refuses it
+    twice in a row is not asked again."""
 
     keepalive_after: float = 300.0
     """Time without use after which `keepalive="clear"` asks for that proof: half of the 600 s for

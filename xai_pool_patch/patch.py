@@ -166,6 +166,16 @@ def install(
         AlreadyInstalledError: it is installed with other options.
         InvalidOptionError: an argument is not what it should be.
     """
+    try:
+        _install(options, allow_unverified, on_unsupported)
+    except XaiPoolPatchError:
+        raise
+    except Exception as fault:
+        # The application would lose its agent over a speed-up.
+        tell(Event.FAULT, operation="install", error=fault)
+
+
+def _install(options: PoolOptions | None, allow_unverified: bool, on_unsupported: str) -> None:
     global _installation
     options = _checked(options, allow_unverified, on_unsupported)
     if is_switched_off():
@@ -181,9 +191,6 @@ def install(
             if on_unsupported == "raise":
                 raise
             tell(Event.REFUSED, reason=str(error))
-        except Exception as fault:
-            # The application would lose its agent over a speed-up.
-            tell(Event.FAULT, operation="install", error=fault)
 
 
 def uninstall() -> None:

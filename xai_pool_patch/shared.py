@@ -294,7 +294,7 @@ class Registry:
             with self._lock:
                 self._loops = self._loops.and_also(loop, pools)
             if self._is_closed:  # meanwhile, in another thread, which has not seen these
-                loop.call_soon(pools.close)
+                loop.call_soon(pools.supervisor.run, pools.close)
         return pools
 
     def fail(self, operation: str, fault: Exception) -> None:
@@ -314,7 +314,7 @@ class Registry:
         self._is_closed = True
         for loop, pools in self._loops.pools.items():
             with contextlib.suppress(RuntimeError):  # it is closed
-                loop.call_soon_threadsafe(pools.close)
+                loop.call_soon_threadsafe(pools.supervisor.run, pools.close)
 
     def stats(self) -> Stats:
         loops = self._loops

@@ -75,11 +75,12 @@ def _guarded(wrapper: Callable[..., Any], leasing: Leasing) -> Callable[..., Any
     """A wrapper that fails before it calls what it wraps does not keep it from being called."""
 
     def guarded(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        call = _Call(wrapped)
+        call = None
         try:
+            call = _Call(wrapped)
             return wrapper(*_bound(call, instance, args), kwargs)
         except Exception as error:
-            if call.was_made:
+            if call is not None and call.was_made:
                 raise
             leasing.fail(wrapper.__name__, error)
         return wrapped(*args, **kwargs)
@@ -91,13 +92,14 @@ def _guarded_async(wrapper: Callable[..., Any], leasing: Leasing) -> Callable[..
     """`_guarded`, of a coroutine function."""
 
     async def guarded(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        call = _Call(wrapped)
+        call = None
         try:
+            call = _Call(wrapped)
             return await wrapper(*_bound(call, instance, args), kwargs)
         except NETWORK_ERRORS:
             raise
         except Exception as error:
-            if call.was_made:
+            if call is not None and call.was_made:
                 raise
             leasing.fail(wrapper.__name__, error)
         return await wrapped(*args, **kwargs)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import functools
 import logging
-import traceback
 from collections.abc import Callable
 from logging import DEBUG, ERROR, INFO, WARNING
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -121,13 +120,14 @@ def describe(error: BaseException) -> str:
     A message or a traceback may quote what must not be logged: aiohttp's handshake errors carry
     the request's headers, and with them the API key.
     """
-    status = status_of(error)
-    frames = traceback.extract_tb(error.__traceback__)
+    status, place = status_of(error), error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
     return "".join(
         [
             type(error).__name__,
             f" {status}" if status else "",
-            f" at {frames[-1].name}:{frames[-1].lineno}" if frames else "",
+            f" at {place.tb_frame.f_code.co_name}:{place.tb_lineno}" if place else "",
         ]
     )
 
