@@ -42,8 +42,8 @@ class State(enum.Enum):
 class _Fence:
     """See `Connection.ping_as_fence`."""
 
+    token: bytes
     patience: Patience
-    token: bytes = b""
     is_overdue: bool = False
     """The PONG took too long to tell anything."""
     held: list[tuple[aiohttp.WSMessage, str]] = field(default_factory=list)
@@ -61,8 +61,8 @@ class Heartbeat:
         interval: see `PoolOptions.heartbeat`.
 
     Attributes:
-        are_late: a PONG came after the answer that it left ahead of, or not at all. It tells
-            nothing about which utterance an answer is for.
+        are_late: a PONG came after the answer to a text that its PING had left ahead of, or not at
+            all. It tells nothing about which utterance an answer is for.
     """
 
     def __init__(self, interval: float) -> None:
@@ -157,26 +157,30 @@ class Connection:
 
     async def ping(self) -> None:
         """Asks for a sign of life; the PONG sets `last_heard` and `round_trip`."""
+        await self.ws.ping(self._new_token())
+
+    def _new_token(self) -> bytes:
         now = self._loop.time()
         token = repr(now).encode()
         self._pinged_at = {token: now}
-        if self._fence is not None:
-            self._fence.token = token
-        await self.ws.ping(token)
+        return token
 
     async def ping_as_fence(self, patience: float) -> None:
         """A PING ahead of an utterance's first text tells old audio from new.
 
         Audio that comes before its PONG left the server before that knew of the text: it is held,
         and dropped once the PONG is there. A PONG that takes longer than `patience` tells nothing;
-        then what was held is heard, and no PING of this server is taken for a fence again.
+        then what was held is heard, and no PING of this server is taken for a fence again. Nor is
+        one if audio comes first where none can be old.
 
         Not after a cleared utterance, though. That nothing of it comes any more is the server's
         word alone; without a PONG to check it by, no audio of that connection is heard.
         """
+        token = self._new_token()
         if self._trusts_pongs or self.utterance.was_cleared:
-            self._fence = _Fence(Patience(self._supervisor, patience, self._fence_timed_out))
-        await self.ping()
+            on_end = self._fence_timed_out
+            self._fence = _Fence(token, Patience(self._supervisor, patience, on_end))
+        await self.ws.ping(token)
 
     def sending(self, frame: object) -> None:
         """Must be called before the frame is sent: a send that is cancelled may have left."""
@@ -294,6 +298,9 @@ class Connection:
                 self._dropped_stale_audio()
 
     def _take(self, message: aiohttp.WSMessage, type_: str) -> None:
+        if type_ == "audio.delta" and self.utterance.is_first and self._awaits_early_pong:
+            self._heartbeat.are_late = True
+            self._lift_fence()
         if self._fence is not None and type_.startswith("audio."):
             if self._trusts_pongs and not self._fence.is_overdue:
                 self._fence.held.append((message, type_))
@@ -316,6 +323,11 @@ class Connection:
     @property
     def _trusts_pongs(self) -> bool:
         return self.round_trip is not None and not self._heartbeat.are_late
+
+    @property
+    def _awaits_early_pong(self) -> bool:
+        """There has been no PONG yet to a PING that left ahead of the utterance."""
+        return self._fence is not None or self.round_trip is None
 
     def _fence_timed_out(self) -> None:
         fence = self._fence

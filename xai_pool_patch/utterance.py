@@ -83,6 +83,7 @@ class UtteranceTracker:
         has_words: the utterance has something to be spoken. Blanks and punctuation may be answered
             by silence, by `audio.done` alone or by an error: nobody has said which.
         is_told_apart: what comes from here on is known to answer this utterance.
+        is_first: no utterance came before this one: what comes can only answer it.
     """
 
     def __init__(self) -> None:
@@ -90,6 +91,8 @@ class UtteranceTracker:
         self.was_cleared = False
         self.has_words = False
         self.is_told_apart = False
+        self.is_first = False
+        self._is_unused = True
 
     def __repr__(self) -> str:
         return f"<UtteranceTracker {self.stage.value}>"
@@ -116,6 +119,7 @@ class UtteranceTracker:
         type_ = _type_in(message)
         if self.is_clean:
             self.has_words = self.is_told_apart = False
+            self.is_first, self._is_unused = self._is_unused, False
         if type_ == "text.delta":
             self.has_words |= any(map(str.isalnum, str(message.get("delta"))))
         self.stage = _AFTER_SENDING.get((self.stage, type_), Stage.SPOILED)

@@ -402,3 +402,31 @@ async def test_a_session_that_is_dead_is_replaced_before_a_turn_finds_out() -> N
         assert xai_pool_patch.stats()["discarded_stale"] == 1
         assert xai_pool_patch.stats()["replays"] == 0
         await tts.aclose()
+
+
+@pytest.mark.usefixtures("proving")
+async def test_a_server_that_refuses_proofs_is_asked_for_two(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each costs a connection, and dials with growing pauses; then PINGs have to do."""
+    async with line_to(steady(clearing=Clearing.REFUSED)) as line:
+        tts = line.tts()
+        await hear_whole(line, tts, "First.")
+        for number in range(2):
+            await line.server.wait_for(lambda s, n=number: len(s.connections) == n + 2)
+        ended, opened = line.server.connections[:2], line.server.connections[1:]
+        pauses = [b.opened_at - (a.ended_at or 0.0) for a, b in zip(ended, opened, strict=True)]
+        assert min(pauses) > PROVING.keepalive_after, "it was dialled again at once"
+        await asyncio.sleep(5 * PROVING.keepalive_after)
+        assert [connection.clears for connection in line.server.connections] == [1, 1, 0]
+        assert [connection.is_open for connection in line.server.connections] == [
+            False,
+            False,
+            True,
+        ]
+        assert len(line.server.handshakes) == 3
+        warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert warnings == ["idle connections are kept by PINGs alone from here on"]
+        await hear_whole(line, tts, "Second.")
+        assert line.metrics[-1].connection_reused
+        await tts.aclose()

@@ -50,6 +50,16 @@ async def cleared(live: Connection, peer: Any) -> None:
     assert live.is_reusable
 
 
+async def answered(live: Connection, peer: Any) -> None:
+    """An utterance has been spoken to its end."""
+    for frame in (TEXT, DONE):
+        await say(live, frame)
+        assert (await peer.hears()).data == frame
+    for answer in (NEW, message("audio.done")):
+        await peer.ws.send_str(answer)
+    await until(lambda: live.is_reusable)
+
+
 # Liveness
 
 
@@ -365,6 +375,8 @@ async def asked(
     async with connection() as (live, peer, watch):
         if clear:
             await cleared(live, peer)
+        else:
+            await answered(live, peer)
         await until(lambda: live.round_trip is not None)
         peer.answers_pings = False
         live.attach(watch.take)
@@ -457,8 +469,47 @@ async def test_held_audio_of_a_connection_that_ends_is_not_heard() -> None:
         assert live.state is State.LOST
 
 
+@pytest.mark.parametrize("is_spare", [True, False])
+async def test_audio_ahead_of_the_pong_is_new_on_a_connection_without_a_past(
+    is_spare: bool,
+) -> None:
+    """There, nothing can be old: what is late is the PONG, and none is relied on again."""
+    async with connection(answers_pings=is_spare) as (live, peer, watch):
+        if is_spare:
+            await until(lambda: live.round_trip is not None)
+        peer.answers_pings = False
+        live.attach(watch.take)
+        if is_spare:
+            await live.ping_as_fence(LONG)
+        ping = await peer.hears()
+        await say(live, TEXT)
+        await say(live, DONE)
+        await peer.ws.send_str(NEW)
+        await peer.ws.pong(ping.data)
+        await peer.ws.send_str(message("audio.done"))
+        assert [(await watch.takes())[1] for _ in range(2)] == ["audio.delta", "audio.done"]
+        await until(lambda: live.is_reusable)
+        await live.ping_as_fence(LONG)
+        await say(live, TEXT)
+        await peer.ws.send_str(NEW)
+        assert (await watch.takes())[0].data == NEW
+
+
+async def test_a_later_ping_does_not_move_the_fence() -> None:
+    """Between the two PONGs comes what the text was answered with."""
+    async with asked() as (live, peer, watch, ping):
+        await live.ping()
+        later = await peer.hears()
+        await peer.ws.pong(ping)
+        await peer.ws.send_str(NEW)
+        await peer.ws.pong(later.data)
+        assert (await watch.takes())[0].data == NEW
+
+
 async def test_no_pong_is_relied_on_where_none_has_come() -> None:
     async with connection(answers_pings=False) as (live, peer, watch):
+        await peer.hears()  # the first PING
+        await answered(live, peer)
         live.attach(watch.take)
         await live.ping_as_fence(LONG)
         await say(live, TEXT)

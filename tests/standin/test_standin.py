@@ -17,7 +17,15 @@ import pytest
 from aiohttp import WSMsgType
 
 from xai_pool_patch.demo.link import Link
-from xai_pool_patch.demo.standin import Behaviour, Clearing, End, Ending, Outcome, StandIn
+from xai_pool_patch.demo.standin import (
+    Behaviour,
+    Clearing,
+    End,
+    Ending,
+    Outcome,
+    StandIn,
+    Wordless,
+)
 
 pytestmark = [pytest.mark.asyncio]
 if sys.version_info < (3, 11):  # it warns of every TLS connection that the peer has ended
@@ -180,6 +188,26 @@ class TestRound:
             assert await hear_out(ws) == []
             assert now() - started >= 0.05
 
+    @pytest.mark.parametrize("text", [None, "\u2026", "?! ..."])
+    @pytest.mark.parametrize("wordless", Wordless)
+    async def test_no_word(self, wordless: Wordless, text: str | None) -> None:
+        """One answer, and the connection is idle again; a text with a word is spoken as ever."""
+        async with standing_in(wordless=wordless, chunk=0.02) as client:
+            ws = await client.connect()
+            if text is not None:
+                await send(ws, "text.delta", delta=text)
+            await send(ws, "text.done")
+            if wordless is Wordless.REFUSED:
+                assert (await hear(ws))["type"] == "error"
+            else:
+                spoken = pcm(1, 480 * len(text or "")) if wordless is Wordless.SPOKEN else b""
+                silence = pcm(0, 960) if wordless is Wordless.SILENCE else b""
+                assert b"".join(await hear_out(ws)) == spoken + silence
+            await send(ws, "text.delta", delta="...")
+            await say(ws, "7!")
+            assert b"".join(await hear_out(ws)) == pcm(2, 5 * 480)
+            assert client.server.connections[0].violations == []
+
     async def test_generation_and_pace(self) -> None:
         """Both take their time: 0.05 s, then 0.2 s of audio at ten times real time."""
         async with standing_in(generation=0.05, pace=10.0, chunk=0.1) as client:
@@ -341,6 +369,17 @@ class TestPings:
                 assert (message.type, message.data) == (WSMsgType.PONG, b"there?")
             else:
                 await assert_silent(ws)
+            assert client.server.connections[0].pings_received == 1
+
+    async def test_late_answers(self) -> None:
+        """What comes meanwhile is answered first."""
+        async with standing_in(pong_delay=SILENCE) as client:
+            ws = await client.connect(autoping=False)
+            await ws.ping(b"1")
+            await say(ws, "hello")
+            await hear_out(ws)
+            message = await ws.receive(timeout=5)
+            assert (message.type, message.data) == (WSMsgType.PONG, b"1")
             assert client.server.connections[0].pings_received == 1
 
     async def test_of_the_server(self) -> None:
@@ -526,6 +565,19 @@ class TestFaultsInAnUtterance:
             assert (await ws.receive(timeout=5)).type is WSMsgType.PONG
             await assert_silent(ws)
             assert client.server.utterance_for("hello").text_done
+
+    async def test_mute_all(self) -> None:
+        """Of the sessions that were open then; who connects later is answered."""
+        async with standing_in() as client:
+            dead = await client.connect(autoping=False)
+            client.server.mute_all()
+            await say(dead, "hello")
+            await dead.ping()
+            assert (await dead.receive(timeout=5)).type is WSMsgType.PONG
+            await assert_silent(dead)
+            alive = await client.connect()
+            await say(alive, "hello")
+            assert b"".join(await hear_out(alive)) == pcm(2, 2400)
 
     async def test_late_audio(self) -> None:
         """After audio.done, audio of the old value."""

@@ -78,6 +78,15 @@ class Clearing(enum.Enum):
     LEAKING = "it does as documented, and after `clear_delay` more audio of the utterance comes"
 
 
+class Wordless(enum.Enum):
+    """What the server does about an utterance of nothing but blanks and punctuation."""
+
+    SPOKEN = "each character is as long as any other"
+    DONE = "audio.done without any audio"
+    SILENCE = "a chunk of zeros"
+    REFUSED = "an error frame"
+
+
 @dataclass
 class Behaviour:
     """How the server behaves; every field may be changed while it runs, with effect at once."""
@@ -106,6 +115,8 @@ class Behaviour:
 
     answer_pings: bool = True
     """Whether the client's PINGs are answered."""
+    pong_delay: float = 0.0
+    """Seconds by which the answer to a PING is late."""
     answer_close: bool = True
     """Whether the client's Close is answered. If not, the connection stays until it is dropped."""
     ping_interval: float | None = None
@@ -121,6 +132,8 @@ class Behaviour:
     """Utterances that begin now are read but not answered, and neither is text.clear."""
     error_on_text: str | None = None
     """The error message that answers an utterance's first text."""
+    wordless: Wordless = Wordless.SPOKEN
+    """What answers an utterance without a letter or a digit, after its text.done."""
     raw_before_audio: list[str | bytes] = field(default_factory=list, repr=False)
     """Text and binary frames sent verbatim before an utterance's first audio.delta."""
     end_before_audio: Ending | None = None
@@ -329,6 +342,11 @@ class StandIn:
         for session in list(self._sessions):
             session.end(End.SERVER_RESET)
 
+    def mute_all(self) -> None:
+        """The sessions that are open now answer PINGs from here on, and nothing else."""
+        for session in self._sessions:
+            session.is_dead = True
+
     def freeze_all(self) -> None:
         """Makes every connection half-open: neither side hears of the other any more."""
         self.link.freeze()
@@ -428,6 +446,7 @@ class _Session:
         self._pong_due = False
         self._frames_heard = 0
         self._expired = False
+        self.is_dead = False
 
     async def run(self) -> None:
         """Serves the connection to its end."""
@@ -514,9 +533,17 @@ class _Session:
 
     async def _on_ping(self, data: bytes) -> None:
         self._connection.pings_received += 1
-        if self._server.behaviour.answer_pings:
-            with contextlib.suppress(ConnectionError):
-                await self._ws.pong(data)
+        if not self._server.behaviour.answer_pings:
+            return
+        if self._server.behaviour.pong_delay:
+            self._start(self._answer_ping(data))
+        else:
+            await self._answer_ping(data)
+
+    async def _answer_ping(self, data: bytes) -> None:
+        await asyncio.sleep(self._server.behaviour.pong_delay)
+        with contextlib.suppress(ConnectionError):
+            await self._ws.pong(data)
 
     async def _on_close(self, code: int) -> None:
         self._connection.close_code = code
@@ -593,7 +620,7 @@ class _Session:
 
     @property
     def _is_mute(self) -> bool:
-        return self._expired or self._server.behaviour.mute
+        return self._expired or self.is_dead or self._server.behaviour.mute
 
     def _begin(self) -> Utterance:
         count = len(self._server.utterances)
@@ -623,7 +650,13 @@ class _Session:
             self._conclude(utterance, Outcome.FAILED)
             await self._say("error", message=behaviour.error_on_text)
             return
+        is_wordless = behaviour.wordless is not Wordless.SPOKEN and await self._is_wordless(
+            utterance
+        )
         await _sleep_until(utterance.first_text_at + behaviour.generation)
+        if is_wordless:
+            await self._answer_wordless(utterance)
+            return
         for frame in behaviour.raw_before_audio:
             await self.send(frame)
         if behaviour.end_before_audio is not None:
@@ -635,6 +668,25 @@ class _Session:
         if behaviour.late_audio is not None:
             await asyncio.sleep(behaviour.late_audio)
             await self._say_audio(utterance, self._chunk_size)
+
+    async def _is_wordless(self, utterance: Utterance) -> bool:
+        """Whether there is nothing to be spoken in it, as soon as that is known."""
+        while not any(map(str.isalnum, utterance.text)):
+            if utterance.text_done:
+                return True
+            await self._server.wait_for_change()
+        return False
+
+    async def _answer_wordless(self, utterance: Utterance) -> None:
+        wordless = self._server.behaviour.wordless
+        if wordless is Wordless.REFUSED:
+            self._conclude(utterance, Outcome.FAILED)
+            await self._say("error", message="nothing to be spoken")
+            return
+        if wordless is Wordless.SILENCE:
+            await self._say_audio(utterance, self._chunk_size & ~1, sample=0)
+        self._conclude(utterance, Outcome.FINISHED)
+        await self._say("audio.done", trace_id=f"trace-{utterance.number}")
 
     async def _speak(self, utterance: Utterance) -> None:
         """Sends the audio at its pace while text arrives, until all of it is spoken."""
@@ -668,8 +720,9 @@ class _Session:
         """Bytes, an odd number."""
         return int(self._server.behaviour.chunk * BYTES_PER_SECOND) | 1
 
-    async def _say_audio(self, utterance: Utterance, size: int) -> None:
-        pcm = utterance.number.to_bytes(2, "little") * (size // 2 + 2)
+    async def _say_audio(self, utterance: Utterance, size: int, sample: int | None = None) -> None:
+        sample = utterance.number if sample is None else sample
+        pcm = sample.to_bytes(2, "little") * (size // 2 + 2)
         start = utterance.audio_bytes % 2
         utterance.audio_bytes += size
         await self._say("audio.delta", delta=base64.b64encode(pcm[start : start + size]).decode())

@@ -1,0 +1,164 @@
+"""Slow is not dead: what takes its time is waited for, and hardly anything is asked for twice.
+
+A third of a second stands for the five of `first_audio_timeout`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from livekit.agents import APIConnectOptions
+from livekit.plugins import xai
+
+import xai_pool_patch
+from tests.kit import Heard, Line, line_to, quick, registry, speak
+from tests.live.peer import until
+from xai_pool_patch import PoolOptions, delivery
+
+TIMEOUT = 0.3
+LIMIT = 3 * TIMEOUT
+PATIENT = APIConnectOptions(max_retry=0, timeout=5.0)
+STREAMS = 10
+
+
+@pytest.fixture(autouse=True)
+def patched(request: pytest.FixtureRequest) -> Iterator[None]:
+    timeout = getattr(request, "param", TIMEOUT)
+    xai_pool_patch.install(PoolOptions(first_audio_timeout=timeout, close_timeout=0.5))
+    yield
+    xai_pool_patch.uninstall()
+
+
+async def warm_up(line: Line, tts: xai.TTS, connections: int = 1) -> None:
+    """So many lie idle from here on, and have told that PINGs are answered."""
+    await asyncio.gather(*(speak(tts, f"Before {n}.") for n in range(connections)))
+    await until(lambda: xai_pool_patch.stats()["idle"] == connections)
+    await until(round_trips_are_known)
+
+
+def round_trips_are_known() -> bool:
+    return all(c.round_trip is not None for pool in registry()._pools() for c in pool._members)
+
+
+def check_heard(line: Line, text: str, heard: Heard) -> None:
+    """Of an utterance that was sent twice, one is heard."""
+    assert heard.error is None
+    spoken = {u.number for u in line.server.utterances if u.text == "".join(text.split())}
+    assert len(heard.samples) == 1
+    assert heard.samples <= spoken
+    wanted = len("".join(text.split())) * line.server.behaviour.speech_per_character
+    # The framework may end a sentence with a hundredth of a second of silence.
+    assert heard.seconds == pytest.approx(wanted, abs=0.011)
+
+
+async def test_no_session_is_left_for_a_replacement() -> None:
+    """The old connection speaks in its own time, as it would unpatched."""
+    async with line_to(quick(), 0.02) as line:
+        tts = line.tts()
+        await warm_up(line, tts)
+        line.server.behaviour.max_sessions = 1
+        line.server.behaviour.generation = 1.2 * TIMEOUT
+        heard = await speak(tts, "Slow.", PATIENT)
+        check_heard(line, "Slow.", heard)
+        assert [handshake.status for handshake in line.server.handshakes] == [101, 429]
+        assert len(line.server.utterances) == 2
+        assert line.errors == []
+        await tts.aclose()
+
+
+@pytest.mark.parametrize("times", [1.2, 4.0])
+async def test_a_slow_server_is_asked_twice_once(times: float) -> None:
+    """From the first slow turn on it is known what to wait for, even if that is very long."""
+    async with line_to(quick(), 0.02) as line:
+        tts = line.tts()
+        await warm_up(line, tts)
+        line.server.behaviour.generation = times * TIMEOUT
+        for number in range(3):
+            check_heard(line, f"Slow {number}.", await speak(tts, f"Slow {number}.", PATIENT))
+        sent = [utterance.text for utterance in line.server.utterances]
+        assert sent.count("Slow0.") <= 2
+        assert [sent.count(text) for text in ("Slow1.", "Slow2.")] == [1, 1]
+        assert line.errors == []
+        await tts.aclose()
+
+
+async def test_a_server_that_is_slow_to_all_is_not_asked_twice_by_all() -> None:
+    """Whoever waits under overload does not add to it."""
+    async with line_to(quick(), 0.02) as line:
+        tts = line.tts()
+        await warm_up(line, tts, STREAMS)
+        line.server.behaviour.generation = 1.7 * TIMEOUT
+        texts = [f"Slow {number}." for number in range(STREAMS)]
+        heard = await asyncio.gather(*(speak(tts, text, PATIENT) for text in texts))
+        for text, each in zip(texts, heard, strict=True):
+            check_heard(line, text, each)
+        assert len(line.server.utterances) <= 2 * STREAMS + 2
+        assert len(line.server.handshakes) <= STREAMS + 2
+        assert line.errors == []
+        await tts.aclose()
+
+
+async def test_sessions_that_are_dead_are_replaced_together() -> None:
+    """Once it helped the first of them, the others are sent again at once."""
+    async with line_to(quick(), 0.02) as line:
+        tts = line.tts()
+        await warm_up(line, tts, STREAMS)
+        line.server.mute_all()
+        line.server.behaviour.handshake_delay = 0.15
+        texts = [f"Dead {number}." for number in range(STREAMS)]
+        began = asyncio.get_running_loop().time()
+        heard = await asyncio.gather(*(speak(tts, text, PATIENT) for text in texts))
+        took = asyncio.get_running_loop().time() - began
+        for text, each in zip(texts, heard, strict=True):
+            check_heard(line, text, each)
+        assert took < TIMEOUT + STREAMS * 0.15, "one after the other"
+        assert len(line.server.utterances) == 3 * STREAMS
+        assert line.errors == []
+        await tts.aclose()
+
+
+async def fail(line: Line, tts: xai.TTS, **faults: Any) -> tuple[Heard, float]:
+    """A turn on a session that gives nothing; and how long it took to say so."""
+    line.server.mute_all()
+    for name, value in faults.items():
+        setattr(line.server.behaviour, name, value)
+    began = asyncio.get_running_loop().time()
+    heard = await asyncio.wait_for(speak(tts, "Never heard.", PATIENT), 5.0)
+    assert heard.samples == set()
+    assert len(line.errors) == 1
+    return heard, asyncio.get_running_loop().time() - began
+
+
+async def test_a_session_that_never_answers_is_given_up() -> None:
+    """With nothing to take its place: after three times the time that an answer has."""
+    async with line_to(quick(), 0.02) as line:
+        tts = line.tts()
+        await warm_up(line, tts)
+        heard, took = await fail(line, tts, max_sessions=1)
+        assert getattr(heard.error, "status_code", None) == 429
+        assert 2 * TIMEOUT < took < 3 * LIMIT
+        assert [handshake.status for handshake in line.server.handshakes[:2]] == [101, 429]
+        assert len(line.server.utterances) == 2
+        await tts.aclose()
+
+
+@pytest.mark.parametrize("patched", [2 * TIMEOUT], indirect=True)
+async def test_a_session_that_stops_answering_pings_is_given_up_sooner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It answered the one ahead of the text, and none after the time that an answer has."""
+    monkeypatch.setattr(delivery, "LONGEST_PROBE", 0.1)
+    async with line_to(quick(), 0.02) as line:
+        tts = line.tts()
+        await warm_up(line, tts)
+        turn = asyncio.create_task(fail(line, tts, max_sessions=1))
+        await line.server.wait_for(lambda s: len(s.utterances) == 2)
+        line.server.behaviour.answer_pings = False
+        heard, took = await turn
+        assert getattr(heard.error, "status_code", None) == 429
+        assert 2 * TIMEOUT < took < 2 * LIMIT
+        assert line.server.connections[0].pings_received == 3
+        await tts.aclose()

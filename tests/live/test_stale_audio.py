@@ -1,0 +1,138 @@
+"""Audio that comes after the server's own `audio.done` is heard in no other turn.
+
+The stand-in's pieces of audio are odd in length: one that got into a turn would not only be heard
+there, but turn all that follows it into noise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+from livekit.plugins import xai
+
+import xai_pool_patch
+from tests.kit import Heard, Line, interrupted, line_to, quick, registry, speak
+from tests.live.peer import until
+from xai_pool_patch import PoolOptions
+from xai_pool_patch.demo.standin import End
+
+ROUND_TRIP = 0.1
+TURNS = 6
+AT_ONCE = 0.4
+"""Seconds: ten times what it takes, and a good part of what a PONG is waited for here."""
+
+
+@pytest.fixture(params=["discard", "clear"])
+def interruption(request: pytest.FixtureRequest) -> Iterator[str]:
+    xai_pool_patch.install(PoolOptions(interruption=request.param, close_timeout=0.5))
+    yield request.param
+    xai_pool_patch.uninstall()
+
+
+async def hear_whole(line: Line, tts: xai.TTS, text: str) -> Heard:
+    """A turn of which each sample is its own, from the first to the last."""
+    heard = await speak(tts, text)
+    assert heard.error is None
+    assert heard.samples == {line.server.utterance_for(text).number}
+    wanted = len("".join(text.split())) * line.server.behaviour.speech_per_character
+    # The framework may end a sentence with a hundredth of a second of silence.
+    assert heard.seconds == pytest.approx(wanted, abs=0.011)
+    return heard
+
+
+async def round_trip_known() -> None:
+    def is_known() -> bool:
+        connections = [c for pool in registry()._pools() for c in pool._members]
+        return bool(connections) and all(c.round_trip is not None for c in connections)
+
+    await until(is_known)
+
+
+@pytest.mark.parametrize("delay", [0.03, 0.07])
+async def test_audio_in_flight_as_the_next_turn_begins(interruption: str, delay: float) -> None:
+    """It is dropped, and the turn goes on over the same connection as if nothing had come."""
+    async with line_to(quick(), ROUND_TRIP) as line:
+        tts = line.tts()
+        await interrupted(line, tts)
+        await speak(tts, "Before.")
+        await round_trip_known()
+        connections = len(line.server.connections)
+        line.server.behaviour.late_audio = delay
+        for number in range(TURNS):
+            await hear_whole(line, tts, f"Turn {number}.")
+        assert len(line.server.connections) == connections
+        assert [metric.connection_reused for metric in line.metrics][-TURNS:] == [True] * TURNS
+        assert xai_pool_patch.stats()["replays"] == 0
+        assert line.errors == []
+        await tts.aclose()
+
+
+async def test_audio_while_nobody_speaks(interruption: str) -> None:
+    """The connection is closed and replaced before the next turn."""
+    async with line_to(quick(late_audio=0.02)) as line:
+        tts = line.tts()
+        for number in range(TURNS):
+            await hear_whole(line, tts, f"Turn {number}.")
+            await line.server.wait_for(lambda s, n=number: len(s.connections) == n + 2)
+            while xai_pool_patch.stats()["idle"] != 1:
+                await asyncio.sleep(0)
+        assert [c.ended for c in line.server.connections[:-1]] == [End.CLIENT_CLOSE] * TURNS
+        assert len(line.server.utterances) == TURNS
+        assert line.errors == []
+        await tts.aclose()
+
+
+async def test_pongs_that_come_too_late_to_tell_anything(interruption: str) -> None:
+    """One turn waits for the probe's patience, and no other waits for a PONG again."""
+    async with line_to(quick(), 0.02) as line:
+        tts = line.tts()
+        await hear_whole(line, tts, "First.")
+        await round_trip_known()
+        line.server.behaviour.pong_delay = 3.0
+        held = await hear_whole(line, tts, "Second.")
+        for text in ("Third.", "Fourth."):
+            heard = await hear_whole(line, tts, text)
+            assert heard.first_audio is not None
+            assert held.first_audio is not None
+            assert heard.first_audio < held.first_audio / 2
+        assert (len(line.server.connections), len(line.server.utterances)) == (1, 4)
+        assert line.errors == []
+        await tts.aclose()
+
+
+@pytest.mark.parametrize("is_prewarmed", [False, True], ids=["cold", "prewarmed"])
+@pytest.mark.parametrize("pong_delay", [0.1, 0.5])
+async def test_pongs_that_always_come_after_the_audio(
+    interruption: str, pong_delay: float, is_prewarmed: bool
+) -> None:
+    """They tell nothing, and nothing waits for them: what is not old is heard, and at once."""
+    async with line_to(quick(pong_delay=pong_delay), 0.02) as line:
+        tts = line.tts()
+        if is_prewarmed:
+            tts.prewarm()
+            await round_trip_known()
+        waits = []
+        for number in range(TURNS):
+            heard = await hear_whole(line, tts, f"Turn {number}.")
+            waits.append(heard.first_audio or 0.0)
+            await round_trip_known()
+        assert sorted(waits)[TURNS // 2] < AT_ONCE
+        assert (len(line.server.connections), len(line.server.utterances)) == (1, TURNS)
+        assert line.errors == []
+        await tts.aclose()
+
+
+async def test_a_server_that_answers_no_pings(interruption: str) -> None:
+    """Nothing tells old from new, and nothing waits for what does not come."""
+    async with line_to(quick(answer_pings=False), 0.02) as line:
+        tts = line.tts()
+        first, *others = [await hear_whole(line, tts, f"Turn {n}.") for n in range(TURNS)]
+        for heard in others:
+            assert heard.first_audio is not None
+            assert first.first_audio is not None
+            assert heard.first_audio < first.first_audio
+        assert (len(line.server.connections), len(line.server.utterances)) == (1, TURNS)
+        assert line.errors == []
+        await tts.aclose()
