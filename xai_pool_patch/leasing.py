@@ -316,6 +316,10 @@ async def _acquire(
         error = failure.error
     except AcquireTimeoutError as late:
         raise APIConnectionError("failed to connect to xAI") from late
+    # The plugin calls everything that its connect raises a failure of the network.
+    hidden = error.__cause__ or error.__context__
+    if isinstance(hidden, Exception) and not isinstance(hidden, NETWORK_ERRORS):
+        raise hidden
     # Out here no other error becomes its context. What the plugin has hidden there carries headers.
     if error.__suppress_context__:
         error.__context__ = None

@@ -169,7 +169,7 @@ class PoolAttribute:
             return own
 
     def __set__(self, tts: Any, own: Any) -> None:
-        self._let_go(tts)
+        self._leasing.attempt("standing in", self._let_go, tts)
         vars(tts)[NAME] = own
 
     def restore(self) -> None:
