@@ -136,15 +136,15 @@ def types(session: nox.Session) -> None:
 @nox.session
 def wheels(session: nox.Session) -> None:
     """The published wheel of every listed version is the one that was read."""
-    from xai_pool_patch.plugin import EDITIONS
+    from xai_pool_patch.releases import RELEASES
 
-    for edition in EDITIONS:
-        for version in edition.versions:
+    for release in RELEASES:
+        for version in release.versions:
             folder = Path(session.create_tmp(), version)
             release = f"livekit-plugins-xai=={version}"
             session.install("--no-deps", f"--target={folder}", release)
             published = (folder / "livekit/plugins/xai/tts.py").read_bytes()
-            if hashlib.sha256(published).hexdigest() != edition.sha256:
+            if hashlib.sha256(published).hexdigest() != release.sha256:
                 session.error(f"{release} is not what the table says")
 
 

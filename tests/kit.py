@@ -12,14 +12,14 @@ import aiohttp
 from livekit.agents import APIConnectOptions
 from livekit.plugins import xai
 
-from xai_pool_patch import patch, plugin
-from xai_pool_patch.demo.standin import Behaviour, Connection, StandIn
-from xai_pool_patch.shared import Registry
+from xai_pool_patch import patch, releases
+from xai_pool_patch.demo.fake_server import Behaviour, Connection, FakeServer
+from xai_pool_patch.manager import Registry
 
 API_KEY = "stand-in-key"
-VERSION = plugin.installed_version()
-[SHAPE] = [edition.shape for edition in plugin.EDITIONS if VERSION in edition.versions]
-HAS_OWN_POOL = SHAPE is plugin.Shape.OWN_POOL
+VERSION = releases.installed_version()
+[SHAPE] = [release.shape for release in releases.RELEASES if VERSION in release.versions]
+HAS_OWN_POOL = SHAPE is releases.Shape.OWN_POOL
 ONCE = APIConnectOptions(max_retry=0, timeout=5.0)
 
 
@@ -76,7 +76,7 @@ async def interrupted(
 class Line:
     """A stand-in, the HTTP session that leads to it, and what the TTS instances reported."""
 
-    server: StandIn
+    server: FakeServer
     http: aiohttp.ClientSession
     metrics: list[Any] = field(default_factory=list)
     errors: list[Any] = field(default_factory=list)
@@ -92,8 +92,8 @@ class Line:
 async def line_to(
     behaviour: Behaviour | None = None, round_trip: float = 0.0
 ) -> AsyncIterator[Line]:
-    stand_in = StandIn(round_trip=round_trip, behaviour=behaviour or quick())
-    async with stand_in as server, server.client_session() as http:
+    server = FakeServer(round_trip=round_trip, behaviour=behaviour or quick())
+    async with server as server, server.client_session() as http:
         yield Line(server, http)
 
 
@@ -103,5 +103,5 @@ def registry() -> Registry:
     return patch._installation.registry
 
 
-async def all_closed(server: StandIn) -> None:
+async def all_closed(server: FakeServer) -> None:
     await server.wait_for(lambda s: s.open_count == 0)

@@ -9,7 +9,7 @@ from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.sdk.metrics import Counter, Histogram, MeterProvider
 from opentelemetry.sdk.metrics.export import AggregationTemporality, InMemoryMetricReader
 
-from xai_pool_patch.telemetry import metrics as instruments
+from xai_pool_patch.telemetry import instruments
 
 
 class _Provider(MeterProvider):

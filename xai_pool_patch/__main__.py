@@ -20,8 +20,8 @@ from .demo import arguments
 from .demo.bench import bench_command
 from .errors import UnsupportedPluginError
 from .patch import OFF_SWITCH, is_switched_off
-from .plugin import DISTRIBUTION, MODULE, installed_version, is_as_published, recognise
 from .python import check_python
+from .releases import DISTRIBUTION, MODULE, detect, installed_version, is_as_published
 from .telemetry.log import FIELD_PREFIX, describe
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def check() -> None:
         version = installed_version()
         print(f"found: {DISTRIBUTION} {version}")
         module = importlib.import_module(MODULE)
-        shape = recognise(module, version, allow_unverified=False)
+        shape = detect(module, version, allow_unverified=False)
     except UnsupportedPluginError as error:
         _fail(f"cannot be patched: {error}")
     except Exception as error:

@@ -10,18 +10,18 @@ FIRST_DELAY = 0.5
 LONGEST_DELAY = 30.0
 
 
-class Setback(enum.Enum):
+class FailureKind(enum.Enum):
     """What a failed dial says about the next one."""
 
-    PASSING = "passing"
+    TRANSIENT = "transient"
     """The network or the server: try again later."""
-    OVER_LIMIT = "over limit"
+    RATE_LIMITED = "rate limited"
     """Too many sessions or requests: no pool of this API key should add to them."""
-    REFUSED = "refused"
+    PERMANENT = "permanent"
     """The same request will be refused again: wait until a caller's dial succeeds."""
 
 
-class Account:
+class RateLimit:
     """What the pools of one API key know of its limit."""
 
     def __init__(self) -> None:
@@ -34,8 +34,8 @@ class Backoff:
     A caller's dial is never delayed, so it is not asked for here.
     """
 
-    def __init__(self, account: Account, jitter: random.Random) -> None:
-        self._account = account
+    def __init__(self, rate_limit: RateLimit, jitter: random.Random) -> None:
+        self._rate_limit = rate_limit
         self._jitter = jitter
         self._own = -math.inf
         self._failures = 0
@@ -43,13 +43,13 @@ class Backoff:
     @property
     def next_attempt(self) -> float:
         """Earliest time of the next background dial; infinite once refused."""
-        return max(self._own, self._account.paused_until)
+        return max(self._own, self._rate_limit.paused_until)
 
-    def failed(self, setback: Setback, now: float) -> None:
-        if setback is Setback.REFUSED:
+    def failed(self, failure_kind: FailureKind, now: float) -> None:
+        if failure_kind is FailureKind.PERMANENT:
             self._own = math.inf
-        elif setback is Setback.OVER_LIMIT and now >= self._account.paused_until:
-            self._account.paused_until = now + self._next_delay()
+        elif failure_kind is FailureKind.RATE_LIMITED and now >= self._rate_limit.paused_until:
+            self._rate_limit.paused_until = now + self._next_delay()
         elif now >= self.next_attempt:  # sooner, it is one more of a burst that has been counted
             self._own = now + self._next_delay()
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import aiohttp
 from aiohttp import WSMsgType
 
-from .patience import Patience
+from .soft_timeout import SoftTimeout
 from .supervisor import Supervisor
-from .telemetry.log import Event, tell
+from .telemetry.log import LogEvent, log_event
 from .utterance import Stage, UtteranceTracker, type_of
 
 IDENTIFIER = re.compile(r"[a-z_]{1,20}(\.[a-z_]{1,20})?")
@@ -43,7 +43,7 @@ class _Fence:
     """See `Connection.ping_as_fence`."""
 
     token: bytes
-    patience: Patience
+    patience: SoftTimeout
     is_overdue: bool = False
     """The PONG took too long to tell anything."""
     held: list[tuple[aiohttp.WSMessage, str]] = field(default_factory=list)
@@ -82,7 +82,7 @@ class Heartbeat:
         """A connection ended that was never answered a PING in all its life."""
         self._unanswered += 1
         if self._unanswered == SUSPICIOUS:
-            tell(Event.PINGS_UNANSWERED)
+            log_event(LogEvent.PINGS_UNANSWERED)
 
 
 class Connection:
@@ -103,7 +103,7 @@ class Connection:
         unhandled: what it has read and not passed on yet.
         last_heard: when anything came last, a PONG included; time of the event loop.
         round_trip: seconds that the last PONG took; None while none has come.
-        broke_word: it acknowledged a `text.clear`, and more came of what was cleared.
+        sent_stale_audio: it acknowledged a `text.clear`, and more came of what was cleared.
     """
 
     def __init__(
@@ -120,11 +120,11 @@ class Connection:
         self.utterance = UtteranceTracker()
         self.state = State.OPEN
         self.on_lost: Callable[[], None] | None = None
-        self.on_broken_word: Callable[[], None] | None = None
+        self.on_stale_audio: Callable[[], None] | None = None
         self._loop = asyncio.get_running_loop()
         self.last_heard = self._loop.time()
         self.round_trip: float | None = None
-        self.broke_word = False
+        self.sent_stale_audio = False
         self.sink: Sink | None = None
         self.unhandled: aiohttp.WSMessage | None = None
         self._pinged_at: dict[bytes, float] = {}
@@ -179,14 +179,14 @@ class Connection:
         token = self._new_token()
         if self._trusts_pongs or self.utterance.was_cleared:
             on_end = self._fence_timed_out
-            self._fence = _Fence(token, Patience(self._supervisor, patience, on_end))
+            self._fence = _Fence(token, SoftTimeout(self._supervisor, patience, on_end))
         await self.ws.ping(token)
 
     def sending(self, frame: object) -> None:
         """Must be called before the frame is sent: a send that is cancelled may have left."""
         self.utterance.sent(frame)
 
-    async def restore(self) -> None:
+    async def clear(self) -> None:
         """Has the server cancel what it owes, or prove that it owes nothing, by `text.clear`.
 
         Ends with the acknowledgement, or as soon as none can come any more; `is_reusable` tells
@@ -240,7 +240,7 @@ class Connection:
         try:
             await self.ws.close()
         except Exception as error:  # whatever it is, the socket goes
-            tell(Event.CLOSE_FAILED, error=error)
+            log_event(LogEvent.CLOSE_FAILED, error=error)
 
     def _abort(self) -> None:
         # A peer that answered has nothing more to say, and one that did not would keep the TLS
@@ -308,15 +308,15 @@ class Connection:
                 self._distrust()
             return
         may_be_heard = self.utterance.received(type_)
-        is_idle_and_spoiled = self.sink is None and self.utterance.stage is Stage.SPOILED
+        is_idle_and_dirty = self.sink is None and self.utterance.stage is Stage.DIRTY
         if not may_be_heard and self.utterance.was_cleared:
             self._distrust()
-        elif not may_be_heard or is_idle_and_spoiled:
+        elif not may_be_heard or is_idle_and_dirty:
             self._lose()
         elif self.sink is None:
             # What the server writes there is not known, and may be anything.
             kind = type_ if IDENTIFIER.fullmatch(type_) else "?"
-            tell(Event.IGNORED, message_type=kind)
+            log_event(LogEvent.IGNORED, message_type=kind)
         else:
             self._deliver(message, type_)
 
@@ -349,13 +349,13 @@ class Connection:
             self._fence = None
 
     def _dropped_stale_audio(self) -> None:
-        tell(Event.STALE_AUDIO)
-        if self.utterance.was_cleared and self.on_broken_word is not None:
-            self.on_broken_word()
+        log_event(LogEvent.STALE_AUDIO)
+        if self.utterance.was_cleared and self.on_stale_audio is not None:
+            self.on_stale_audio()
 
     def _distrust(self) -> None:
         """More came of an utterance that was cleared, or may have come."""
-        self.broke_word = True
+        self.sent_stale_audio = True
         self._lose()
 
     def _deliver(self, message: aiohttp.WSMessage, type_: str = "") -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class XaiPoolPatchError(Exception):
-    """Base of every error that `xai_pool_patch` raises on its own account.
+    """Base of every error that `xai_pool_patch` raises on its own rate_limit.
 
     Errors of the network are not among them: those reach the application as they would
     without the patch, as LiveKit's `APIConnectionError`, `APIStatusError` and so on.

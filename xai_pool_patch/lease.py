@@ -13,7 +13,7 @@ from aiohttp import WSMsgType
 from livekit.agents import APIError
 
 from .connection import CLOSED_MESSAGE
-from .delivery import Attempt, Delivery, Frame
+from .exchange import Attempt, Exchange, Frame
 from .pool import Reason
 from .supervisor import Supervisor, spawn
 
@@ -65,22 +65,22 @@ class Lease(aiohttp.ClientWebSocketResponse):
     then on nothing but aiohttp is between the plugin and its server.
 
     Args:
-        delivery: carries the utterance.
+        exchange: carries the utterance.
         supervisor: hears of faults, and closes what is left open after one.
         connect: the plugin's own connect.
     """
 
     def __init__(
         self,
-        delivery: Delivery,
+        exchange: Exchange,
         supervisor: Supervisor,
         connect: Callable[[], Awaitable[aiohttp.ClientWebSocketResponse]],
     ) -> None:
         # The base class would take over the socket, which has a reader already.
-        self.frames = delivery.frames
+        self.frames = exchange.frames
         self.supervisor = supervisor
         self.is_aside = False
-        self._delivery = delivery
+        self._exchange = exchange
         self._connect = connect
         self._is_receiving = False
         self._is_closed = False
@@ -89,7 +89,7 @@ class Lease(aiohttp.ClientWebSocketResponse):
         self._opening: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
-        return f"<Lease {'ended' if self._is_ended else 'held'} {self._delivery!r}>"
+        return f"<Lease {'ended' if self._is_ended else 'held'} {self._exchange!r}>"
 
     def end(self, cut_off: Reason | None) -> None:
         """Ends the loan. Once; never waits.
@@ -107,14 +107,14 @@ class Lease(aiohttp.ClientWebSocketResponse):
         if self._bare is not None:
             self.supervisor.say_goodbye(self._bare.ws)
         elif not self.is_aside:
-            self._delivery.end(cut_off)
+            self._exchange.end(cut_off)
 
     @_fails_open
     async def receive(self, timeout: float | None = None) -> aiohttp.WSMessage:
         if self._is_receiving:
             raise _MisuseError("Concurrent call to receive() is not allowed")
-        inbox = self._delivery.inbox
-        if self._is_closed or (self._delivery.is_over and inbox.empty()):
+        inbox = self._exchange.inbox
+        if self._is_closed or (self._exchange.is_over and inbox.empty()):
             return CLOSED_MESSAGE
         self._is_receiving = True
         try:
@@ -142,17 +142,17 @@ class Lease(aiohttp.ClientWebSocketResponse):
 
     async def _send(self) -> None:
         self._check_open()
-        await self._delivery.send()
+        await self._exchange.send()
 
     @_fails_open
     async def ping(self, message: bytes = b"") -> None:
         self._check_open()
-        await self._delivery.connection.ws.ping(message)
+        await self._exchange.connection.ws.ping(message)
 
     @_fails_open
     async def pong(self, message: bytes = b"") -> None:
         self._check_open()
-        await self._delivery.connection.ws.pong(message)
+        await self._exchange.connection.ws.pong(message)
 
     @_fails_open
     async def close(self, *, code: int = 1000, message: bytes = b"") -> bool:
@@ -165,7 +165,7 @@ class Lease(aiohttp.ClientWebSocketResponse):
     def closed(self) -> bool:
         if self._bare is not None:
             return self._bare.ws.closed
-        return self._is_closed or self._delivery.is_over
+        return self._is_closed or self._exchange.is_over
 
     @property
     def close_code(self) -> int | None:
@@ -191,7 +191,7 @@ class Lease(aiohttp.ClientWebSocketResponse):
 
     @property
     def _socket(self) -> aiohttp.ClientWebSocketResponse:
-        return self._bare.ws if self._bare is not None else self._delivery.connection.ws
+        return self._bare.ws if self._bare is not None else self._exchange.connection.ws
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -200,7 +200,7 @@ class Lease(aiohttp.ClientWebSocketResponse):
     def _mark_closed(self) -> None:
         if not self._is_closed:
             self._is_closed = True
-            self._delivery.inbox.put_nowait(CLOSED_MESSAGE)
+            self._exchange.inbox.put_nowait(CLOSED_MESSAGE)
 
     # After a fault. What is called here is called nowhere else: it works whatever is at fault.
 
@@ -212,9 +212,9 @@ class Lease(aiohttp.ClientWebSocketResponse):
         """
         if not self.is_aside:
             self.is_aside = True
-            attempt, inbox = self._delivery.heard, self._delivery.inbox
+            attempt, inbox = self._exchange.heard, self._exchange.inbox
             if attempt is None:
-                self._delivery.inbox = asyncio.Queue()  # nothing of it is the plugin's yet
+                self._exchange.inbox = asyncio.Queue()  # nothing of it is the plugin's yet
             else:
                 connection = attempt.connection
                 connection.sink = None

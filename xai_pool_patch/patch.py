@@ -25,11 +25,11 @@ from .errors import (
 )
 from .options import PoolOptions
 from .python import check_python
-from .telemetry.log import Event, tell
+from .telemetry.log import LogEvent, log_event
 from .telemetry.stats import Counters, PoolStats, Stats, stats_of
 
 if TYPE_CHECKING:
-    from .shared import Registry
+    from .manager import Registry
 
 OFF_SWITCH = "XAI_POOL_PATCH"
 
@@ -43,7 +43,7 @@ class Patch:
     """One attribute of one class, and what stands in for it.
 
     Args:
-        stand_in: makes it from what there was, and from the switch.
+        server: makes it from what there was, and from the switch.
         after: what else there is to undo.
         switch: not empty while what stands in is to be used. wrapt looks at it in each call; a list
             needs no call of ours, which could fail.
@@ -51,7 +51,7 @@ class Patch:
 
     owner: type
     name: str
-    stand_in: Callable[[Any, list[str]], Any]
+    server: Callable[[Any, list[str]], Any]
     after: Callable[[], None] = lambda: None
     switch: list[str] = field(default_factory=list)
     _original: Any = _Missing.MISSING
@@ -60,7 +60,7 @@ class Patch:
     def apply(self) -> None:
         self._original = vars(self.owner).get(self.name, _Missing.MISSING)
         inherited = getattr(self.owner, self.name, None)
-        self._ours = self.stand_in(inherited, self.switch)
+        self._ours = self.server(inherited, self.switch)
         setattr(self.owner, self.name, self._ours)
         self.switch.append("on")
 
@@ -69,7 +69,7 @@ class Patch:
         self.switch.clear()
         try:
             if vars(self.owner).get(self.name) is not self._ours:
-                tell(Event.COVERED, attribute=f"{self.owner.__name__}.{self.name}")
+                log_event(LogEvent.COVERED, attribute=f"{self.owner.__name__}.{self.name}")
             elif self._original is _Missing.MISSING:
                 delattr(self.owner, self.name)
             else:
@@ -94,11 +94,11 @@ class Installation:
         Raises:
             UnsupportedPluginError: it is not a plugin that may be patched.
         """
-        from .plugin import recognise
-        from .shared import Registry
+        from .manager import Registry
+        from .releases import detect
         from .wrappers import patches_for
 
-        shape = recognise(module, self.version, allow_unverified=self.allow_unverified)
+        shape = detect(module, self.version, allow_unverified=self.allow_unverified)
         self.registry = Registry(self.options)
         try:
             for patch in patches_for(module, shape, self.registry):
@@ -107,7 +107,7 @@ class Installation:
         except BaseException:
             self.undo()
             raise
-        tell(Event.INSTALLED, plugin=self.version, shape=shape.value)
+        log_event(LogEvent.INSTALLED, plugin=self.version, shape=shape.value)
 
     def on_import(self, module: ModuleType) -> None:
         """Patches the plugin as soon as it has been imported.
@@ -123,10 +123,10 @@ class Installation:
                 self.apply(module)
             except XaiPoolPatchError as error:
                 _installation = None
-                tell(Event.REFUSED, level=logging.ERROR, reason=str(error))
+                log_event(LogEvent.REFUSED, level=logging.ERROR, reason=str(error))
             except Exception as fault:
                 _installation = None
-                tell(Event.FAULT, operation="install", error=fault)
+                log_event(LogEvent.FAULT, operation="install", error=fault)
 
     def undo(self) -> None:
         """Backwards, to the end: what one step raises comes out when all have been taken."""
@@ -172,14 +172,14 @@ def install(
         raise
     except Exception as fault:
         # The application would lose its agent over a speed-up.
-        tell(Event.FAULT, operation="install", error=fault)
+        log_event(LogEvent.FAULT, operation="install", error=fault)
 
 
 def _install(options: PoolOptions | None, allow_unverified: bool, on_unsupported: str) -> None:
     global _installation
     options = _checked(options, allow_unverified, on_unsupported)
     if is_switched_off():
-        tell(Event.SWITCHED_OFF, variable=OFF_SWITCH)
+        log_event(LogEvent.SWITCHED_OFF, variable=OFF_SWITCH)
         return
     with _lock:
         if _installation is not None:
@@ -190,7 +190,7 @@ def _install(options: PoolOptions | None, allow_unverified: bool, on_unsupported
         except UnsupportedPluginError as error:
             if on_unsupported == "raise":
                 raise
-            tell(Event.REFUSED, reason=str(error))
+            log_event(LogEvent.REFUSED, reason=str(error))
 
 
 def uninstall() -> None:
@@ -209,8 +209,8 @@ def uninstall() -> None:
         try:
             installation.undo()
         except Exception as fault:
-            tell(Event.FAULT, operation="uninstall", error=fault)
-    tell(Event.UNINSTALLED)
+            log_event(LogEvent.FAULT, operation="uninstall", error=fault)
+    log_event(LogEvent.UNINSTALLED)
 
 
 def is_switched_off() -> bool:
@@ -273,7 +273,7 @@ def _check_same(installed: PoolOptions, wanted: PoolOptions) -> None:
 
 
 def _prepare(options: PoolOptions, allow_unverified: bool) -> Installation:
-    from .plugin import check_version, imported_plugin, installed_version
+    from .releases import check_version, imported_plugin, installed_version
 
     check_python()
     version = installed_version()
@@ -292,7 +292,7 @@ def _hook_import(hook: Callable[[ModuleType], None]) -> None:
     """Calls it with the plugin's module at the end of its import, be it to come or under way."""
     import wrapt
 
-    from .plugin import MODULE
+    from .releases import MODULE
 
     wrapt.register_post_import_hook(hook, MODULE)
     package, _, name = MODULE.rpartition(".")

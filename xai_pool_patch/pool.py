@@ -17,13 +17,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from .backoff import Backoff, Setback
+from .backoff import Backoff, FailureKind
 from .errors import XaiPoolPatchError
 from .options import PoolOptions
-from .patience import Patience
+from .soft_timeout import SoftTimeout
 from .supervisor import Supervisor
-from .telemetry.journal import Journal
-from .telemetry.log import Event
+from .telemetry.log import LogEvent
+from .telemetry.pool_metrics import PoolMetrics
 
 DIAL_PATIENCE = 1.0
 """Seconds from its start in which callers rely on a dial that somebody else began, before they
@@ -64,7 +64,7 @@ class Reason(enum.Enum):
     CLOSED = "closed"
 
 
-_TOLD_AS = {Reason.TRIMMED: Event.TRIMMED, Reason.CLOSED: Event.CLOSED}
+_TOLD_AS = {Reason.TRIMMED: LogEvent.TRIMMED, Reason.CLOSED: LogEvent.CLOSED}
 
 
 class PoolClosedError(XaiPoolPatchError):
@@ -95,13 +95,13 @@ class Poolable(Protocol):
     round_trip: float | None
     """Seconds that an answer takes; None if that is not known."""
 
-    broke_word: bool
+    sent_stale_audio: bool
     """It was restored, and yet was not clean."""
 
-    on_broken_word: Callable[[], None] | None
+    on_stale_audio: Callable[[], None] | None
     """Called when that shows, though no harm was done."""
 
-    async def restore(self) -> None:
+    async def clear(self) -> None:
         """Makes it reusable again, or proves that it still is; ends when that is known."""
 
     def close(self) -> asyncio.Task[None] | None: ...
@@ -122,7 +122,7 @@ class Acquired(Generic[C]):
 
 
 @dataclass(eq=False)
-class _Member(Generic[C]):
+class PoolEntry(Generic[C]):
     connection: C
     rotate_at: float
     """From here on it is replaced when idle, and serves only until the replacement is there."""
@@ -130,24 +130,24 @@ class _Member(Generic[C]):
     """From here on it is not handed out."""
     made_at: float
     idle_since: float
-    proven_at: float
+    verified_at: float
     """When it was last known to be alive, its session included."""
-    loans: int = 0
+    lease_count: int = 0
 
 
 @dataclass(eq=False)
 class _Waiter(Generic[C]):
     deadline: float
     wants_fresh: bool
-    future: asyncio.Future[_Member[C]] = field(
+    future: asyncio.Future[PoolEntry[C]] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
 
-    def accept(self, member: _Member[C]) -> bool:
+    def accept(self, entry: PoolEntry[C]) -> bool:
         """Whether it still wanted one, and this one."""
-        if self.future.done() or (self.wants_fresh and member.loans):
+        if self.future.done() or (self.wants_fresh and entry.lease_count):
             return False
-        self.future.set_result(member)
+        self.future.set_result(entry)
         return True
 
     def fail(self, error: Exception) -> None:
@@ -155,7 +155,7 @@ class _Waiter(Generic[C]):
             self.future.set_exception(error)
 
     @property
-    def unclaimed(self) -> _Member[C] | None:
+    def unclaimed(self) -> PoolEntry[C] | None:
         """What it was handed, if it vanished in that very moment."""
         if self.future.cancelled() or not self.future.done() or self.future.exception():
             return None
@@ -165,17 +165,17 @@ class _Waiter(Generic[C]):
 @dataclass(eq=False)
 class _Dial(Generic[C]):
     began: float
-    patience: Patience
+    patience: SoftTimeout
     waiter: _Waiter[C] | None
     """Who asked for it; nobody, for a standby."""
     task: asyncio.Task[None] | None = None
 
 
 @dataclass(eq=False)
-class _Restoration:
+class _Clear:
     failing: Reason
     """What the connection is discarded for if it fails."""
-    patience: Patience
+    patience: SoftTimeout
     task: asyncio.Task[None] | None = None
 
 
@@ -197,8 +197,8 @@ class Pool(Generic[C]):
         supervisor: owns the tasks and timers.
         standby_timeout: seconds a background dial may take.
         backoff: when background dials may be made.
-        journal: is told what happens.
-        setback_of: what the error of a dial means for the next ones.
+        metrics: is told what happens.
+        failure_kind_of: what the error of a dial means for the next ones.
         is_defunct: whether what it dials with is gone for good, so that it should end quietly.
     """
 
@@ -210,8 +210,8 @@ class Pool(Generic[C]):
         supervisor: Supervisor,
         standby_timeout: float,
         backoff: Backoff,
-        journal: Journal,
-        setback_of: Callable[[Exception], Setback],
+        metrics: PoolMetrics,
+        failure_kind_of: Callable[[Exception], FailureKind],
         is_defunct: Callable[[], bool],
         jitter: random.Random,
     ) -> None:
@@ -220,29 +220,29 @@ class Pool(Generic[C]):
         self._supervisor = supervisor
         self._standby_timeout = standby_timeout
         self._backoff = backoff
-        self.journal = journal
-        self._setback_of = setback_of
+        self.metrics = metrics
+        self._failure_kind_of = failure_kind_of
         self._is_defunct = is_defunct
         self._jitter = jitter
         self._loop = asyncio.get_running_loop()
-        self._members: dict[C, _Member[C]] = {}
-        self._idle: list[_Member[C]] = []  # by the time they became idle: last in, first out
-        self._restoring: dict[_Member[C], _Restoration] = {}
+        self._entries: dict[C, PoolEntry[C]] = {}
+        self._idle: list[PoolEntry[C]] = []  # by the time they became idle: last in, first out
+        self._clearing: dict[PoolEntry[C], _Clear] = {}
         self._dials: set[_Dial[C]] = set()
         self._waiters: deque[_Waiter[C]] = deque()
         self._closing: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self._kept = 0
-        self._reclaims = _Trust(options.interruption == "clear")
-        self._proves = _Trust(options.keepalive == "clear")
+        self._min_size = 0
+        self._clears = _Trust(options.interruption == "clear")
+        self._verifies = _Trust(options.keepalive == "clear")
         self.is_closed = False
 
     def __repr__(self) -> str:
         state = "closed" if self.is_closed else "open"
         return (
-            f"<Pool {state} idle={self.idle} leased={self.leased} restoring={self.restoring}"
+            f"<Pool {state} idle={self.idle} leased={self.leased} clearing={self.clearing}"
             f" dialling={self.dialling} waiting={len(self._waiters)}"
-            f" closing={len(self._closing)} kept={self._kept}>"
+            f" closing={len(self._closing)} min_size={self._min_size}>"
         )
 
     @property
@@ -252,12 +252,12 @@ class Pool(Generic[C]):
     @property
     def leased(self) -> int:
         # Another thread may ask between two changes that belong together.
-        return max(0, len(self._members) - len(self._idle) - len(self._restoring))
+        return max(0, len(self._entries) - len(self._idle) - len(self._clearing))
 
     @property
-    def restoring(self) -> int:
+    def clearing(self) -> int:
         """Neither idle nor leased: a clear is under way."""
-        return len(self._restoring)
+        return len(self._clearing)
 
     @property
     def dialling(self) -> int:
@@ -265,7 +265,7 @@ class Pool(Generic[C]):
 
     @property
     def is_empty(self) -> bool:
-        return not (self._members or self._dials or self._waiters or self._closing)
+        return not (self._entries or self._dials or self._waiters or self._closing)
 
     # What callers do
 
@@ -284,78 +284,78 @@ class Pool(Generic[C]):
         """
         if self.is_closed and not fresh:
             raise PoolClosedError("acquire() on a pool that has ended")
-        member = None if fresh else self._take_idle()
-        if member is not None:
-            self.journal.reused()
-            return Acquired(member.connection, waited=0.0, reused=True, fresh=False)
+        entry = None if fresh else self._take_idle()
+        if entry is not None:
+            self.metrics.reused()
+            return Acquired(entry.connection, waited=0.0, reused=True, fresh=False)
         asked = self._now()
-        member = await self._wait(_Waiter(asked + timeout, fresh))
+        entry = await self._wait(_Waiter(asked + timeout, fresh))
         waited = self._now() - asked
-        self.journal.waited(waited)
-        return Acquired(member.connection, waited, reused=False, fresh=member.loans == 1)
+        self.metrics.waited(waited)
+        return Acquired(entry.connection, waited, reused=False, fresh=entry.lease_count == 1)
 
     def release(self, connection: C) -> None:
         """Gives back a connection of which nothing more is expected."""
-        member = self._members.get(connection)
-        if member is None:
+        entry = self._entries.get(connection)
+        if entry is None:
             return
         if self.is_closed:
-            self._remove(member, Reason.CLOSED)
+            self._remove(entry, Reason.CLOSED)
         elif not connection.is_reusable:
-            self._remove(member, Reason.ERROR)
+            self._remove(entry, Reason.ERROR)
         else:
-            member.idle_since = self._now()
-            self._offer(member)
+            entry.idle_since = self._now()
+            self._offer(entry)
         self._settle()
 
-    def reclaim(self, connection: C) -> None:
+    def release_cut_off(self, connection: C) -> None:
         """Takes back one whose use was cut off: as it is, made clean again, or not at all."""
-        member = self._members.get(connection)
-        if member is None:
+        entry = self._entries.get(connection)
+        if entry is None:
             return
-        member.idle_since = self._now()
-        if self.is_closed or not self._reclaims.is_on:
-            self._remove(member, Reason.INTERRUPTED)
+        entry.idle_since = self._now()
+        if self.is_closed or not self._clears.is_on:
+            self._remove(entry, Reason.INTERRUPTED)
         elif connection.is_reusable:
-            self._offer(member)  # nothing is owed
+            self._offer(entry)  # nothing is owed
         else:
-            self._restore(member, Reason.INTERRUPTED)
+            self._clear(entry, Reason.INTERRUPTED)
         self._settle()
 
     def discard(self, connection: C, reason: Reason) -> None:
         """Takes a connection out for good and closes it in the background."""
-        member = self._members.get(connection)
-        if member is not None:
-            self._remove(member, reason)
+        entry = self._entries.get(connection)
+        if entry is not None:
+            self._remove(entry, reason)
             self._settle()
 
-    def condemn(self, connection: C) -> None:
+    def evict(self, connection: C) -> None:
         """Discards one that failed, and the idle ones of its age or older with it.
 
         What ended it, a restart of the server or a network that forgot, most likely ended them.
         """
-        failed = self._members.get(connection)
+        failed = self._entries.get(connection)
         if failed is None:
             return
-        for member in [m for m in self._idle if m.made_at <= failed.made_at]:
-            self._remove(member, Reason.STALE)
+        for entry in [m for m in self._idle if m.made_at <= failed.made_at]:
+            self._remove(entry, Reason.STALE)
         self._remove(failed, Reason.STALE)
         self._settle()
 
     # What owners do
 
-    def keep(self, count: int) -> None:
+    def resize(self, min_size: int) -> None:
         """How many connections to keep from now on, whatever they do.
 
         What is missing is dialled in the next turn of the event loop: a caller who asks in this
         one dials for itself, and learns from its own dial what went wrong.
         """
-        self._kept = count
+        self._min_size = min_size
         self._supervisor.call_at(self._now(), self._settle)
 
     def prewarm(self) -> None:
         """Dials one in the background if there is none."""
-        if not self._members and not self._dials and not self.is_closed:
+        if not self._entries and not self._dials and not self.is_closed:
             self._dial(None, self._standby_timeout)
 
     def close(self) -> None:
@@ -367,8 +367,8 @@ class Pool(Generic[C]):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        for member in [*self._idle, *self._restoring]:
-            self._remove(member, Reason.CLOSED)
+        for entry in [*self._idle, *self._clearing]:
+            self._remove(entry, Reason.CLOSED)
         self._settle()
 
     def abandon(self) -> None:
@@ -380,7 +380,7 @@ class Pool(Generic[C]):
         for waiter in self._waiters:
             if not waiter.future.done():
                 waiter.future.set_exception(PoolClosedError("the pool failed"))
-        for held in (self._members, self._idle, self._restoring, self._dials):
+        for held in (self._entries, self._idle, self._clearing, self._dials):
             held.clear()
 
     async def aclose(self) -> None:
@@ -402,7 +402,7 @@ class Pool(Generic[C]):
 
     # Waiting
 
-    async def _wait(self, waiter: _Waiter[C]) -> _Member[C]:
+    async def _wait(self, waiter: _Waiter[C]) -> PoolEntry[C]:
         self._waiters.append(waiter)
         self._settle()
         expiry = self._supervisor.call_at(
@@ -412,46 +412,46 @@ class Pool(Generic[C]):
             return await waiter.future
         except asyncio.CancelledError:
             # Cancelled in the moment it was handed one: the next in line gets it.
-            member = waiter.unclaimed
-            if member is not None:
-                self.release(member.connection)
+            entry = waiter.unclaimed
+            if entry is not None:
+                self.release(entry.connection)
             raise
         finally:
             expiry.cancel()
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
 
-    def _take_idle(self) -> _Member[C] | None:
+    def _take_idle(self) -> PoolEntry[C] | None:
         now = self._now()
         while self._idle:
-            member = self._idle[-1]
-            if now < member.expires_at and member.connection.is_reusable:
+            entry = self._idle[-1]
+            if now < entry.expires_at and entry.connection.is_reusable:
                 self._idle.pop()
-                self._lend(member)
-                return member
-            self._remove(member, Reason.EXPIRED if now >= member.expires_at else Reason.STALE)
+                self._lend(entry)
+                return entry
+            self._remove(entry, Reason.EXPIRED if now >= entry.expires_at else Reason.STALE)
         return None
 
-    def _lend(self, member: _Member[C]) -> None:
-        if not member.loans and self._backoff.next_attempt < math.inf:
+    def _lend(self, entry: PoolEntry[C]) -> None:
+        if not entry.lease_count and self._backoff.next_attempt < math.inf:
             self._backoff.succeeded()
-        member.loans += 1
+        entry.lease_count += 1
 
-    def _offer(self, member: _Member[C]) -> None:
+    def _offer(self, entry: PoolEntry[C]) -> None:
         """To whoever asked first, else to the idle ones; unless its time is over."""
-        member.proven_at = self._now()
-        if member.proven_at >= member.expires_at:
-            self._remove(member, Reason.EXPIRED)
+        entry.verified_at = self._now()
+        if entry.verified_at >= entry.expires_at:
+            self._remove(entry, Reason.EXPIRED)
             return
         for waiter in self._waiters:
-            if waiter.accept(member):
+            if waiter.accept(entry):
                 self._waiters.remove(waiter)
-                self._lend(member)
+                self._lend(entry)
                 return
         if self.is_closed:
-            self._remove(member, Reason.CLOSED)
+            self._remove(entry, Reason.CLOSED)
             return
-        bisect.insort(self._idle, member, key=lambda each: each.idle_since)
+        bisect.insort(self._idle, entry, key=lambda each: each.idle_since)
 
     # Dialling
 
@@ -469,7 +469,7 @@ class Pool(Generic[C]):
         # One that was served, failed or cancelled leaves the line only when its task wakes up.
         waiting = [waiter for waiter in self._waiters if not waiter.future.done()]
         dialled = sum(not dial.patience.is_over for dial in self._dials)
-        restored = sum(not restoration.patience.is_over for restoration in self._restoring.values())
+        restored = sum(not clear.patience.is_over for clear in self._clearing.values())
         restored = min(restored, sum(not waiter.wants_fresh for waiter in waiting))
         if dialled + restored >= len(waiting):
             return None
@@ -477,7 +477,7 @@ class Pool(Generic[C]):
         return next((waiter for waiter in reversed(waiting) if waiter not in have_dials), None)
 
     def _dial(self, waiter: _Waiter[C] | None, timeout: float) -> None:
-        patience = Patience(self._supervisor, DIAL_PATIENCE, self._settle)
+        patience = SoftTimeout(self._supervisor, DIAL_PATIENCE, self._settle)
         dial = _Dial(self._now(), patience, waiter)
         self._dials.add(dial)  # first: an eager task may end before spawn() returns
         run = self._run_dial(dial, timeout)
@@ -507,76 +507,76 @@ class Pool(Generic[C]):
 
     def _dial_succeeded(self, dial: _Dial[C], connection: C) -> None:
         now = self._now()
-        self.journal.connected(now - dial.began)
+        self.metrics.connected(now - dial.began)
         if dial.waiter is not None:
             self._backoff.succeeded()
         lifetime = self._options.max_age * self._jitter.uniform(0.9, 1.0)
-        member = _Member(
+        entry = PoolEntry(
             connection,
             rotate_at=now + lifetime - self._options.max_age * ROTATION_LEAD,
             expires_at=now + lifetime,
             made_at=now,
             idle_since=now,
-            proven_at=now,
+            verified_at=now,
         )
-        self._members[connection] = member
-        connection.on_lost = lambda: self._lost(member)
-        connection.on_broken_word = self._stop_reclaiming_liars
-        self._offer(member)
+        self._entries[connection] = entry
+        connection.on_lost = lambda: self._lost(entry)
+        connection.on_stale_audio = self._distrust_clears
+        self._offer(entry)
         if not connection.is_reusable:
             # An eager task factory lets its reader run before anybody can be told of its end.
-            self._lost(member)
+            self._lost(entry)
         self._settle()
 
     def _dial_failed(self, dial: _Dial[C], error: Exception) -> None:
-        self._backoff.failed(self._setback_of(error), self._now())
+        self._backoff.failed(self._failure_kind_of(error), self._now())
         if dial.waiter is not None:
             dial.waiter.fail(DialFailedError(error))
         elif not self._is_defunct():
-            self.journal.standby_failed(error, self._backoff.next_attempt - self._now())
+            self.metrics.standby_failed(error, self._backoff.next_attempt - self._now())
         self._settle()
 
     # Restoring
 
-    def _restore(self, member: _Member[C], failing: Reason) -> None:
-        round_trip = member.connection.round_trip
+    def _clear(self, entry: PoolEntry[C], failing: Reason) -> None:
+        round_trip = entry.connection.round_trip
         timeout, relied_for = self._options.clear_timeout, 0.0
         if round_trip is not None:
             timeout = min(timeout, max(SHORTEST_CLEAR, CLEAR_ROUND_TRIPS * round_trip))
             relied_for = max(SHORTEST_RELIANCE, RELIED_ROUND_TRIPS * round_trip)
-        patience = Patience(self._supervisor, relied_for, self._settle)
-        restoration = self._restoring[member] = _Restoration(failing, patience)
-        run = self._run_restore(member, timeout, patience)
-        restoration.task = self._supervisor.spawn(run, name="xai_pool_patch.restore")
+        patience = SoftTimeout(self._supervisor, relied_for, self._settle)
+        clear = self._clearing[entry] = _Clear(failing, patience)
+        run = self._run_clear(entry, timeout, patience)
+        clear.task = self._supervisor.spawn(run, name="xai_pool_patch.clear_timeout")
 
-    async def _run_restore(self, member: _Member[C], timeout: float, patience: Patience) -> None:
-        restoring = self._supervisor.spawn(member.connection.restore(), name="xai_pool_patch.clear")
+    async def _run_clear(self, entry: PoolEntry[C], timeout: float, patience: SoftTimeout) -> None:
+        clearing = self._supervisor.spawn(entry.connection.clear(), name="xai_pool_patch.clear")
         try:
-            await asyncio.wait([restoring], timeout=timeout)
+            await asyncio.wait([clearing], timeout=timeout)
         finally:
             patience.stop()
             if not self._loop.is_closed():
-                restoring.cancel()
-        await asyncio.wait([restoring])  # until it has let go of the connection
-        self._restored(member)
+                clearing.cancel()
+        await asyncio.wait([clearing])  # until it has let go of the connection
+        self._cleared(entry)
 
-    def _restored(self, member: _Member[C]) -> None:
-        restoration = self._restoring.pop(member, None)
-        if restoration is None:
+    def _cleared(self, entry: PoolEntry[C]) -> None:
+        clear = self._clearing.pop(entry, None)
+        if clear is None:
             return
-        is_clean = member.connection.is_reusable
-        if restoration.failing is Reason.INTERRUPTED:
-            self._learn(self._reclaims, is_clean, self._stop_reclaiming)
+        is_clean = entry.connection.is_reusable
+        if clear.failing is Reason.INTERRUPTED:
+            self._learn(self._clears, is_clean, self._stop_clearing)
             if is_clean:
-                self.journal.reclaimed()
+                self.metrics.cleared()
         else:
-            self._learn(self._proves, is_clean, self._stop_proving)
+            self._learn(self._verifies, is_clean, self._stop_verifying)
             if not is_clean:
-                self._backoff.failed(Setback.PASSING, self._now())
+                self._backoff.failed(FailureKind.TRANSIENT, self._now())
         if is_clean:
-            self._offer(member)
+            self._offer(entry)
         else:
-            self._remove(member, restoration.failing)
+            self._remove(entry, clear.failing)
         self._settle()
 
     def _learn(self, trust: _Trust, is_clean: bool, stop: Callable[[str], None]) -> None:
@@ -585,59 +585,59 @@ class Pool(Generic[C]):
         if trust.failures >= REFUSALS:
             stop("clears are not acknowledged")
 
-    def _stop_reclaiming(self, reason: str) -> None:
-        if self._reclaims.is_on:
-            self._reclaims.is_on = False
-            self.journal.reclaiming_stopped(reason)
+    def _stop_clearing(self, reason: str) -> None:
+        if self._clears.is_on:
+            self._clears.is_on = False
+            self.metrics.clearing_stopped(reason)
 
-    def _stop_reclaiming_liars(self) -> None:
-        self._stop_reclaiming("audio came after the acknowledgement of a clear")
+    def _distrust_clears(self) -> None:
+        self._stop_clearing("audio came after the acknowledgement of a clear")
 
-    def _stop_proving(self, reason: str) -> None:
-        self._proves.is_on = False
-        self.journal.proving_stopped(reason)
+    def _stop_verifying(self, reason: str) -> None:
+        self._verifies.is_on = False
+        self.metrics.verifying_stopped(reason)
 
-    def _prove(self) -> None:
+    def _verify(self) -> None:
         """Has an idle connection prove that it lives. One at a time: callers may need the rest."""
-        if self._restoring or not self._proves.is_on:
+        if self._clearing or not self._verifies.is_on:
             return
         now = self._now()
-        for member in self._idle:
-            if member.proven_at + self._options.keepalive_after <= now:
-                self._idle.remove(member)
-                self._restore(member, Reason.STALE)
+        for entry in self._idle:
+            if entry.verified_at + self._options.keepalive_after <= now:
+                self._idle.remove(entry)
+                self._clear(entry, Reason.STALE)
                 return
 
     # Losing and closing
 
-    def _lost(self, member: _Member[C]) -> None:
-        if member.connection.broke_word:
-            self._stop_reclaiming_liars()
-        if member in self._restoring:
-            self._restored(member)
-        if member.connection not in self._members:
+    def _lost(self, entry: PoolEntry[C]) -> None:
+        if entry.connection.sent_stale_audio:
+            self._distrust_clears()
+        if entry in self._clearing:
+            self._cleared(entry)
+        if entry.connection not in self._entries:
             return
-        if not member.loans and self._now() - member.made_at < SHORT_LIFE:
-            self._backoff.failed(Setback.PASSING, self._now())
-        if member in self._idle:
-            self._remove(member, Reason.STALE, Event.LOST)
+        if not entry.lease_count and self._now() - entry.made_at < SHORT_LIFE:
+            self._backoff.failed(FailureKind.TRANSIENT, self._now())
+        if entry in self._idle:
+            self._remove(entry, Reason.STALE, LogEvent.LOST)
         else:
-            self._remove(member, Reason.ERROR)
+            self._remove(entry, Reason.ERROR)
         self._settle()
 
-    def _remove(self, member: _Member[C], reason: Reason, event: Event | None = None) -> None:
+    def _remove(self, entry: PoolEntry[C], reason: Reason, event: LogEvent | None = None) -> None:
         now, idle_for = self._now(), None
-        if member in self._idle:
-            self._idle.remove(member)
-            idle_for = now - member.idle_since
-        del self._members[member.connection]
-        restoration = self._restoring.pop(member, None)
-        event = event or _TOLD_AS.get(reason, Event.DISCARDED)
-        self.journal.removed(event, reason.value, now - member.made_at, idle_for)
+        if entry in self._idle:
+            self._idle.remove(entry)
+            idle_for = now - entry.idle_since
+        del self._entries[entry.connection]
+        clear = self._clearing.pop(entry, None)
+        event = event or _TOLD_AS.get(reason, LogEvent.DISCARDED)
+        self.metrics.removed(event, reason.value, now - entry.made_at, idle_for)
         if not self._loop.is_closed():
-            if restoration is not None and restoration.task is not None:
-                restoration.task.cancel()
-            task = member.connection.close()
+            if clear is not None and clear.task is not None:
+                clear.task.cancel()
+            task = entry.connection.close()
             if task is not None:
                 self._closing.add(task)
                 task.add_done_callback(self._closing.discard)
@@ -650,27 +650,27 @@ class Pool(Generic[C]):
         if not self.is_closed:
             self._retire_aged()
             self._trim()
-            self._prove()
+            self._verify()
             self._top_up()
         self._arm()
 
     def _retire_aged(self) -> None:
         now = self._now()
-        for member in [m for m in self._idle if m.rotate_at <= now]:
-            if 0 < self._kept <= self._fresh():
-                self._remove(member, Reason.EXPIRED, Event.ROTATED)
-            elif now >= member.expires_at or not self._kept:
-                self._remove(member, Reason.EXPIRED)
+        for entry in [m for m in self._idle if m.rotate_at <= now]:
+            if 0 < self._min_size <= self._fresh():
+                self._remove(entry, Reason.EXPIRED, LogEvent.ROTATED)
+            elif now >= entry.expires_at or not self._min_size:
+                self._remove(entry, Reason.EXPIRED)
 
     def _trim(self) -> None:
         now = self._now()
-        while self._idle and self._fresh() + len(self._dials) > self._kept:
+        while self._idle and self._fresh() + len(self._dials) > self._min_size:
             if self._idle[0].idle_since + self._options.max_idle_time > now:
                 return
             self._remove(self._idle[0], Reason.TRIMMED)
 
     def _top_up(self) -> None:
-        missing = self._kept - self._fresh() - len(self._dials)
+        missing = self._min_size - self._fresh() - len(self._dials)
         if missing <= 0 or self._now() < self._backoff.next_attempt:
             return
         if self._is_defunct():
@@ -682,7 +682,7 @@ class Pool(Generic[C]):
     def _fresh(self) -> int:
         """Connections that are not about to be replaced."""
         now = self._now()
-        return len(self._members) - sum(1 for m in self._idle if m.rotate_at <= now)
+        return len(self._entries) - sum(1 for m in self._idle if m.rotate_at <= now)
 
     def _arm(self) -> None:
         """Sets the timer to the next moment at which time alone changes something.
@@ -706,9 +706,9 @@ class Pool(Generic[C]):
             return math.inf
         now = self._now()
         moments = [m.expires_at if m.rotate_at <= now else m.rotate_at for m in self._idle]
-        if self._proves.is_on and not self._restoring:
-            moments += [m.proven_at + self._options.keepalive_after for m in self._idle]
-        surplus = self._fresh() + len(self._dials) - self._kept
+        if self._verifies.is_on and not self._clearing:
+            moments += [m.verified_at + self._options.keepalive_after for m in self._idle]
+        surplus = self._fresh() + len(self._dials) - self._min_size
         if surplus > 0 and self._idle:
             moments.append(self._idle[0].idle_since + self._options.max_idle_time)
         if surplus < 0:

@@ -32,7 +32,7 @@ class Stage(enum.Enum):
     """The acknowledgement of a `text.clear`. Until it comes, so may what was under way."""
     PROVING = "proving"
     """The acknowledgement of a `text.clear` and nothing else: no utterance is under way."""
-    SPOILED = "spoiled"
+    DIRTY = "dirty"
     """Nobody can tell any more. Such a connection never serves another utterance."""
 
 
@@ -122,7 +122,7 @@ class UtteranceTracker:
             self.is_first, self._is_unused = self._is_unused, False
         if type_ == "text.delta":
             self.has_words |= any(map(str.isalnum, str(message.get("delta"))))
-        self.stage = _AFTER_SENDING.get((self.stage, type_), Stage.SPOILED)
+        self.stage = _AFTER_SENDING.get((self.stage, type_), Stage.DIRTY)
         self.was_cleared |= self.stage is Stage.CLEARING
 
     def received(self, type_: str) -> bool:
@@ -132,7 +132,7 @@ class UtteranceTracker:
         if type_ == "audio.done" and self._may_stay_silent:
             self.stage = Stage.CLEAN
         elif is_answer or type_ in ("error", UNREADABLE):
-            self.stage = _AFTER_RECEIVING.get((self.stage, type_), Stage.SPOILED)
+            self.stage = _AFTER_RECEIVING.get((self.stage, type_), Stage.DIRTY)
         return may_be_heard
 
     def _is_unasked(self, type_: str) -> bool:

@@ -15,24 +15,24 @@ from typing import Any
 
 import wrapt
 
-from . import plugin_pool
+from . import native_pool
 from .lease import NETWORK_ERRORS
-from .leasing import Leasing, current_turn
+from .manager import Registry
 from .patch import Patch
-from .plugin import Shape
 from .pool import Reason
-from .shared import Registry
+from .provider import ConnectionProvider, current_turn
+from .releases import Shape
 
 
 def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> list[Patch]:
     """What is put into a plugin of that shape."""
     tts, stream = module.TTS, module.SynthesizeStream
     has_pool = shape is Shape.OWN_POOL
-    leasing = Leasing(registry, shape, connect_of(tts, shape))
-    wrappers = Wrappers(leasing)
+    provider = ConnectionProvider(registry, shape, connect_of(tts, shape))
+    wrappers = Wrappers(provider)
 
     def patch(owner: type, name: str, wrapper: Callable[..., Any]) -> Patch:
-        return Patch(owner, name, _wrapped(wrapper, leasing))
+        return Patch(owner, name, _wrapped(wrapper, provider))
 
     patches = [
         patch(stream, "_run_ws", wrappers.run_ws),
@@ -40,8 +40,8 @@ def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> list[Pa
         patch(tts, "aclose", wrappers.aclose),
     ]
     if has_pool:
-        attribute = plugin_pool.PoolAttribute(tts, leasing)
-        return [*patches, Patch(tts, plugin_pool.NAME, attribute.stand_in, attribute.restore)]
+        attribute = native_pool.PoolAttribute(tts, provider)
+        return [*patches, Patch(tts, native_pool.NAME, attribute.server, attribute.restore)]
     return [
         *patches,
         patch(tts, "_connect_ws", wrappers.connect_ws),
@@ -60,18 +60,20 @@ def _as_its_pool_does(tts: Any, timeout: float) -> Any:
     return tts._connect_pooled_ws(timeout)
 
 
-def _wrapped(wrapper: Callable[..., Any], leasing: Leasing) -> Callable[[Any, list[str]], Any]:
+def _wrapped(
+    wrapper: Callable[..., Any], provider: ConnectionProvider
+) -> Callable[[Any, list[str]], Any]:
     guarded = (_guarded_async if inspect.iscoroutinefunction(wrapper) else _guarded)(
-        wrapper, leasing
+        wrapper, provider
     )
 
-    def stand_in(function: Any, switch: list[str]) -> Any:
+    def server(function: Any, switch: list[str]) -> Any:
         return wrapt.FunctionWrapper(function, guarded, enabled=switch)  # type: ignore[arg-type]
 
-    return stand_in
+    return server
 
 
-def _guarded(wrapper: Callable[..., Any], leasing: Leasing) -> Callable[..., Any]:
+def _guarded(wrapper: Callable[..., Any], provider: ConnectionProvider) -> Callable[..., Any]:
     """A wrapper that fails before it calls what it wraps does not keep it from being called."""
 
     def guarded(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -82,13 +84,13 @@ def _guarded(wrapper: Callable[..., Any], leasing: Leasing) -> Callable[..., Any
         except Exception as error:
             if call is not None and call.was_made:
                 raise
-            leasing.fail(wrapper.__name__, error)
+            provider.fail(wrapper.__name__, error)
         return wrapped(*args, **kwargs)
 
     return guarded
 
 
-def _guarded_async(wrapper: Callable[..., Any], leasing: Leasing) -> Callable[..., Any]:
+def _guarded_async(wrapper: Callable[..., Any], provider: ConnectionProvider) -> Callable[..., Any]:
     """`_guarded`, of a coroutine function."""
 
     async def guarded(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -101,7 +103,7 @@ def _guarded_async(wrapper: Callable[..., Any], leasing: Leasing) -> Callable[..
         except Exception as error:
             if call is not None and call.was_made:
                 raise
-            leasing.fail(wrapper.__name__, error)
+            provider.fail(wrapper.__name__, error)
         return await wrapped(*args, **kwargs)
 
     return guarded
@@ -131,14 +133,14 @@ class Wrappers:
     """The wrappers of one installation. Those of `_connect_ws`, `prewarm` and `update_options` are
     for a plugin without a pool of its own."""
 
-    def __init__(self, leasing: Leasing) -> None:
-        self._leasing = leasing
+    def __init__(self, provider: ConnectionProvider) -> None:
+        self._provider = provider
 
     async def run_ws(self, wrapped: Any, stream: Any, args: Any, kwargs: Any) -> Any:
-        leasing = self._leasing
-        if leasing.has_failed:
+        provider = self._provider
+        if provider.has_failed:
             return await wrapped(*args, **kwargs)
-        turn = leasing.attempt("beginning a turn", leasing.begin_turn, stream)
+        turn = provider.attempt("beginning a turn", provider.begin_turn, stream)
         cut_off: Reason | None = Reason.ERROR
         try:
             result = await wrapped(*args, **kwargs)
@@ -149,19 +151,19 @@ class Wrappers:
             raise
         finally:
             if turn is not None:
-                leasing.attempt("ending a turn", leasing.end_turn, turn, cut_off)
-                await leasing.attempt_to_wait("closing", turn.closed)
+                provider.attempt("ending a turn", provider.end_turn, turn, cut_off)
+                await provider.attempt_to_wait("closing", turn.closed)
 
     def synthesize(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
-        leasing = self._leasing
-        synthesis = leasing.attempt("beginning a synthesis", leasing.begin_synthesis)
+        provider = self._provider
+        synthesis = provider.attempt("beginning a synthesis", provider.begin_synthesis)
         stream = None
         try:
             stream = wrapped(*args, **kwargs)
             return stream
         finally:
             if synthesis is not None:
-                leasing.attempt("a synthesis", leasing.end_synthesis, synthesis, stream)
+                provider.attempt("a synthesis", provider.end_synthesis, synthesis, stream)
 
     async def connect_ws(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
         def plain() -> Any:
@@ -171,18 +173,18 @@ class Wrappers:
         if turn is None:  # then nobody would say how the utterance ended
             return await plain()
         timeout, opts = _asked_for(*args, **kwargs)
-        return await self._leasing.connect(turn, tts, timeout, opts, plain)
+        return await self._provider.connect(turn, tts, timeout, opts, plain)
 
     def prewarm(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
         wrapped(*args, **kwargs)
-        self._leasing.attempt("prewarm", self._leasing.prewarm, tts)
+        self._provider.attempt("prewarm", self._provider.prewarm, tts)
 
     def update_options(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
         wrapped(*args, **kwargs)
-        self._leasing.attempt("update_options", self._leasing.follow, tts)
+        self._provider.attempt("update_options", self._provider.follow, tts)
 
     async def aclose(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
-        await self._leasing.close(tts, lambda: wrapped(*args, **kwargs))
+        await self._provider.close(tts, lambda: wrapped(*args, **kwargs))
 
 
 def _asked_for(timeout: float, opts: Any = None) -> tuple[float, Any]:

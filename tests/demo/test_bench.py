@@ -32,8 +32,8 @@ bench_costs.RECEIVE_ROUNDS = bench_costs.PAIRS = bench_costs.SPOKEN_AGAIN = 2
 """
 REFUSING_VOICES = """
 import functools
-from xai_pool_patch.demo import standin
-standin.Behaviour = functools.partial(standin.Behaviour, voices={None})
+from xai_pool_patch.demo import fake_server
+fake_server.Behaviour = functools.partial(fake_server.Behaviour, voices={None})
 """
 
 

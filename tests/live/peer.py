@@ -90,7 +90,7 @@ class Watch:
 
     heartbeat: Heartbeat
     lost: int = 0
-    broken_words: int = 0
+    stale_audio: int = 0
     faults: list[Exception] = field(default_factory=list)
     supervisor: Supervisor = field(init=False)
     taken: asyncio.Queue[tuple[Any, str]] = field(default_factory=asyncio.Queue)
@@ -101,8 +101,8 @@ class Watch:
     def note_loss(self) -> None:
         self.lost += 1
 
-    def note_broken_word(self) -> None:
-        self.broken_words += 1
+    def note_stale_audio(self) -> None:
+        self.stale_audio += 1
 
     def take(self, message: aiohttp.WSMessage, type_: str) -> None:
         self.taken.put_nowait((message, type_))

@@ -13,7 +13,7 @@ from livekit.plugins import xai
 import xai_pool_patch
 from tests.kit import ONCE, Heard, Line, all_closed, interrupted, line_to, quick, speak
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.demo.standin import Behaviour, Clearing, End, Outcome
+from xai_pool_patch.demo.fake_server import Behaviour, Clearing, End, Outcome
 
 CLEAR = PoolOptions(interruption="clear", close_timeout=2.0)
 IMPATIENT = PoolOptions(interruption="clear", close_timeout=2.0, clear_timeout=0.1)
@@ -27,7 +27,7 @@ LONGEST_DELAY = {Clearing.LATE: 0.15, Clearing.LEAKING: 0.02}
 
 
 @pytest.fixture
-def reclaiming() -> Any:
+def clearing() -> Any:
     xai_pool_patch.install(CLEAR)
     yield
     xai_pool_patch.uninstall()
@@ -131,17 +131,17 @@ async def test_interruptions_at_random_moments(
     print(
         f"{clearing.name}: {turns} turns, {interruptions} interrupted,"
         f" {sum(connection.clears for connection in connections)} clears,"
-        f" {stats['connections_reclaimed']} reclaimed, {leaks} leaks, {stats['replays']} replays,"
+        f" {stats['connections_cleared']} reclaimed, {leaks} leaks, {stats['replays']} replays,"
         f" {len(connections)} connections"
     )
     assert turns / 3 < interruptions < turns, "the moments are badly chosen"
     if clearing in TRUSTING:
-        assert stats["connections_reclaimed"] > turns / 4
+        assert stats["connections_cleared"] > turns / 4
         assert len(connections) < turns / 10
     elif clearing in (Clearing.IGNORED, Clearing.REFUSED):
-        assert stats["connections_reclaimed"] == 0
+        assert stats["connections_cleared"] == 0
     else:
-        assert stats["connections_reclaimed"] > turns / 50
+        assert stats["connections_cleared"] > turns / 50
     if clearing is Clearing.LEAKING:
         assert leaks > turns / 20
         assert stats["replays"] + stale_audio_dropped(caplog) > 0, "no leak met a turn"
@@ -173,7 +173,7 @@ def steady(**faults: Any) -> Behaviour:
     return quick(**{"pace": 40.0, "speech_per_character": SECONDS_PER_CHARACTER, **faults})
 
 
-@pytest.mark.usefixtures("reclaiming")
+@pytest.mark.usefixtures("clearing")
 async def test_the_conversation_goes_on_over_the_same_connection() -> None:
     """A round trip after the interruption it is there, and no other was made."""
     async with line_to(steady(), round_trip=0.05) as line:
@@ -188,7 +188,7 @@ async def test_the_conversation_goes_on_over_the_same_connection() -> None:
         await tts.aclose()
 
 
-@pytest.mark.usefixtures("reclaiming")
+@pytest.mark.usefixtures("clearing")
 @pytest.mark.parametrize("answered", [Clearing.ACKNOWLEDGED, Clearing.IGNORED])
 async def test_an_interruption_does_not_wait_for_the_server(answered: Clearing) -> None:
     """P7: the stream is closed before the server can have heard of it."""
@@ -196,12 +196,12 @@ async def test_an_interruption_does_not_wait_for_the_server(answered: Clearing) 
         tts = line.tts()
         connection = await interrupted(line, tts, SPEECH)
         assert connection.clears == 0
-        assert xai_pool_patch.stats()["restoring"] == 1
+        assert xai_pool_patch.stats()["clearing"] == 1
         await line.server.wait_for(lambda _: connection.clears == 1)
         await tts.aclose()
 
 
-@pytest.mark.usefixtures("reclaiming")
+@pytest.mark.usefixtures("clearing")
 async def test_interrupted_before_the_first_text() -> None:
     """Nothing was asked of the server, so nothing has to be cleared."""
     async with line_to(steady()) as line:
@@ -218,7 +218,7 @@ async def test_interrupted_before_the_first_text() -> None:
         await tts.aclose()
 
 
-@pytest.mark.usefixtures("reclaiming")
+@pytest.mark.usefixtures("clearing")
 async def test_nothing_is_reclaimed_that_was_being_replaced() -> None:
     """One that showed no sign of life is closed, as it is without an interruption."""
     async with line_to(steady(), round_trip=0.02) as line:
@@ -230,7 +230,7 @@ async def test_nothing_is_reclaimed_that_was_being_replaced() -> None:
         await line.server.wait_for(lambda s: len(s.utterances) == 2)
         turn.cancel()
         await asyncio.wait([turn])
-        assert xai_pool_patch.stats()["restoring"] == 0
+        assert xai_pool_patch.stats()["clearing"] == 0
         assert xai_pool_patch.stats()["discarded_interrupted"] == 2
         line.server.link.unfreeze()
         line.server.behaviour.mute = False
@@ -239,7 +239,7 @@ async def test_nothing_is_reclaimed_that_was_being_replaced() -> None:
         await tts.aclose()
 
 
-@pytest.mark.usefixtures("reclaiming")
+@pytest.mark.usefixtures("clearing")
 @pytest.mark.parametrize("clearing", [Clearing.IGNORED, Clearing.REFUSED])
 async def test_a_server_that_clears_nothing_is_asked_twice(
     clearing: Clearing, caplog: pytest.LogCaptureFixture
@@ -257,7 +257,7 @@ async def test_a_server_that_clears_nothing_is_asked_twice(
         await tts.aclose()
 
 
-@pytest.mark.usefixtures("reclaiming")
+@pytest.mark.usefixtures("clearing")
 @pytest.mark.parametrize(
     ("when", "clear_delay"), [("idle", 0.03), ("leased", 0.1), ("text under way", 0.07)]
 )
@@ -294,7 +294,7 @@ async def test_audio_after_the_acknowledgement_is_not_heard(
         await tts.aclose()
 
 
-@pytest.mark.usefixtures("reclaiming")
+@pytest.mark.usefixtures("clearing")
 async def test_audio_that_comes_in_its_time_is_the_answer(caplog: pytest.LogCaptureFixture) -> None:
     """A server without any time of generation is not suspected."""
     async with line_to(steady(generation=0.0), round_trip=0.02) as line:
@@ -308,7 +308,7 @@ async def test_audio_that_comes_in_its_time_is_the_answer(caplog: pytest.LogCapt
         await tts.aclose()
 
 
-@pytest.mark.usefixtures("reclaiming")
+@pytest.mark.usefixtures("clearing")
 async def test_without_pongs_no_acknowledgement_is_trusted() -> None:
     """What tells old audio from new is missing, so the turn is spoken elsewhere, and heard."""
     async with line_to(steady(answer_pings=False)) as line:
@@ -324,7 +324,7 @@ async def test_without_pongs_no_acknowledgement_is_trusted() -> None:
 # Ends
 
 
-@pytest.mark.usefixtures("reclaiming")
+@pytest.mark.usefixtures("clearing")
 async def test_closed_during_a_clear(no_tasks_left: None) -> None:
     """aclose() does not wait for the acknowledgement, and the server gets its Close frame."""
     async with line_to(steady(clearing=Clearing.IGNORED)) as line:
@@ -348,7 +348,7 @@ async def test_uninstalled_during_a_clear(no_tasks_left: None) -> None:
         await all_closed(line.server)
 
 
-@pytest.mark.usefixtures("reclaiming")
+@pytest.mark.usefixtures("clearing")
 async def test_a_session_closed_during_a_clear(caplog: pytest.LogCaptureFixture) -> None:
     """P9: nothing is dialled again, nothing is complained of."""
     async with line_to(steady(clearing=Clearing.IGNORED)) as line:

@@ -43,10 +43,10 @@ async def cleared(live: Connection, peer: Any) -> None:
     """An utterance is under way, cut off, and the server says that nothing more comes."""
     await say(live, TEXT)
     assert (await peer.hears()).data == TEXT
-    restoring = asyncio.create_task(live.restore())
+    clearing = asyncio.create_task(live.clear())
     assert (await peer.hears()).data == TEXT_CLEAR
     await peer.ws.send_str(message("audio.clear"))
-    await restoring
+    await clearing
     assert live.is_reusable
 
 
@@ -190,7 +190,7 @@ async def test_what_spoils_an_idle_connection(frame: str | bytes) -> None:
     async with connection() as (live, peer, watch):
         await (peer.ws.send_str(frame) if isinstance(frame, str) else peer.ws.send_bytes(frame))
         await until(lambda: watch.lost)
-        assert (live.state, live.is_reusable, live.broke_word) == (State.LOST, False, False)
+        assert (live.state, live.is_reusable, live.sent_stale_audio) == (State.LOST, False, False)
         await until(lambda: live.is_over)
         assert watch.lost == 1
 
@@ -266,7 +266,7 @@ async def test_what_is_sent_arrives_and_is_followed() -> None:
         live.sending(b"\1")
         await live.ws.send_bytes(b"\1")
         assert (await peer.hears()).data == b"\1"
-        assert live.utterance.stage is Stage.SPOILED
+        assert live.utterance.stage is Stage.DIRTY
 
 
 # Restoring
@@ -277,23 +277,23 @@ async def test_a_clear_makes_it_reusable_again() -> None:
         await cleared(live, peer)
         await peer.ws.send_str(message("audio.delta", delta=""))
         await until(lambda: watch.lost)
-        assert live.broke_word
+        assert live.sent_stale_audio
 
 
 async def test_old_audio_does_not_end_the_wait_for_the_acknowledgement() -> None:
     async with connection() as (live, peer, watch):
         await say(live, TEXT)
-        restoring = asyncio.create_task(live.restore())
+        clearing = asyncio.create_task(live.clear())
         await peer.hears()
         await peer.hears()
         for type_ in ("audio.delta", "audio.done"):
             await peer.ws.send_str(message(type_))
         await peer.ws.ping()
         await peer.hears()
-        assert not restoring.done()
+        assert not clearing.done()
         assert not live.is_reusable
         await peer.ws.send_str(message("audio.clear"))
-        await restoring
+        await clearing
         assert live.is_reusable
         assert watch.lost == 0
 
@@ -301,23 +301,23 @@ async def test_old_audio_does_not_end_the_wait_for_the_acknowledgement() -> None
 @pytest.mark.parametrize("answer", [message("error"), message("audio.done"), "{"])
 async def test_any_other_answer_ends_the_wait(answer: str) -> None:
     async with connection() as (live, peer, _):
-        restoring = asyncio.create_task(live.restore())
+        clearing = asyncio.create_task(live.clear())
         await peer.hears()
         await peer.ws.send_str(answer)
-        await asyncio.wait_for(restoring, 5.0)
+        await asyncio.wait_for(clearing, 5.0)
         assert not live.is_reusable
 
 
 @pytest.mark.parametrize("answer", ["Close", "reset"])
 async def test_an_end_instead_of_an_acknowledgement(answer: str) -> None:
     async with connection() as (live, peer, watch):
-        restoring = asyncio.create_task(live.restore())
+        clearing = asyncio.create_task(live.clear())
         await peer.hears()
         if answer == "Close":
-            await asyncio.gather(peer.ws.close(), restoring)
+            await asyncio.gather(peer.ws.close(), clearing)
         else:
             peer.hangs_up()
-            await restoring
+            await clearing
         await until(lambda: live.is_over)
         assert (live.is_reusable, watch.lost, watch.faults) == (False, 1, [])
 
@@ -326,7 +326,7 @@ async def test_a_clear_into_a_dead_socket_ends_quietly() -> None:
     async with connection() as (live, peer, watch):
         peer.hangs_up()
         await until(lambda: watch.lost)
-        await asyncio.wait_for(live.restore(), 5.0)
+        await asyncio.wait_for(live.clear(), 5.0)
         assert (live.is_reusable, watch.faults) == (False, [])
 
 
@@ -340,24 +340,24 @@ async def test_a_fault_while_clearing_is_the_supervisors(monkeypatch: pytest.Mon
         with monkeypatch.context() as patch:
             patch.setattr(live.ws, "send_str", fails)
             with pytest.raises(ValueError, match="of ours"):
-                await live.restore()
+                await live.clear()
         assert "idle" in repr(live)
 
 
 async def test_one_that_cannot_be_cleared_is_not_waited_for() -> None:
     async with connection() as (live, _, _):
         live.sending(b"")
-        await asyncio.wait_for(live.restore(), 5.0)
+        await asyncio.wait_for(live.clear(), 5.0)
         assert not live.is_reusable
 
 
 async def test_who_gives_up_the_wait_lets_go_of_the_connection() -> None:
     async with connection() as (live, peer, _):
-        restoring = asyncio.create_task(live.restore())
+        clearing = asyncio.create_task(live.clear())
         await peer.hears()
         assert "leased" in repr(live)
-        restoring.cancel()
-        await asyncio.wait([restoring])
+        clearing.cancel()
+        await asyncio.wait([clearing])
         assert "idle" in repr(live)
 
 
@@ -380,7 +380,7 @@ async def asked(
         await until(lambda: live.round_trip is not None)
         peer.answers_pings = False
         live.attach(watch.take)
-        live.on_broken_word = watch.note_broken_word
+        live.on_stale_audio = watch.note_stale_audio
 
         def lost() -> None:  # as a pool does
             watch.note_loss()
@@ -408,7 +408,7 @@ async def test_audio_ahead_of_the_pong_is_old_and_dropped(
         await peer.ws.send_str(NEW)
         assert (await watch.takes())[0].data == NEW
         assert (live.state, live.utterance.stage) == (State.OPEN, Stage.SPEAKING)
-        assert (watch.broken_words, watch.lost) == (clear, 0)
+        assert (watch.stale_audio, watch.lost) == (clear, 0)
         assert caplog.messages == ["stale audio dropped"]
 
 
@@ -418,7 +418,7 @@ async def test_audio_behind_the_pong_is_new(clear: bool) -> None:
         await peer.ws.pong(ping)
         await peer.ws.send_str(NEW)
         assert (await watch.takes())[0].data == NEW
-        assert (live.state, watch.broken_words, watch.lost) == (State.OPEN, 0, 0)
+        assert (live.state, watch.stale_audio, watch.lost) == (State.OPEN, 0, 0)
 
 
 async def test_audio_is_heard_in_order_when_the_pong_does_not_come() -> None:
@@ -431,7 +431,7 @@ async def test_audio_is_heard_in_order_when_the_pong_does_not_come() -> None:
         await live.ping_as_fence(LONG)
         await peer.ws.send_str(NEW)
         assert (await watch.takes())[0].data == NEW
-        assert (live.state, watch.broken_words, watch.lost) == (State.OPEN, 0, 0)
+        assert (live.state, watch.stale_audio, watch.lost) == (State.OPEN, 0, 0)
 
 
 async def test_a_pong_that_is_late_like_everything_else_says_nothing_of_the_next() -> None:
@@ -457,7 +457,7 @@ async def test_without_a_pong_nothing_is_heard_after_a_clear(when: str) -> None:
         await until(lambda: live.is_over)
         types = [watch.taken.get_nowait()[1] for _ in range(watch.taken.qsize())]
         assert not any(types), "audio was heard"
-        assert (live.state, live.broke_word, watch.lost) == (State.LOST, True, 1)
+        assert (live.state, live.sent_stale_audio, watch.lost) == (State.LOST, True, 1)
 
 
 async def test_held_audio_of_a_connection_that_ends_is_not_heard() -> None:

@@ -16,22 +16,22 @@ RETRYING = APIConnectOptions(max_retry=1, retry_interval=0.01, timeout=2.0)
 
 BEFORE_THE_UTTERANCE = [
     "connection.Connection.attach",
-    "shared.Registry.here",
-    "shared.LoopPools.use",
-    "leasing.key_of",
-    "leasing.Turn.begin",
-    "leasing.Turn.acquired",
-    "leasing._job",
-    "telemetry.journal.Journal.reused",
+    "manager.Registry.here",
+    "manager.PoolManager.use",
+    "provider.key_of",
+    "provider.Turn.begin",
+    "provider.Turn.acquired",
+    "provider._job",
+    "telemetry.pool_metrics.PoolMetrics.reused",
     "pool.Pool.acquire",
     "pool.Pool._take_idle",
-    "delivery.Delivery.__init__",
+    "exchange.Exchange.__init__",
     "lease.Lease.__init__",
 ]
 DURING_THE_UTTERANCE = [
     "connection.Connection._take",
     "utterance.UtteranceTracker.received",
-    "delivery.Delivery._hear",
+    "exchange.Exchange._hear",
 ]
 AFTER_THE_UTTERANCE = ["lease.Lease.end", "pool.Pool.release", "pool.Pool._offer"]
 
@@ -97,13 +97,13 @@ async def test_a_fault_in_the_dial(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The turn is spoken, and the socket that was opened in vain is closed."""
-    break_(monkeypatch, "shared.Connection")
+    break_(monkeypatch, "manager.Connection")
     async with line_to() as line:
         tts = line.tts()
         heard = await speak(tts, "Hello.")
         assert heard.samples == {line.server.utterance_for("Hello.").number}
         assert line.errors == []
-        check_log(caplog, "shared.Connection")
+        check_log(caplog, "manager.Connection")
         await tts.aclose()
         await all_closed(line.server)
 

@@ -18,7 +18,7 @@ import xai_pool_patch
 from tests.kit import Heard, Line, all_closed, line_to, quick, registry, speak
 from tests.live.peer import until
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.demo.standin import Ending, StandIn, Utterance
+from xai_pool_patch.demo.fake_server import Ending, FakeServer, Utterance
 
 ROUND_TRIP = 0.02
 SECONDS_PER_CHARACTER = 0.02
@@ -64,7 +64,7 @@ def behaving(**faults: Any) -> Callable[[Line], Awaitable[None]]:
     return befall
 
 
-def is_done_to(server: StandIn, utterance: Utterance) -> bool:
+def is_done_to(server: FakeServer, utterance: Utterance) -> bool:
     """The fault has been done, or cannot be any more."""
     connection = server.connections[utterance.connection - 1]
     return not connection.is_open or utterance.first_audio_at is not None
@@ -161,7 +161,7 @@ async def _befall(line: Line, fault: Fault) -> None:
 async def _until_round_trip_is_known() -> None:
     """The PONG to a connection's first PING comes a round trip after its handshake."""
     [pool] = registry()._pools()
-    [connection] = pool._members
+    [connection] = pool._entries
     await until(lambda: connection.round_trip is not None)
 
 

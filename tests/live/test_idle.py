@@ -10,7 +10,7 @@ import pytest
 import xai_pool_patch
 from tests.kit import Line, all_closed, interrupted, line_to, quick, speak
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.demo.standin import Clearing, End, Ending
+from xai_pool_patch.demo.fake_server import Clearing, End, Ending
 
 
 async def test_pings_are_answered_while_idle(patched: None) -> None:
@@ -161,7 +161,7 @@ def test_a_loop_that_just_stops(
     context, line = loop.run_until_complete(begin())
     ours = {t for t in asyncio.all_tasks(loop) if t.get_name().startswith("xai_pool_patch")}
     assert ours, "there was nothing in flight"
-    assert xai_pool_patch.stats()["restoring"] == (when == "clearing")
+    assert xai_pool_patch.stats()["clearing"] == (when == "clearing")
     loop.run_until_complete(end(context, line))
     loop.close()
     xai_pool_patch.uninstall()

@@ -36,12 +36,12 @@ from xai_pool_patch import (
     InvalidOptionError,
     PoolOptions,
     UnsupportedPluginError,
+    manager,
     patch,
-    plugin,
-    shared,
+    releases,
 )
-from xai_pool_patch.demo.standin import End
-from xai_pool_patch.dialler import key_of
+from xai_pool_patch.connector import key_of
+from xai_pool_patch.demo.fake_server import End
 
 CLASSES = (plugin_module.TTS, plugin_module.SynthesizeStream)
 STEPS = 5 if HAS_OWN_POOL else 7
@@ -168,7 +168,7 @@ def test_a_version_of_livekit_agents_that_was_not_verified(monkeypatch: pytest.M
     with pytest.raises(UnsupportedPluginError, match=refused):
         xai_pool_patch.install()
     with pytest.raises(UnsupportedPluginError, match=refused):
-        plugin.check_version(VERSION, allow_unverified=False)  # the plugin is not imported yet
+        releases.check_version(VERSION, allow_unverified=False)  # the plugin is not imported yet
     assert plugin_as_it_is() == before
     xai_pool_patch.install(allow_unverified=True)
     assert plugin_as_it_is() != before
@@ -208,8 +208,8 @@ def edited(owner: str, name: str, function: Any) -> types.ModuleType:
     """The plugin's module with one function replaced, the original left as it is."""
     module = types.ModuleType("edited")
     for original in CLASSES:
-        members = {k: v for k, v in vars(original).items() if not k.startswith("__")}
-        setattr(module, original.__name__, type(original.__name__, (), members))
+        entries = {k: v for k, v in vars(original).items() if not k.startswith("__")}
+        setattr(module, original.__name__, type(original.__name__, (), entries))
     if function is None:
         delattr(getattr(module, owner), name)
     else:
@@ -231,7 +231,7 @@ async def _run_otherwise(self: Any, input_stream: Any, output_emitter: Any) -> N
 
 def refusal_of(module: types.ModuleType) -> str:
     with pytest.raises(UnsupportedPluginError) as refusal:
-        plugin.recognise(module, VERSION, allow_unverified=True)
+        releases.detect(module, VERSION, allow_unverified=True)
     return str(refusal.value)
 
 
@@ -252,11 +252,11 @@ def test_an_edited_plugin_is_refused(owner: str, name: str, function: Any, named
     assert named in message
 
 
-@pytest.mark.parametrize("shape", set(plugin.Shape) - {SHAPE})
-def test_another_shape_is_named(shape: plugin.Shape) -> None:
+@pytest.mark.parametrize("shape", set(releases.Shape) - {SHAPE})
+def test_another_shape_is_named(shape: releases.Shape) -> None:
     """No shape passes for another, however much they have in common."""
-    assert plugin.differences(plugin_module, SHAPE) == []
-    assert plugin.differences(plugin_module, shape) != []
+    assert releases.differences(plugin_module, SHAPE) == []
+    assert releases.differences(plugin_module, shape) != []
 
 
 def test_a_module_with_nothing_in_it_is_refused() -> None:
@@ -296,7 +296,7 @@ async def test_a_failure_half_way_out_leaves_nothing_undone(
 ) -> None:
     """A1: what one step raises is logged after the last one; patches and pools are all gone."""
     before = plugin_as_it_is()
-    undo, close, steps = patch.Patch.undo, shared.Registry.close, []
+    undo, close, steps = patch.Patch.undo, manager.Registry.close, []
 
     def counted(step: Any) -> Any:
         def take(of: Any) -> None:
@@ -312,7 +312,7 @@ async def test_a_failure_half_way_out_leaves_nothing_undone(
         tts = line.tts()
         await speak(tts, "Hello.")
         monkeypatch.setattr(patch.Patch, "undo", counted(undo))
-        monkeypatch.setattr(shared.Registry, "close", counted(close))
+        monkeypatch.setattr(manager.Registry, "close", counted(close))
         xai_pool_patch.uninstall()
         assert faults(caplog) == ["uninstall"]
         assert len(steps) == STEPS
@@ -330,14 +330,14 @@ def test_what_else_there_is_to_undo_does_not_depend_on_the_log(
     class Owner:
         name = "original"
 
-    def tell(*_: Any, **__: Any) -> None:
+    def log_event(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
 
     undone: list[str] = []
     record = patch.Patch(Owner, "name", lambda *_: "ours", lambda: undone.append("the rest"))
     record.apply()
     Owner.name = "theirs"
-    monkeypatch.setattr(patch, "tell", tell)
+    monkeypatch.setattr(patch, "log_event", log_event)
     with pytest.raises(ZeroDivisionError):
         record.undo()
     assert (undone, Owner.name) == (["the rest"], "theirs")
@@ -652,11 +652,11 @@ def test_uninstall_before_the_import_leaves_the_plugin_alone() -> None:
 def test_a_refusal_at_import_does_not_break_the_import() -> None:
     """The application keeps its agent; the log says why it is not faster."""
     done = python(
-        "import logging, xai_pool_patch, xai_pool_patch.plugin as plugin\n"
+        "import logging, xai_pool_patch, xai_pool_patch.releases as plugin\n"
         "logging.basicConfig(format='%(name)s %(levelname)s %(message)s %(xai_pool_reason)s')\n"
         "xai_pool_patch.install()\n"
-        "missing = plugin._Method('TTS', 'missing')\n"
-        "plugin._METHODS.update(dict.fromkeys(plugin.Shape, [missing]))\n"
+        "missing = releases._Method('TTS', 'missing')\n"
+        "releases._METHODS.update(dict.fromkeys(releases.Shape, [missing]))\n"
         "from livekit.plugins import xai\n"
         "assert not hasattr(xai.TTS.aclose, '__wrapped__')\n"
         "assert not xai_pool_patch.is_installed()\n"

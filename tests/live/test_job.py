@@ -20,7 +20,7 @@ from livekit.protocol import agent
 
 import xai_pool_patch
 from tests.kit import API_KEY, Heard, line_to, quick, speak
-from xai_pool_patch.demo.standin import End, StandIn
+from xai_pool_patch.demo.fake_server import End, FakeServer
 from xai_pool_patch.pool import Pool
 
 Entrypoint = Callable[[JobContext], Awaitable[None]]
@@ -32,7 +32,9 @@ class Worker:
     async def send(self, message: Any) -> None: ...
 
 
-async def run_job(entrypoint: Entrypoint, server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+async def run_job(
+    entrypoint: Entrypoint, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From its start to its end, with an HTTP session of the job's own that leads to the server."""
 
     def new_session_context() -> Callable[[], Any]:
@@ -208,7 +210,7 @@ async def test_outside_of_a_job_nothing_changes(patched: None) -> None:
 # is all the job's own affair, and has to end as properly.
 
 
-def our_own_has_run(server: StandIn) -> bool:
+def our_own_has_run(server: FakeServer) -> bool:
     """It closes what is idle first of all."""
     return not server.connections[0].is_open
 
@@ -217,7 +219,7 @@ def our_own_has_run(server: StandIn) -> bool:
 class LastWords:
     """A shutdown callback that speaks when ours has run."""
 
-    server: StandIn
+    server: FakeServer
     has_spoken_before: bool
     heard: list[Heard] = field(default_factory=list)
 

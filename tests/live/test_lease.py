@@ -15,7 +15,7 @@ from aiohttp import WSMsgType
 from tests.live.peer import PROTOCOL, Peer, connection, line, until, with_send_frame
 from tests.unit.pool_kit import TakesBack
 from xai_pool_patch.connection import Connection
-from xai_pool_patch.delivery import Delivery
+from xai_pool_patch.exchange import Exchange
 from xai_pool_patch.first_audio import FirstAudio
 from xai_pool_patch.lease import Lease
 from xai_pool_patch.pool import Acquired, Reason
@@ -31,7 +31,7 @@ def lease_of(live: Connection, pool: Any, redial: Any = None) -> Lease:
     """Of a connection that was dialled for it, or of a reused one that can be replaced."""
     acquired = Acquired(live, waited=0.0, reused=redial is not None, fresh=redial is None)
     supervisor = Supervisor(_never, close_timeout=5.0)
-    delivery = Delivery(
+    exchange = Exchange(
         acquired,
         pool,
         frames=[],
@@ -40,7 +40,7 @@ def lease_of(live: Connection, pool: Any, redial: Any = None) -> Lease:
         first_audio=FirstAudio(5.0),
         on_replaced=_never,
     )
-    return Lease(delivery, supervisor, connect=_never)
+    return Lease(exchange, supervisor, connect=_never)
 
 
 def _never(*_: object) -> Any:
@@ -235,19 +235,19 @@ async def test_closing_a_lease_leaves_the_socket_alone() -> None:
 
 @pytest.mark.parametrize(
     ("cut_off", "comes_back"),
-    [(None, "released"), (Reason.INTERRUPTED, "to be reclaimed"), (Reason.ERROR, Reason.ERROR)],
+    [(None, "released"), (Reason.INTERRUPTED, "released cut off"), (Reason.ERROR, Reason.ERROR)],
 )
 async def test_a_lease_ends_once(cut_off: Reason | None, comes_back: object) -> None:
     async with connection() as (live, _, _):
         pool = TakesBack()
         lease = lease_of(live, pool)
-        assert repr(lease).startswith("<Lease held <Delivery heard [<Connection open leased clean")
+        assert repr(lease).startswith("<Lease held <Exchange heard [<Connection open leased clean")
         lease.end(cut_off)
         lease.end(Reason.ERROR)
         assert pool.came_back == [comes_back]
         assert lease.closed
         assert not live.ws.closed
-        assert repr(lease) == "<Lease ended <Delivery heard []>>"
+        assert repr(lease) == "<Lease ended <Exchange heard []>>"
 
 
 async def test_what_came_before_the_end_is_still_received() -> None:
@@ -266,7 +266,7 @@ async def test_what_came_before_the_end_is_still_received() -> None:
 async def test_an_error_that_was_put_in_is_raised() -> None:
     async with connection() as (live, _, _):
         lease = lease_of(live, TakesBack())
-        lease._delivery.inbox.put_nowait(ConnectionError("no replacement"))
+        lease._exchange.inbox.put_nowait(ConnectionError("no replacement"))
         with pytest.raises(ConnectionError, match="no replacement"):
             await lease.receive()
 
@@ -302,7 +302,7 @@ async def test_a_send_that_fails_late_is_not_the_plugins_when_the_frame_is_with_
         monkeypatch.setattr(dead.ws, "send_str", fails_late)
         lease = lease_of(dead, TakesBack(), redial=lambda: _returning(live))
         sending = asyncio.create_task(lease.send_str(TEXT))
-        await until(lambda: lease._delivery._attempts[0].sent)
+        await until(lambda: lease._exchange._attempts[0].sent)
         await peer.ws.send_str('{"type":"error"}')
         assert (await other_peer.hears()).data == TEXT
         blocked.set()

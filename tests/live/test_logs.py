@@ -17,7 +17,7 @@ from livekit.agents.cli.log import ColoredFormatter, JsonFormatter
 
 import xai_pool_patch
 from tests.kit import line_to, quick, speak
-from xai_pool_patch.telemetry.log import Event
+from xai_pool_patch.telemetry.log import LogEvent
 
 LIVEKITS_CONSOLE = "%(asctime)s - %(levelname)-4s %(name)s - %(message)s %(extra)s"
 
@@ -86,7 +86,7 @@ def test_a_bare_basic_config(logged: Callable[[logging.Formatter], list[str]]) -
         assert len([line for line in lines if line.endswith(f":xai_pool_patch:{message}")]) == 1
     assert "WARNING:xai_pool_patch:standby failed" in lines
     assert lines.count("INFO:xai_pool_patch:connected") == 2
-    assert {line.split(":", 2)[2] for line in lines} <= {event.message for event in Event}
+    assert {line.split(":", 2)[2] for line in lines} <= {event.message for event in LogEvent}
 
 
 def test_livekits_console(logged: Callable[[logging.Formatter], list[str]]) -> None:
@@ -170,5 +170,5 @@ def test_an_application_with_its_own_structlog(
 def test_every_event_is_in_the_readme() -> None:
     """Applications rely on the names: what is renamed must be renamed there too."""
     readme = Path(__file__).parents[2].joinpath("README.md").read_text()
-    for event in Event:
+    for event in LogEvent:
         assert f"`{event.message}`" in readme, event

@@ -22,7 +22,7 @@ import xai_pool_patch
 from tests.kit import API_KEY, line_to, quick, registry, speak
 from tests.otel import empty_reader
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.demo.standin import Ending
+from xai_pool_patch.demo.fake_server import Ending
 
 Points = dict[tuple[str, str], Any]
 """By instrument, without its prefix, and the values of its attributes."""
@@ -94,7 +94,7 @@ async def test_connections_by_state(patched: None, reader: InMemoryMetricReader)
 
     def counts() -> list[int]:
         found = points(reader)
-        states = ("idle", "leased", "restoring", "dialling")
+        states = ("idle", "leased", "clearing", "dialling")
         assert len([name for name, _ in found if name == "connection.count"]) == len(states)
         return [found["connection.count", state].value for state in states]
 

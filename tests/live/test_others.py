@@ -30,8 +30,8 @@ from tests.kit import (
     speak,
 )
 from tests.live.peer import until
-from xai_pool_patch.dialler import dialler_of
-from xai_pool_patch.plugin import Shape
+from xai_pool_patch.connector import connector_of
+from xai_pool_patch.releases import Shape
 from xai_pool_patch.wrappers import _as_its_pool_does
 
 Sees = Callable[[Any], object]
@@ -177,7 +177,7 @@ async def test_a_subclass_with_a_session_of_its_own(patched: None) -> None:
         tts.http = line.http
         await two_turns(line, tts)
         [pool] = registry().here().pools.values()
-        [connection] = pool._members
+        [connection] = pool._entries
         await until(lambda: connection.round_trip is not None)
         await tts.aclose()
 
@@ -227,7 +227,7 @@ async def test_without_a_tts_the_plugin_dials_as_ever(patched: None) -> None:
         pools = registry().here()
         connect = vars(xai.TTS)["_connect_ws"]
         connect = _as_its_pool_does if HAS_OWN_POOL else connect.__wrapped__
-        dial = dialler_of(connect, tts, tts._opts, shape=SHAPE, heartbeat=pools.heartbeat)
+        dial = connector_of(connect, tts, tts._opts, shape=SHAPE, heartbeat=pools.heartbeat)
         del tts
         gc.collect()
         line.metrics.clear()

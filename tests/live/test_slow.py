@@ -16,7 +16,7 @@ from livekit.plugins import xai
 import xai_pool_patch
 from tests.kit import Heard, Line, line_to, quick, registry, speak
 from tests.live.peer import until
-from xai_pool_patch import PoolOptions, delivery
+from xai_pool_patch import PoolOptions, exchange
 
 TIMEOUT = 0.3
 LIMIT = 3 * TIMEOUT
@@ -40,7 +40,7 @@ async def warm_up(line: Line, tts: xai.TTS, connections: int = 1) -> None:
 
 
 def round_trips_are_known() -> bool:
-    return all(c.round_trip is not None for pool in registry()._pools() for c in pool._members)
+    return all(c.round_trip is not None for pool in registry()._pools() for c in pool._entries)
 
 
 def check_heard(line: Line, text: str, heard: Heard) -> None:
@@ -150,7 +150,7 @@ async def test_a_session_that_stops_answering_pings_is_given_up_sooner(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It answered the one ahead of the text, and none after the time that an answer has."""
-    monkeypatch.setattr(delivery, "LONGEST_PROBE", 0.1)
+    monkeypatch.setattr(exchange, "LONGEST_PROBE", 0.1)
     async with line_to(quick(), 0.02) as line:
         tts = line.tts()
         await warm_up(line, tts)

@@ -18,7 +18,7 @@ from livekit.plugins import xai
 import xai_pool_patch
 from tests.kit import Heard, Line, all_closed, line_to, quick, speak
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.demo.standin import Clearing, Ending
+from xai_pool_patch.demo.fake_server import Clearing, Ending
 
 CONVERSATIONS = 4
 OPTIONS = PoolOptions(
@@ -118,8 +118,8 @@ async def test_soak(
         tracemalloc.stop()
         stats = xai_pool_patch.stats()
         assert (stats["idle"], stats["leased"], stats["dialling"]) == (0, 0, 0)
-        assert stats["restoring"] == 0
-        assert (stats["connections_reclaimed"] > 0) == (options is CLEARING), stats
+        assert stats["clearing"] == 0
+        assert (stats["connections_cleared"] > 0) == (options is CLEARING), stats
         assert leaked < FLAT, f"{leaked} bytes kept after {turns} turns"
     finally:
         logging.disable(logging.NOTSET)

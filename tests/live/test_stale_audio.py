@@ -16,7 +16,7 @@ import xai_pool_patch
 from tests.kit import Heard, Line, interrupted, line_to, quick, registry, speak
 from tests.live.peer import until
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.demo.standin import End
+from xai_pool_patch.demo.fake_server import End
 
 ROUND_TRIP = 0.1
 TURNS = 6
@@ -44,7 +44,7 @@ async def hear_whole(line: Line, tts: xai.TTS, text: str) -> Heard:
 
 async def round_trip_known() -> None:
     def is_known() -> bool:
-        connections = [c for pool in registry()._pools() for c in pool._members]
+        connections = [c for pool in registry()._pools() for c in pool._entries]
         return bool(connections) and all(c.round_trip is not None for c in connections)
 
     await until(is_known)

@@ -14,7 +14,7 @@ import pytest
 import xai_pool_patch
 from tests.kit import API_KEY, line_to, registry, speak
 from xai_pool_patch import PoolStats, Stats, patch
-from xai_pool_patch.telemetry import metrics
+from xai_pool_patch.telemetry import instruments
 
 
 @pytest.mark.parametrize("when", ["never installed", "waiting for the plugin", "installed"])
@@ -128,7 +128,7 @@ async def test_to_ask_takes_no_lock(patched: None, monkeypatch: pytest.MonkeyPat
             assert xai_pool_patch.is_installed()
             assert xai_pool_patch.stats()["idle"] == 1
             assert [pool["idle"] for pool in xai_pool_patch.pool_stats()] == [1]
-            assert sum(observed.value for observed in metrics._count(None)) == 1  # type: ignore[arg-type]
+            assert sum(observed.value for observed in instruments._count(None)) == 1  # type: ignore[arg-type]
         await tts.aclose()
 
 

@@ -55,10 +55,10 @@ def nothing_wrong() -> Iterator[None]:
 
 def names_of_fields() -> set[str]:
     """Those that the package's code gives to what it tells, and what might come to mind first."""
-    names = {"pool", "reason", "number", "error", *stats.Tally().as_fields()}
+    names = {"pool", "reason", "number", "error", *stats.UsageStats().as_fields()}
     for module in Path(xai_pool_patch.__file__).parent.rglob("*.py"):
         for call in ast.walk(ast.parse(module.read_text("utf-8"))):
-            if isinstance(call, ast.Call) and ast.unparse(call.func) in ("tell", "self._tell"):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) in ("log_event", "self._log"):
                 names |= {keyword.arg for keyword in call.keywords if keyword.arg}
     return names - {"level"}
 

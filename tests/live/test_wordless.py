@@ -14,7 +14,7 @@ from livekit.agents import APIConnectOptions
 import xai_pool_patch
 from tests.kit import ONCE, Line, line_to, quick, registry, speak
 from tests.live.peer import until
-from xai_pool_patch.demo.standin import Utterance, Wordless
+from xai_pool_patch.demo.fake_server import Utterance, Wordless
 
 RETRYING = APIConnectOptions(max_retry=2, retry_interval=0.01, timeout=5.0)
 WORDS = "And now a few words."
@@ -69,7 +69,7 @@ async def converse(text: str, wordless: Wordless, options: APIConnectOptions, wa
 
 def round_trips_are_known() -> bool:
     """So that the connections are asked for a sign of life, and have time to give one."""
-    return all(c.round_trip is not None for pool in registry()._pools() for c in pool._members)
+    return all(c.round_trip is not None for pool in registry()._pools() for c in pool._entries)
 
 
 def unused_are_open(line: Line, warm: int, sent: list[Utterance]) -> bool:

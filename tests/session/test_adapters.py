@@ -23,7 +23,7 @@ import xai_pool_patch
 from tests.kit import HAS_OWN_POOL, Line, all_closed, line_to, quick
 from tests.session.test_session import session_of
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.demo.standin import SAMPLE_RATE, End, Ending, Outcome, StandIn, Utterance
+from xai_pool_patch.demo.fake_server import SAMPLE_RATE, End, Ending, FakeServer, Outcome, Utterance
 
 SECONDS_PER_CHARACTER = 0.01
 OTHER_KEY = "other-key"
@@ -101,7 +101,7 @@ def bare(text: str) -> str:
     return "".join(text.split())
 
 
-def check_whole(heard: Said, server: StandIn, *texts: str) -> None:
+def check_whole(heard: Said, server: FakeServer, *texts: str) -> None:
     """These texts, one after the other, all of each, and nothing else."""
     assert heard.error is None
     assert heard.numbers == [server.utterance_for(text).number for text in texts]
@@ -116,7 +116,7 @@ async def two_lines() -> AsyncIterator[tuple[Line, Line]]:
         yield ours, other
 
 
-def number_from(server: StandIn, first: int) -> None:
+def number_from(server: FakeServer, first: int) -> None:
     server.utterances += [Utterance(number, 0, 0.0) for number in range(1, first)]
 
 
@@ -173,17 +173,17 @@ class Watched:
 class Outage:
     """Why ours cannot be had for a while."""
 
-    begin: Callable[[StandIn], None]
-    end: Callable[[StandIn], None]
+    begin: Callable[[FakeServer], None]
+    end: Callable[[FakeServer], None]
     options: APIConnectOptions = ONE_TURN
 
 
-def stall(server: StandIn) -> None:
+def stall(server: FakeServer) -> None:
     server.link.stall_new = True
     server.freeze_all()
 
 
-def flow(server: StandIn) -> None:
+def flow(server: FakeServer) -> None:
     server.link.stall_new = False
     server.link.unfreeze()
 
@@ -191,12 +191,12 @@ def flow(server: StandIn) -> None:
 def behaving(**faults: Any) -> Outage:
     usual = quick()
 
-    def begin(server: StandIn) -> None:
+    def begin(server: FakeServer) -> None:
         for name, value in faults.items():
             setattr(server.behaviour, name, value)
         server.reset_all()
 
-    def end(server: StandIn) -> None:
+    def end(server: FakeServer) -> None:
         for name in faults:
             setattr(server.behaviour, name, getattr(usual, name))
 
@@ -265,7 +265,7 @@ async def reply_by_other(watched: Watched, outage: Outage, ours: Line, other: Li
     return switch
 
 
-def spoken_on(server: StandIn, *texts: str) -> list[int]:
+def spoken_on(server: FakeServer, *texts: str) -> list[int]:
     """The numbers of the connections that spoke these texts."""
     return [server.utterance_for(text).connection for text in texts]
 
@@ -399,21 +399,21 @@ async def test_a_server_that_vanishes_in_mid_turn(is_warm: bool) -> None:
 # A FallbackAdapter, and a connection of ours that has died.
 
 
-async def reset_idle(server: StandIn) -> None:
+async def reset_idle(server: FakeServer) -> None:
     server.reset_all()
 
 
-async def close_idle(server: StandIn) -> None:
+async def close_idle(server: FakeServer) -> None:
     await server.close_all()
 
 
-async def freeze_idle(server: StandIn) -> None:
+async def freeze_idle(server: FakeServer) -> None:
     server.freeze_all()
 
 
 @pytest.mark.parametrize("die", [reset_idle, close_idle, freeze_idle])
 async def test_a_connection_that_died_while_idle_is_not_worth_a_switch(
-    die: Callable[[StandIn], Any],
+    die: Callable[[FakeServer], Any],
 ) -> None:
     """What is in flight when it dies is sent again: ours speaks, and nobody is told of an error."""
     with installed(True):

@@ -9,19 +9,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.virtual import run
-from xai_pool_patch.backoff import Account, Backoff, Setback
+from xai_pool_patch.backoff import Backoff, FailureKind, RateLimit
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool import Pool, Reason
 from xai_pool_patch.supervisor import Supervisor
-from xai_pool_patch.telemetry.journal import Journal
+from xai_pool_patch.telemetry.pool_metrics import PoolMetrics
 
 HANDSHAKE = 0.45
 ROUND_TRIP = 0.15
 
 
 class RefusedError(Exception):
-    def __init__(self, setback: Setback) -> None:
-        self.setback = setback
+    def __init__(self, failure_kind: FailureKind) -> None:
+        self.failure_kind = failure_kind
 
 
 @dataclass(eq=False)
@@ -31,22 +31,22 @@ class Wire:
     number: int
     made_at: float
     on_lost: Callable[[], None] | None = None
-    on_broken_word: Callable[[], None] | None = None
+    on_stale_audio: Callable[[], None] | None = None
     is_reusable: bool = True
     round_trip: float | None = ROUND_TRIP
-    broke_word: bool = False
-    restored_after: float = ROUND_TRIP
-    is_restorable: bool = True
-    restorations: int = 0
+    sent_stale_audio: bool = False
+    cleared_after: float = ROUND_TRIP
+    is_clearable: bool = True
+    clears: int = 0
     is_open: bool = True
     closed_at: float | None = None
 
-    async def restore(self) -> None:
+    async def clear(self) -> None:
         assert self.is_open
-        self.restorations += 1
+        self.clears += 1
         self.is_reusable = False
-        await asyncio.sleep(self.restored_after)
-        self.is_reusable = self.is_open and self.is_restorable
+        await asyncio.sleep(self.cleared_after)
+        self.is_reusable = self.is_open and self.is_clearable
 
     def close(self) -> asyncio.Task[None]:
         assert self.is_open or not self.is_reusable, f"{self!r} is closed twice"
@@ -66,7 +66,7 @@ class Network:
     """Where the pool dials."""
 
     handshake: float = HANDSHAKE
-    refuse: list[Setback | None] = field(default_factory=list)
+    refuse: list[FailureKind | None] = field(default_factory=list)
     """What the next dials end with; None is a success, as is everything after the list."""
     hang_next: int = 0
     wires: list[Wire] = field(default_factory=list)
@@ -81,7 +81,7 @@ class Network:
         try:
             await asyncio.wait_for(asyncio.sleep(1e9 if hangs else self.handshake), timeout)
         except asyncio.TimeoutError:
-            raise RefusedError(Setback.PASSING) from None
+            raise RefusedError(FailureKind.TRANSIENT) from None
         if refusal is not None:
             raise RefusedError(refusal)
         wire = Wire(len(self.wires) + 1, loop.time())
@@ -102,27 +102,27 @@ class TakesBack:
     def release(self, connection: object) -> None:
         self.came_back.append("released")
 
-    def reclaim(self, connection: object) -> None:
-        self.came_back.append("to be reclaimed")
+    def release_cut_off(self, connection: object) -> None:
+        self.came_back.append("released cut off")
 
     def discard(self, connection: object, reason: Reason) -> None:
         self.came_back.append(reason)
 
-    def condemn(self, connection: object) -> None:
-        self.came_back.append("condemned")
+    def evict(self, connection: object) -> None:
+        self.came_back.append("evicted")
 
 
 def no_fault(operation: str, fault: Exception) -> None:
     raise AssertionError(f"a fault in {operation}") from fault
 
 
-def setback_of(error: Exception) -> Setback:
+def failure_kind_of(error: Exception) -> FailureKind:
     assert isinstance(error, RefusedError)
-    return error.setback
+    return error.failure_kind
 
 
 def make_pool(
-    network: Network, options: PoolOptions | None = None, account: Account | None = None
+    network: Network, options: PoolOptions | None = None, rate_limit: RateLimit | None = None
 ) -> Pool[Wire]:
     jitter = random.Random(1)
     return Pool(
@@ -130,9 +130,9 @@ def make_pool(
         options or PoolOptions(),
         supervisor=Supervisor(no_fault, close_timeout=1.0),
         standby_timeout=10.0,
-        backoff=Backoff(account or Account(), jitter),
-        journal=Journal(pool=1),
-        setback_of=setback_of,
+        backoff=Backoff(rate_limit or RateLimit(), jitter),
+        metrics=PoolMetrics(pool=1),
+        failure_kind_of=failure_kind_of,
         is_defunct=lambda: network.is_gone,
         jitter=jitter,
     )

@@ -1,6 +1,6 @@
 """Any sequence of events, found by hypothesis, against the promises of the pool.
 
-The real `LoopPools`, `Pool` and `Connection` in virtual time; only the WebSocket is a plain object.
+The real `PoolManager`, `Pool` and `Connection` in virtual time; only the WebSocket is a plain object.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from hypothesis.stateful import (
 from tests.unit.pool_kit import no_fault
 from tests.virtual import VirtualLoop, block
 from xai_pool_patch.connection import TEXT_CLEAR, Connection
+from xai_pool_patch.manager import Connect, PoolKey, PoolManager
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool import AcquireTimeoutError, DialFailedError, Pool, Reason
-from xai_pool_patch.shared import Connect, Key, LoopPools
 
 T = TypeVar("T")
 
@@ -110,7 +110,7 @@ class World:
     """What the connections dialled from now on do."""
     session: Session = field(default_factory=Session)
 
-    def at(self, voice: str) -> tuple[Key, Callable[[], Connect]]:
+    def at(self, voice: str) -> tuple[PoolKey, Callable[[], Connect]]:
         async def connect(timeout: float) -> Any:
             fate = self.next_dials.pop(0) if self.next_dials else "accepted"
             await asyncio.wait_for(asyncio.sleep(1e9 if fate == "hangs" else HANDSHAKE), timeout)
@@ -120,7 +120,7 @@ class World:
             return self.sockets[-1]
 
         session: Any = self.session
-        return Key("key", session, (("voice", voice),)), lambda: connect
+        return PoolKey("key", session, (("voice", voice),)), lambda: connect
 
     @property
     def open(self) -> list[Socket]:
@@ -154,11 +154,11 @@ class Agents(RuleBasedStateMachine):
         self.world = World()
         self.ttss = [TTS()]
         self.turns: list[Turn] = []
-        self.restorations: dict[object, float] = {}
+        self.clears: dict[object, float] = {}
         """Each, and when it was first seen."""
 
-        async def make() -> LoopPools:
-            return LoopPools(self.options, no_fault)
+        async def make() -> PoolManager:
+            return PoolManager(self.options, no_fault)
 
         self.pools = self.loop.run_until_complete(make())
         self.pools._jitter.seed(1)
@@ -208,7 +208,7 @@ class Agents(RuleBasedStateMachine):
             return connection
 
         def begin() -> None:
-            pool = self.pools.use(tts, *self.world.at(tts.voice))
+            pool = self.pools.register(tts, *self.world.at(tts.voice))
             self.turns.append(Turn(pool, self.loop.create_task(acquire(pool, tts.voice))))
 
         self.inside(begin)
@@ -229,7 +229,7 @@ class Agents(RuleBasedStateMachine):
                 socket: Any = turn.connection.ws  # type: ignore[union-attr]
                 socket.owes_audio = True
                 turn.connection.utterance.sent(TEXT)  # type: ignore[union-attr]
-            self.inside(turn.pool.reclaim, turn.connection)
+            self.inside(turn.pool.release_cut_off, turn.connection)
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
@@ -255,7 +255,7 @@ class Agents(RuleBasedStateMachine):
         tts = self.pick(data, self.ttss)
         tts.voice = voice
         if self.pools.knows(tts):
-            self.inside(self.pools.use, tts, *self.world.at(voice))
+            self.inside(self.pools.register, tts, *self.world.at(voice))
 
     @precondition(lambda self: self.ttss)
     @rule(data=st.data(), collected=st.booleans())
@@ -263,7 +263,7 @@ class Agents(RuleBasedStateMachine):
         tts = self.pick(data, self.ttss)
         self.ttss.remove(tts)
         if not collected:
-            self.inside(self.pools.leave, tts)
+            self.inside(self.pools.unregister, tts)
         del tts
         gc.collect(0)
         self.let()
@@ -308,7 +308,7 @@ class Agents(RuleBasedStateMachine):
             )
             least = self.options.min_size if used else 0
             assert pool.dialling == 0
-            unused = pool.idle + pool.restoring
+            unused = pool.idle + pool.clearing
             assert pool.leased + unused <= max(least, pool.leased), "holds more than it uses"
 
     # What holds at all times
@@ -328,8 +328,8 @@ class Agents(RuleBasedStateMachine):
     def no_clear_goes_on_for_ever(self) -> None:
         now = self.loop.time()
         for pool in self.pools.pools.values():
-            for restoration in pool._restoring.values():
-                began = self.restorations.setdefault(restoration, now)
+            for clear in pool._clearing.values():
+                began = self.clears.setdefault(clear, now)
                 assert now - began <= self.options.clear_timeout
 
     @invariant()

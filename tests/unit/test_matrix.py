@@ -12,7 +12,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import noxfile
-from xai_pool_patch import plugin, python
+from xai_pool_patch import python, releases
 
 ROOT = Path(noxfile.__file__).parent
 PINNED = sorted((ROOT / "constraints").iterdir())
@@ -34,14 +34,14 @@ def test_the_releases_declared_are_those_from_the_first_run_to_the_next_major(pa
 
 def test_the_releases_verified_are_those_from_the_first_run_to_the_last() -> None:
     """By the table that install() judges by, each of whose rows is run, and by the README's."""
-    verified = [version for edition in plugin.EDITIONS for version in edition.versions]
+    verified = [version for release in releases.RELEASES for version in release.versions]
     assert verified == sorted(verified, key=Version)
     assert (verified[0], verified[-1]) == (noxfile.PLUGINS[0], noxfile.PLUGINS[-1])
-    for edition in plugin.EDITIONS:
-        assert set(edition.versions) & set(noxfile.PLUGINS)
+    for release in releases.RELEASES:
+        assert set(release.versions) & set(noxfile.PLUGINS)
     readme = (ROOT / "README.md").read_text()
     for package in ("livekit-plugins-xai", "livekit-agents"):
-        assert f"| {package} | {plugin.SUPPORTED} |" in readme
+        assert f"| {package} | {releases.SUPPORTED} |" in readme
 
 
 @pytest.mark.parametrize("floor", noxfile.FLOORS)

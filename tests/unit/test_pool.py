@@ -18,7 +18,7 @@ from tests.unit.pool_kit import (
     play,
 )
 from tests.virtual import block, run
-from xai_pool_patch.backoff import Account, Setback
+from xai_pool_patch.backoff import FailureKind, RateLimit
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool import (
     DIAL_PATIENCE,
@@ -151,7 +151,7 @@ def test_condemning_one_takes_its_elders_along() -> None:
         younger = await leased(pool)
         for wire in [*elders[:2], younger]:
             pool.release(wire)
-        pool.condemn(elders[2])
+        pool.evict(elders[2])
         assert network.open == [younger]
 
     play(scenario)
@@ -248,7 +248,7 @@ def test_the_timeout_covers_the_wait_for_somebody_elses_dial() -> None:
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         network.hang_next = 1
-        pool.keep(1)
+        pool.resize(1)
         await asyncio.sleep(0.1)
         began = now()
         with pytest.raises(AcquireTimeoutError):
@@ -277,7 +277,7 @@ def test_the_error_of_a_callers_own_dial_reaches_it() -> None:
     """P8: what the dial failed with is what the caller gets."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        network.refuse = [Setback.REFUSED]
+        network.refuse = [FailureKind.PERMANENT]
         with pytest.raises(DialFailedError) as failure:
             await pool.acquire(10.0)
         assert isinstance(failure.value.error, RefusedError)
@@ -289,8 +289,8 @@ def test_a_failed_standby_is_not_the_callers_failure() -> None:
     """P4: a caller who relied on a standby's dial gets one of its own when that fails."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        network.refuse = [Setback.PASSING]
-        pool.keep(1)
+        network.refuse = [FailureKind.TRANSIENT]
+        pool.resize(1)
         await asyncio.sleep(0.1)
         wire = await leased(pool)
         assert wire.number == 1
@@ -304,7 +304,7 @@ def test_a_hanging_standby_holds_a_caller_up_for_a_moment_only() -> None:
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         network.hang_next = 1
-        pool.keep(1)
+        pool.resize(1)
         await asyncio.sleep(0.1)
         acquired = await pool.acquire(10.0)
         assert acquired.waited == pytest.approx(DIAL_PATIENCE - 0.1 + HANDSHAKE)
@@ -332,7 +332,7 @@ def test_whoever_lost_its_dial_to_another_gets_a_new_one() -> None:
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         network.handshake = 0.9
-        network.refuse = [Setback.PASSING]
+        network.refuse = [FailureKind.TRANSIENT]
         first = asyncio.create_task(leased(pool))
         await asyncio.sleep(0.1)
         network.handshake = 0.2
@@ -350,7 +350,7 @@ def test_a_replacement_is_dialled_at_once_after_a_discard() -> None:
     """P4: half a second after an interruption the next turn finds a connection."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         wire = await leased(pool)
         pool.discard(wire, Reason.INTERRUPTED)
         assert pool.dialling == 1
@@ -364,7 +364,7 @@ def test_a_replacement_is_dialled_at_once_after_a_loss() -> None:
     """C3, P4: a peer that ends an idle connection takes it out of the pool at that moment."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         [wire] = await idle(pool, 1)
         wire.break_off()
         assert (pool.idle, pool.dialling) == (0, 1)
@@ -376,7 +376,7 @@ def test_leased_connections_count_as_kept() -> None:
     """P4: a conversation never holds more sessions than it uses."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         await leased(pool)
         await asyncio.sleep(3600.0)
         assert len(network.dialled_at) == 1
@@ -414,8 +414,8 @@ def test_background_failures_back_off() -> None:
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         network.handshake = 0.0
-        network.refuse = [Setback.PASSING] * 12
-        pool.keep(1)
+        network.refuse = [FailureKind.TRANSIENT] * 12
+        pool.resize(1)
         await asyncio.sleep(300.0)
         gaps = [b - a for a, b in zip(network.dialled_at, network.dialled_at[1:], strict=False)]
         expected = [0.5, 1, 2, 4, 8, 16, 30, 30, 30, 30, 30, 30]
@@ -430,8 +430,8 @@ def test_backoff_never_delays_a_caller() -> None:
     """P4: in the middle of a backoff, acquire() dials immediately."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        network.refuse = [Setback.PASSING] * 6
-        pool.keep(1)
+        network.refuse = [FailureKind.TRANSIENT] * 6
+        pool.resize(1)
         while network.refuse:
             await asyncio.sleep(1.0)
         assert (await pool.acquire(10.0)).waited == pytest.approx(HANDSHAKE)
@@ -444,11 +444,11 @@ def test_a_refusal_stops_the_background_until_a_callers_dial_succeeds(calls_firs
     """P4, A6: a bad key costs one dial, not one every thirty seconds."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        network.refuse = [Setback.REFUSED]
+        network.refuse = [FailureKind.PERMANENT]
         if calls_first:
             with pytest.raises(DialFailedError):
                 await pool.acquire(10.0)
-        pool.keep(1)
+        pool.resize(1)
         await asyncio.sleep(3600.0)
         assert len(network.dialled_at) == 1
         pool.discard(await leased(pool), Reason.INTERRUPTED)
@@ -462,9 +462,9 @@ def test_a_standby_from_before_a_refusal_does_not_end_it() -> None:
     """P4: only a dial that was made since then tells anything new."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         await asyncio.sleep(1.0)
-        network.refuse = [Setback.REFUSED]
+        network.refuse = [FailureKind.PERMANENT]
         with pytest.raises(DialFailedError):
             await pool.acquire(10.0, fresh=True)
         assert pool.idle == 1
@@ -475,14 +475,16 @@ def test_a_standby_from_before_a_refusal_does_not_end_it() -> None:
     play(scenario)
 
 
-@pytest.mark.parametrize(("setback", "dials"), [(Setback.REFUSED, 3), (Setback.PASSING, 7)])
-def test_lending_an_old_connection_proves_nothing(setback: Setback, dials: int) -> None:
+@pytest.mark.parametrize(
+    ("failure_kind", "dials"), [(FailureKind.PERMANENT, 3), (FailureKind.TRANSIENT, 7)]
+)
+def test_lending_an_old_connection_proves_nothing(failure_kind: FailureKind, dials: int) -> None:
     """P4: a failed standby is not dialled again with every turn on another connection."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(2)
+        pool.resize(2)
         await asyncio.sleep(1.0)
-        network.refuse = [setback] * 100
+        network.refuse = [failure_kind] * 100
         network.open[0].break_off()
         for _ in range(10):
             wire = await leased(pool)
@@ -497,16 +499,16 @@ def test_too_many_sessions_pause_every_pool_of_the_api_key() -> None:
     """P4: a 429 for one voice keeps the others of the same API key from adding to it."""
 
     async def whole() -> None:
-        account = Account()
+        rate_limit = RateLimit()
         full, other, foreign = Network(), Network(), Network()
-        pools = [make_pool(full, account=account), make_pool(other, account=account)]
+        pools = [make_pool(full, rate_limit=rate_limit), make_pool(other, rate_limit=rate_limit)]
         pools.append(make_pool(foreign))
-        full.refuse = [Setback.OVER_LIMIT]
+        full.refuse = [FailureKind.RATE_LIMITED]
         full.handshake = 0.01
-        pools[0].keep(1)
+        pools[0].resize(1)
         await asyncio.sleep(0.1)
-        pools[1].keep(1)
-        pools[2].keep(1)
+        pools[1].resize(1)
+        pools[2].resize(1)
         await asyncio.sleep(0.2)
         assert len(other.dialled_at) == 0
         assert len(foreign.dialled_at) == 1
@@ -522,7 +524,7 @@ def test_a_server_that_ends_fresh_connections_is_dialled_with_backoff() -> None:
     """P4: accept and drop is a failure too, else the pool would dial without a pause."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         for _ in range(200):
             await asyncio.sleep(0.5)
             for wire in network.open:
@@ -547,9 +549,9 @@ def test_a_standby_that_died_behind_its_handshake_is_lost() -> None:
     async def scenario() -> None:
         network = DeadOnArrival()
         pool = make_pool(network)
-        pool.keep(1)
+        pool.resize(1)
         await asyncio.sleep(2 * HANDSHAKE)
-        totals = pool.journal.counters.totals
+        totals = pool.metrics.counters.totals
         assert (pool.idle, totals["discarded_stale"], len(network.dialled_at)) == (0, 1, 1)
         await asyncio.sleep(60.0)
         assert 2 <= len(network.dialled_at) <= 10, "backoff"
@@ -580,11 +582,11 @@ def test_a_standby_that_served_ends_the_backoff() -> None:
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         network.handshake = 0.0
-        network.refuse = [Setback.PASSING] * 5
-        pool.keep(1)
+        network.refuse = [FailureKind.TRANSIENT] * 5
+        pool.resize(1)
         await asyncio.sleep(60.0)
         assert pool.idle == 1
-        network.refuse = [Setback.PASSING]
+        network.refuse = [FailureKind.TRANSIENT]
         lent = await leased(pool)
         lost_at = now()
         pool.discard(lent, Reason.INTERRUPTED)
@@ -601,7 +603,7 @@ def test_a_standby_has_the_time_of_a_standby(is_kept: bool) -> None:
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         network.hang_next = 1
-        pool.keep(1) if is_kept else pool.prewarm()
+        pool.resize(1) if is_kept else pool.prewarm()
         await asyncio.sleep(9.9)
         assert pool.dialling == 1
         await asyncio.sleep(0.2)
@@ -622,7 +624,7 @@ def test_what_the_peer_ends_is_told_by_its_use(
         if is_leased:
             await leased(pool)
         wire.break_off()
-        totals = pool.journal.counters.totals
+        totals = pool.metrics.counters.totals
         assert (totals["discarded_stale"], totals["discarded_error"]) == (not is_leased, is_leased)
 
     play(scenario)
@@ -642,7 +644,7 @@ def test_no_connection_is_handed_out_beyond_max_age() -> None:
         acquired = await pool.acquire(10.0)
         assert acquired.connection is not wire
         assert not acquired.reused
-        assert pool.journal.counters.totals["discarded_expired"] == 1
+        assert pool.metrics.counters.totals["discarded_expired"] == 1
 
     play(scenario)
 
@@ -654,7 +656,7 @@ def test_one_that_died_unnoticed_is_not_handed_out() -> None:
         [wire] = await idle(pool, 1)
         wire.is_reusable = False
         assert await leased(pool) is not wire
-        assert pool.journal.counters.totals["discarded_stale"] == 1
+        assert pool.metrics.counters.totals["discarded_stale"] == 1
 
     play(scenario)
 
@@ -663,7 +665,7 @@ def test_an_old_idle_connection_is_replaced_first_and_closed_then() -> None:
     """P5: at every moment of many hours there is a connection young enough to be handed out."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         await asyncio.sleep(1.0)
         for _ in range(6 * 3600):
             await asyncio.sleep(1.0)
@@ -682,9 +684,9 @@ def test_an_old_connection_serves_until_its_replacement_is_there() -> None:
     """P5: while the replacement cannot be dialled the old one is handed out up to its end."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         [wire] = await idle(pool, 1)
-        network.refuse = [Setback.PASSING] * 1000
+        network.refuse = [FailureKind.TRANSIENT] * 1000
         while len(network.dialled_at) < 2:
             await asyncio.sleep(1.0)
         assert await leased(pool) is wire
@@ -699,7 +701,7 @@ def test_a_connection_that_grew_old_during_its_loan_is_not_kept() -> None:
     """P5: what comes back beyond max_age is closed and replaced."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         wire = await leased(pool)
         await asyncio.sleep(1900.0)
         assert wire.is_open
@@ -728,7 +730,7 @@ def test_what_a_burst_left_behind_is_trimmed() -> None:
     """P6: idle connections above what is kept close after max_idle_time, not before."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         await idle(pool, 5)
         await asyncio.sleep(59.0)
         assert pool.idle == 5
@@ -742,7 +744,7 @@ def test_a_dial_makes_the_longest_idle_one_dispensable() -> None:
     """P6: what it brings is kept in its place."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         [wire] = await idle(pool, 1)
         await asyncio.sleep(61.0)
         assert wire.is_open
@@ -758,7 +760,7 @@ def test_the_idle_time_begins_with_the_last_use() -> None:
     """P6: a spare connection in steady use stays."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         await idle(pool, 2)
         for _ in range(10):
             await asyncio.sleep(50.0)
@@ -772,9 +774,9 @@ def test_a_pool_that_is_no_longer_kept_empties() -> None:
     """P11, P6: the voice left behind costs a session for max_idle_time, and no longer."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         await idle(pool, 1)
-        pool.keep(0)
+        pool.resize(0)
         assert pool.idle == 1
         await asyncio.sleep(61.0)
         assert pool.is_empty
@@ -811,7 +813,7 @@ def test_closing_lets_waiters_have_their_dials_and_takes_nothing_back() -> None:
     """No turn falls silent because its pool ends; what comes back afterwards is closed."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         caller = asyncio.create_task(leased(pool))
         await asyncio.sleep(0.1)
         pool.close()
@@ -868,7 +870,7 @@ def test_aclose_during_a_standbys_dial_closes_what_it_brings() -> None:
     """A handshake under way is brought to its end, so that the server gets a Close frame."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         await asyncio.sleep(0.1)
         await pool.aclose()
         assert len(network.wires) == 1
@@ -881,7 +883,7 @@ def test_a_session_that_is_gone_ends_the_pool_quietly(caplog: pytest.LogCaptureF
     """P9: no redial and no warning when what the pool dials with was closed."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         [wire] = await idle(pool, 1)
         network.is_gone = True
         wire.break_off()
@@ -899,12 +901,12 @@ def test_a_standby_that_fails_since_the_session_is_gone_is_no_failure(
     """P9: nobody is warned of what was to be expected."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        network.refuse = [Setback.PASSING]
-        pool.keep(1)
+        network.refuse = [FailureKind.TRANSIENT]
+        pool.resize(1)
         await asyncio.sleep(HANDSHAKE / 2)
         network.is_gone = True
         await asyncio.sleep(HANDSHAKE)
-        assert pool.journal.counters.totals["standby_failures"] == 0
+        assert pool.metrics.counters.totals["standby_failures"] == 0
 
     play(scenario)
     assert [r for r in caplog.records if r.levelname == "WARNING"] == []
@@ -915,9 +917,9 @@ def test_asked_by_another_thread_between_two_changes() -> None:
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         [wire] = await idle(pool, 1)
-        member = pool._members.pop(wire)
+        entry = pool._entries.pop(wire)
         assert (pool.idle, pool.leased) == (1, 0)
-        pool._members[wire] = member
+        pool._entries[wire] = entry
 
     play(scenario)
 
@@ -926,10 +928,10 @@ def test_repr_tells_the_whole_state() -> None:
     """A failing test, or an operator with a debugger, sees what there is."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         await leased(pool)
         assert repr(pool) == (
-            "<Pool open idle=0 leased=1 restoring=0 dialling=0 waiting=0 closing=0 kept=1>"
+            "<Pool open idle=0 leased=1 clearing=0 dialling=0 waiting=0 closing=0 kept=1>"
         )
         pool.close()
         assert repr(pool).startswith("<Pool closed idle=0 leased=1 ")

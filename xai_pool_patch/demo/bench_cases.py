@@ -25,7 +25,7 @@ from ..patch import OFF_SWITCH
 from ..pool import ROTATION_LEAD
 from ..telemetry.log import describe
 from .conversation import HANDSHAKE_ROUND_TRIPS, INTERRUPT_AFTER, TYPICAL_ROUND_TRIP
-from .standin import Behaviour, StandIn
+from .fake_server import Behaviour, FakeServer
 
 SENTENCE = "Your order is on its way."
 
@@ -302,7 +302,7 @@ async def _converse(
 ) -> None:
     """One conversation, on a server of its own: nothing is shared with another."""
     await asyncio.sleep(delay)
-    async with StandIn(round_trip=round_trip) as server, server.client_session() as http:
+    async with FakeServer(round_trip=round_trip) as server, server.client_session() as http:
         tts = xai.TTS(api_key=server.behaviour.api_key, http_session=http)
         _scale_own_pool(tts, case.options)
         if case.gap:
@@ -328,7 +328,7 @@ async def _measure_floor(round_trip: float, until: asyncio.Future[Any]) -> list[
     """Speaks over one open connection, again and again, once at least."""
     times: list[float] = []
     async with (
-        StandIn(round_trip=round_trip) as server,
+        FakeServer(round_trip=round_trip) as server,
         server.client_session() as http,
         http.ws_connect(
             server.url, headers={"Authorization": f"Bearer {server.behaviour.api_key}"}

@@ -33,13 +33,13 @@ from livekit.plugins import xai
 
 import xai_pool_patch
 
-from ..leasing import Leasing
+from ..manager import Registry
 from ..options import PoolOptions
-from ..plugin import MODULE, Shape, installed_version, recognise
-from ..shared import Registry
+from ..provider import ConnectionProvider
+from ..releases import MODULE, Shape, detect, installed_version
 from ..wrappers import connect_of
+from .fake_server import PATH, SERVER_NAME, Behaviour, FakeServer
 from .link import HOST
-from .standin import PATH, SERVER_NAME, Behaviour, StandIn
 
 TURNS = 2000
 
@@ -107,12 +107,12 @@ def open_servers(count: int, *, messages_per_second: float = 50.0) -> Address:
     opened: queue.Queue[Address] = queue.Queue()
     behaviour = Behaviour(generation=0.0)
     behaviour.pace = messages_per_second * behaviour.chunk
-    serving = _serve([StandIn(behaviour=behaviour) for _ in range(count)], opened)
+    serving = _serve([FakeServer(behaviour=behaviour) for _ in range(count)], opened)
     threading.Thread(target=asyncio.run, args=(serving,), daemon=True).start()
     return opened.get()
 
 
-async def _serve(servers: list[StandIn], opened: queue.Queue[Address]) -> None:
+async def _serve(servers: list[FakeServer], opened: queue.Queue[Address]) -> None:
     async with contextlib.AsyncExitStack() as stack:
         for server in servers:
             await stack.enter_async_context(server)
@@ -176,20 +176,22 @@ class _Pooled:
     def __init__(self, http: aiohttp.ClientSession) -> None:
         self._tts = xai.TTS(api_key=Behaviour().api_key, http_session=http)
         module = sys.modules[MODULE]
-        shape = recognise(module, installed_version(), allow_unverified=True)
-        self._leasing = Leasing(Registry(PoolOptions()), shape, connect_of(xai.TTS, shape))
+        shape = detect(module, installed_version(), allow_unverified=True)
+        self._provider = ConnectionProvider(
+            Registry(PoolOptions()), shape, connect_of(xai.TTS, shape)
+        )
         self._opts = None if shape is Shape.READS_OPTIONS else self._tts._opts
 
     async def turn(self, use: Use) -> _Turn:
         began_at = time.perf_counter()
-        turn = self._leasing.begin_turn(SimpleNamespace())
-        lease = await self._leasing.connect(
+        turn = self._provider.begin_turn(SimpleNamespace())
+        lease = await self._provider.connect(
             turn, self._tts, CONN_OPTIONS.timeout, self._opts, _no_other_way
         )
         acquired_at = time.perf_counter()
         received = await use(lease)
         used_at = time.perf_counter()
-        self._leasing.end_turn(turn, cut_off=None)
+        self._provider.end_turn(turn, cut_off=None)
         released_at = time.perf_counter()
         return _Turn(received, (acquired_at - began_at) + (released_at - used_at))
 
@@ -197,7 +199,7 @@ class _Pooled:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        await self._leasing.close(self._tts, self._tts.aclose)
+        await self._provider.close(self._tts, self._tts.aclose)
 
 
 async def _no_other_way() -> None:
@@ -276,17 +278,19 @@ class _KeepsOpen(xai.TTS):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._kept: list[aiohttp.ClientWebSocketResponse] = []
+        self._min_size: list[aiohttp.ClientWebSocketResponse] = []
 
     async def _connect_ws(self, *args: Any, **kwargs: Any) -> aiohttp.ClientWebSocketResponse:
-        return self._kept.pop() if self._kept else await super()._connect_ws(*args, **kwargs)
+        return (
+            self._min_size.pop() if self._min_size else await super()._connect_ws(*args, **kwargs)
+        )
 
     async def _close_ws(self, ws: aiohttp.ClientWebSocketResponse) -> None:
-        self._kept.append(ws)
+        self._min_size.append(ws)
 
     async def aclose(self) -> None:
         await super().aclose()
-        await asyncio.gather(*(ws.close() for ws in self._kept))
+        await asyncio.gather(*(ws.close() for ws in self._min_size))
 
 
 def speak_at_once(address: Address, *, patched: bool, streams: int) -> StreamCosts:

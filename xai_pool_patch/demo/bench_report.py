@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..plugin import DISTRIBUTION
+from ..releases import DISTRIBUTION
 from .bench import Bench, CaseResult, CostResult
 from .bench_cases import Case, Figures
+from .fake_server import Behaviour
 from .report import BAD, GOOD, PATCHED, UNPATCHED, percentile
-from .standin import Behaviour
 
 SHARES = {"p50": 0.5, "p95": 0.95, "max": 1.0}
 GOALS = {"p50": 1.02, "p95": 1.05}

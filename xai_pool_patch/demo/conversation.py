@@ -25,7 +25,7 @@ from livekit.plugins import xai
 
 import xai_pool_patch
 
-from .standin import Behaviour, StandIn
+from .fake_server import Behaviour, FakeServer
 
 SENTENCES = (
     "Good morning, how can I help you today?",
@@ -163,7 +163,7 @@ class Line:
 
     http: aiohttp.ClientSession
     api_key: str = field(repr=False)
-    server: StandIn | None = None
+    server: FakeServer | None = None
     """None if it is xAI's."""
 
 
@@ -174,7 +174,7 @@ OpenLine = Callable[[], AbstractAsyncContextManager[Line]]
 async def line_to_stand_in(round_trip: float) -> AsyncIterator[Line]:
     """A server of its own, `round_trip` seconds away."""
     async with (
-        StandIn(round_trip=round_trip) as server,
+        FakeServer(round_trip=round_trip) as server,
         server.client_session() as http,
     ):
         yield Line(http, server.behaviour.api_key, server)

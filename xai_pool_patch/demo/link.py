@@ -67,9 +67,9 @@ class _End(asyncio.Protocol):
 class _Lane:
     """One direction of a line: what goes in comes out half a round trip later, in order."""
 
-    def __init__(self, line: Line, deliver: Callable[[bytes | _Signal], None]) -> None:
+    def __init__(self, line: Line, exchange_of: Callable[[bytes | _Signal], None]) -> None:
         self._line = line
-        self._deliver = deliver
+        self._deliver = exchange_of
         self._items: deque[tuple[float, bytes | _Signal]] = deque()
         self._timer: asyncio.TimerHandle | None = None
 

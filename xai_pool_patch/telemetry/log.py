@@ -34,12 +34,12 @@ def harmless(report: Report) -> Report:
         except Exception as error:
             if not _has_complained:
                 _has_complained = True
-                tell(Event.TELEMETRY_FAILED, error=error)
+                log_event(LogEvent.TELEMETRY_FAILED, error=error)
 
     return guarded  # type: ignore[return-value]
 
 
-class Event(enum.Enum):
+class LogEvent(enum.Enum):
     """What is told: the message, and its level. Applications may rely on both."""
 
     INSTALLED = ("installed", INFO)
@@ -55,9 +55,9 @@ class Event(enum.Enum):
     ROTATED = ("rotated", INFO)
     TRIMMED = ("trimmed", INFO)
     CLOSED = ("closed", INFO)
-    RECLAIMED = ("reclaimed", DEBUG)
-    RECLAIMING_STOPPED = ("interrupted connections are discarded from here on", WARNING)
-    PROVING_STOPPED = ("idle connections are kept by PINGs alone from here on", WARNING)
+    CLEARED = ("cleared", DEBUG)
+    CLEARING_STOPPED = ("interrupted connections are discarded from here on", WARNING)
+    VERIFYING_STOPPED = ("idle connections are kept by PINGs alone from here on", WARNING)
     STANDBY_FAILED = ("standby failed", WARNING)
     PINGS_UNANSWERED = ("PINGs are not answered, new connections go without", WARNING)
 
@@ -79,7 +79,7 @@ class Event(enum.Enum):
 
 
 @harmless
-def tell(event: Event, *, level: int | None = None, **fields: Any) -> None:
+def log_event(event: LogEvent, *, level: int | None = None, **fields: Any) -> None:
     """Logs an event; the fields become attributes of the log record, behind `FIELD_PREFIX`.
 
     Args:

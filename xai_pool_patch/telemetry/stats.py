@@ -15,7 +15,7 @@ class Totals(TypedDict):
     connections_made: int
     connections_reused: int
     """Handed out without a wait. Those that then had to be replaced are in `replays` too."""
-    connections_reclaimed: int
+    connections_cleared: int
     """Interrupted, made clean by `text.clear`, and kept."""
     discarded_interrupted: int
     discarded_stale: int
@@ -38,7 +38,7 @@ class Counts(Totals):
 
     idle: int
     leased: int
-    restoring: int
+    clearing: int
     """A `text.clear` is under way."""
     dialling: int
 
@@ -95,7 +95,7 @@ def sum_of(*several: Counters) -> Counters:
 
 
 @dataclass
-class Tally:
+class UsageStats:
     """What the pools did for one TTS."""
 
     utterances: int = 0
@@ -137,7 +137,7 @@ class Countable(Protocol):
     @property
     def leased(self) -> int: ...
     @property
-    def restoring(self) -> int: ...
+    def clearing(self) -> int: ...
     @property
     def dialling(self) -> int: ...
 
@@ -148,7 +148,7 @@ def counts_of(pools: Sequence[Countable], counters: Counters) -> Counts:
         **cast(Totals, {name: round(total, 3) for name, total in totals.items()}),
         "idle": sum(pool.idle for pool in pools),
         "leased": sum(pool.leased for pool in pools),
-        "restoring": sum(pool.restoring for pool in pools),
+        "clearing": sum(pool.clearing for pool in pools),
         "dialling": sum(pool.dialling for pool in pools),
     }
 

@@ -34,7 +34,7 @@ class Shape(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Edition:
+class Release:
     """Versions of the plugin whose `tts.py` is the same to the letter, and has been read."""
 
     versions: tuple[str, ...]
@@ -47,33 +47,33 @@ def _series(minor: str, first: int, last: int) -> tuple[str, ...]:
     return tuple(f"{minor}.{patch}" for patch in range(first, last + 1))
 
 
-EDITIONS = (
-    Edition(
+RELEASES = (
+    Release(
         _series("1.5", 2, 18) + _series("1.6", 0, 1),
         Shape.READS_OPTIONS,
         "fd9d6112ef88d481456ed70607ee0a74be6cb34b8cb1313d19823621a2ec0e87",
     ),
-    Edition(
+    Release(
         _series("1.6", 2, 4),
         Shape.TAKES_OPTIONS,
         "5a997f858a4410c0d6a47d2d9a974b302a2eddca20c42f47611a586430d5cd17",
     ),
-    Edition(
+    Release(
         ("1.6.5",),
         Shape.OWN_POOL,
         "6de19bc18fa9f83020a9c6123f33be31eda85914349c948d7ac372c548d04eb1",
     ),
-    Edition(
+    Release(
         _series("1.6", 6, 10),
         Shape.OWN_POOL,
         "4a587c90e3f7bc35714e1222685a11bbe55e345d59aa4f54b83d4985f956c946",
     ),
-    Edition(
+    Release(
         _series("1.7", 0, 1),
         Shape.OWN_POOL,
         "8a8c5c282dfd429efa2e0adac2b8ee829b8de958c5082921dcc47e7de5002f12",
     ),
-    Edition(
+    Release(
         _series("1.8", 0, 9),
         Shape.OWN_POOL,
         "0edd02ed27abb2215d9ff08f8c534bc6653904c89cfe90e672ea9dd1c55ef5fb",
@@ -81,11 +81,11 @@ EDITIONS = (
 )
 """Every version that is supported, oldest first."""
 
-SUPPORTED = f"{EDITIONS[0].versions[0]} to {EDITIONS[-1].versions[-1]}"
+SUPPORTED = f"{RELEASES[0].versions[0]} to {RELEASES[-1].versions[-1]}"
 
 
-def edition_of(version: str) -> Edition | None:
-    return next((edition for edition in EDITIONS if version in edition.versions), None)
+def release_of(version: str) -> Release | None:
+    return next((release for release in RELEASES if version in release.versions), None)
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def check_version(version: str, *, allow_unverified: bool) -> None:
     Raises:
         UnsupportedPluginError: it is not a verified version, and no other is allowed.
     """
-    if edition_of(version) is None and not allow_unverified:
+    if release_of(version) is None and not allow_unverified:
         raise UnsupportedPluginError(
             f"found {DISTRIBUTION} {version}; verified are {SUPPORTED}. If `xai-pool-patch check`"
             " finds that it looks like one of them, install(allow_unverified=True) takes it"
@@ -220,31 +220,31 @@ def check_version(version: str, *, allow_unverified: bool) -> None:
 
 def _check_framework(allow_unverified: bool) -> None:
     version = installed_version(FRAMEWORK)
-    if edition_of(version) is None and not allow_unverified:
+    if release_of(version) is None and not allow_unverified:
         raise UnsupportedPluginError(
             f"found {FRAMEWORK} {version}; verified are {SUPPORTED}."
             " install(allow_unverified=True) takes it"
         )
 
 
-def recognise(module: ModuleType, version: str, *, allow_unverified: bool) -> Shape:
+def detect(module: ModuleType, version: str, *, allow_unverified: bool) -> Shape:
     """The shape of the imported plugin.
 
     Raises:
         UnsupportedPluginError: it is not what its version says, or is of a version that is not
             verified and not allowed or of no known shape. The message names what differs.
     """
-    edition = edition_of(version)
-    if edition is None:
+    release = release_of(version)
+    if release is None:
         return _resembled(module, version, allow_unverified)
-    found = differences(module, edition.shape)
+    found = differences(module, release.shape)
     if found:
         raise UnsupportedPluginError(
             f"{DISTRIBUTION} {version} is not what its version says (edited or vendored?):"
             f" {'; '.join(found)}. xai_pool_patch supports {SUPPORTED}, as published"
         )
     _check_framework(allow_unverified)
-    return edition.shape
+    return release.shape
 
 
 def _resembled(module: ModuleType, version: str, allow_unverified: bool) -> Shape:
@@ -265,6 +265,6 @@ def _resembled(module: ModuleType, version: str, allow_unverified: bool) -> Shap
 
 def is_as_published(module: ModuleType, version: str) -> bool:
     """Whether the plugin's file is, to the letter, the one in that version's wheel."""
-    edition = edition_of(version)
+    release = release_of(version)
     content = Path(module.__file__ or "").read_bytes()
-    return edition is not None and hashlib.sha256(content).hexdigest() == edition.sha256
+    return release is not None and hashlib.sha256(content).hexdigest() == release.sha256

@@ -17,7 +17,7 @@ from opentelemetry.metrics import CallbackOptions, Observation
 from .. import __version__
 from .stats import Counts
 
-STATES = ("idle", "leased", "restoring", "dialling")
+STATES = ("idle", "leased", "clearing", "dialling")
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 """Histogram buckets: those of the semantic conventions for HTTP requests. Without them the SDK
@@ -51,7 +51,7 @@ connection_count = _meter.create_observable_up_down_counter(
     "xai_pool_patch.connection.count",
     [_count],
     unit="{connection}",
-    description="Connections by state: idle, leased, restoring, dialling",
+    description="Connections by state: idle, leased, clearing, dialling",
 )
 create_time = _meter.create_histogram(
     "xai_pool_patch.connection.create_time",

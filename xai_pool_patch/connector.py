@@ -14,18 +14,18 @@ import yarl
 from livekit.agents import APIStatusError
 
 from .connection import Heartbeat
-from .plugin import Shape
-from .shared import Connect, Key
+from .manager import Connect, PoolKey
+from .releases import Shape
 
 NOT_IN_THE_URL = {"tokenizer"}
 """Options of the plugin that do not go to the server."""
 
 
-def key_of(tts: Any, opts: Any) -> Key:
+def key_of(tts: Any, opts: Any) -> PoolKey:
     """What that TTS shares its connections by when it speaks with those options."""
     options_type: Any = type(opts)
     options = tuple((name, getattr(opts, name)) for name in _names_in_url(options_type))
-    return Key(tts._api_key, tts._ensure_session(), options)
+    return PoolKey(tts._api_key, tts._ensure_session(), options)
 
 
 @functools.cache
@@ -34,7 +34,7 @@ def _names_in_url(options_type: Any) -> tuple[str, ...]:
     return tuple(name for name in names if name not in NOT_IN_THE_URL)
 
 
-def dialler_of(
+def connector_of(
     connect: Callable[..., Any], tts: Any, opts: Any, *, shape: Shape, heartbeat: Heartbeat
 ) -> Connect:
     """Makes what a pool dials with.

@@ -11,11 +11,11 @@ import pytest
 
 from tests.unit.pool_kit import HANDSHAKE, Network, make_pool
 from tests.virtual import run
-from xai_pool_patch.backoff import Setback
+from xai_pool_patch.backoff import FailureKind
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool import Pool, Reason
-from xai_pool_patch.telemetry.log import FIELD_PREFIX, Event
-from xai_pool_patch.telemetry.stats import Counters, Tally
+from xai_pool_patch.telemetry.log import FIELD_PREFIX, LogEvent
+from xai_pool_patch.telemetry.stats import Counters, UsageStats
 
 ABOUT_1600 = pytest.approx(1600.0, abs=100.0)
 
@@ -32,7 +32,7 @@ def told(
         network = Network()
         pool = make_pool(network, options)
         await scenario(network, pool)
-        counted = dict(pool.journal.counters.totals)
+        counted = dict(pool.metrics.counters.totals)
         caplog.set_level(logging.CRITICAL, "xai_pool_patch")
         await pool.aclose()
         return counted
@@ -89,7 +89,7 @@ async def lose_in_use(network: Network, pool: Pool[Any]) -> None:
 
 
 async def rotate(network: Network, pool: Pool[Any]) -> None:
-    pool.keep(1)
+    pool.resize(1)
     await one_idle(pool)
     while len(network.wires) < 2:
         await asyncio.sleep(1.0)
@@ -118,7 +118,7 @@ async def close(network: Network, pool: Pool[Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("deed", "event", "reason", "age_s", "idle_s"),
+    ("operation", "event", "reason", "age_s", "idle_s"),
     [
         (interrupt, "discarded", "interrupted", 0.0, None),
         (lose, "lost", "stale", 30.0, 30.0),
@@ -131,7 +131,7 @@ async def close(network: Network, pool: Pool[Any]) -> None:
     ],
 )
 def test_the_end_of_a_connection(
-    deed: Scenario,
+    operation: Scenario,
     event: str,
     reason: str,
     age_s: float,
@@ -139,7 +139,7 @@ def test_the_end_of_a_connection(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Each kind has its own name, says why and after what time, and is counted once."""
-    records, counted = told(caplog, deed)
+    records, counted = told(caplog, operation)
     [fields] = [fields for message, fields in records if message == event]
     assert (fields["reason"], fields["age_s"]) == (reason, age_s)
     assert fields.get("idle_s") == idle_s
@@ -148,17 +148,17 @@ def test_the_end_of_a_connection(
 
 
 @pytest.mark.parametrize(
-    ("setback", "retry_in_s"),
-    [(Setback.PASSING, pytest.approx(0.45, abs=0.06)), (Setback.REFUSED, None)],
+    ("failure_kind", "retry_in_s"),
+    [(FailureKind.TRANSIENT, pytest.approx(0.45, abs=0.06)), (FailureKind.PERMANENT, None)],
 )
 def test_a_failed_standby_says_when_the_next_try_is(
-    setback: Setback, retry_in_s: float | None, caplog: pytest.LogCaptureFixture
+    failure_kind: FailureKind, retry_in_s: float | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A WARNING; no number where only a caller's success makes another: JSON has no infinity."""
 
     async def scenario(network: Network, pool: Pool[Any]) -> None:
-        network.refuse = [setback]
-        pool.keep(1)
+        network.refuse = [failure_kind]
+        pool.resize(1)
         await asyncio.sleep(HANDSHAKE + 0.1)
 
     records, counted = told(caplog, scenario)
@@ -171,13 +171,13 @@ def test_a_failed_standby_says_when_the_next_try_is(
 
 def test_no_field_hides_what_a_log_record_says_itself(caplog: pytest.LogCaptureFixture) -> None:
     """`logging` refuses a record whose extra fields overwrite its own."""
-    assert len({event.message for event in Event}) == len(Event)
+    assert len({event.message for event in LogEvent}) == len(LogEvent)
 
     async def scenario(network: Network, pool: Pool[Any]) -> None:
-        for deed in (lose, interrupt, trim):
-            await deed(network, pool)
-        pool.journal.replaced(0.1, "no answer")
-        pool.journal.replacement_failed(OSError("no"), "no answer")
+        for operation in (lose, interrupt, trim):
+            await operation(network, pool)
+        pool.metrics.replaced(0.1, "no answer")
+        pool.metrics.replacement_failed(OSError("no"), "no answer")
 
     records, _ = told(caplog, scenario)
     assert all(fields.keys() >= {"number"} for _, fields in records)
@@ -197,11 +197,11 @@ def test_counters_of_a_pool_are_counted_into_those_of_its_loop() -> None:
 
 def test_the_tally_of_a_tts() -> None:
     """What is told when it closes: a replay's wait is a wait of the same utterance."""
-    tally = Tally()
-    tally.begun(0.45, reused=False)
-    tally.begun(0.0, reused=True)
-    tally.replaced(0.5)
-    assert tally.as_fields() == {
+    usage = UsageStats()
+    usage.begun(0.45, reused=False)
+    usage.begun(0.0, reused=True)
+    usage.replaced(0.5)
+    assert usage.as_fields() == {
         "utterances": 2,
         "reused": 1,
         "replays": 1,

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 from livekit.agents import APIConnectionError, get_job_context
 
 from .connection import Connection
-from .delivery import Delivery
-from .dialler import dialler_of, key_of, with_status
+from .connector import connector_of, key_of, with_status
+from .exchange import Exchange
 from .lease import NETWORK_ERRORS, Lease
-from .plugin import Shape
+from .manager import Connect, PoolManager, Registry
 from .pool import (
     Acquired,
     AcquireTimeoutError,
@@ -23,9 +23,9 @@ from .pool import (
     PoolClosedError,
     Reason,
 )
-from .shared import Connect, LoopPools, Registry
-from .telemetry.log import Event, harmless, in_ms, tell
-from .telemetry.stats import Tally
+from .releases import Shape
+from .telemetry.log import LogEvent, harmless, in_ms, log_event
+from .telemetry.stats import UsageStats
 
 T = TypeVar("T")
 
@@ -49,14 +49,14 @@ class Turn:
         self.token: contextvars.Token[Turn | None] | None = None
         synthesis = _synthesis.get()
         self._reporting = [stream, synthesis.stream() if synthesis is not None else None]
-        self._tally = Tally()
+        self._usage = UsageStats()
         self._lease: Lease | None = None
-        self.pools: LoopPools | None = None
+        self.pools: PoolManager | None = None
 
-    def begin(self, lease: Lease, pools: LoopPools, tally: Tally) -> None:
+    def begin(self, lease: Lease, pools: PoolManager, usage: UsageStats) -> None:
         self.end(Reason.ERROR)  # of a subclass that connects more than once
         self._lease = lease
-        self._tally = tally
+        self._usage = usage
         pools.leases.add(lease)
 
     def end(self, cut_off: Reason | None) -> None:
@@ -73,14 +73,14 @@ class Turn:
     @harmless
     def acquired(self, waited: float, *, reused: bool) -> None:
         self.note(waited, reused=reused)
-        self._tally.begun(waited, reused=reused)
+        self._usage.begun(waited, reused=reused)
         if not reused:
             self._mark("waited", wait_ms=in_ms(waited))
 
     @harmless
     def replaced(self, waited: float, reason: str) -> None:
         self.note(waited)
-        self._tally.replaced(waited)
+        self._usage.replaced(waited)
         self._mark("replaced", reason=reason, wait_ms=in_ms(waited))
 
     @harmless
@@ -119,7 +119,7 @@ _synthesis: contextvars.ContextVar[Synthesis | None] = contextvars.ContextVar(
 )
 
 
-class Leasing:
+class ConnectionProvider:
     """What the plugin asks of the pools of one installation. Fails open.
 
     Args:
@@ -181,16 +181,16 @@ class Leasing:
             synthesis.stream = weakref.ref(stream)
 
     async def connect(
-        self, turn: Turn, tts: Any, timeout: float, opts: Any, otherwise: Callable[[], Any]
+        self, turn: Turn, tts: Any, timeout: float, opts: Any, fallback: Callable[[], Any]
     ) -> Any:
         """A lease for that turn, or what the plugin would have used without the patch.
 
         Args:
             opts: the options to speak with; None for the TTS's current ones.
-            otherwise: the plugin's own way to a connection.
+            fallback: the plugin's own way to a connection.
         """
         if self.has_failed:
-            return await otherwise()
+            return await fallback()
         try:
             return await self._lease(turn, tts, timeout, opts)
         except NETWORK_ERRORS:
@@ -198,7 +198,7 @@ class Leasing:
         except Exception as error:
             fault = error
         began = asyncio.get_running_loop().time()
-        ws = await otherwise()
+        ws = await fallback()
         turn.note(asyncio.get_running_loop().time() - began)
         # Had the plugin failed as well, the fault would not be the pool's.
         if not isinstance(fault, PoolClosedError):
@@ -209,12 +209,12 @@ class Leasing:
         if self.has_failed:
             return
         if not has_loop():
-            tell(Event.PREWARM_SKIPPED, reason="no event loop is running")
+            log_event(LogEvent.PREWARM_SKIPPED, reason="no event loop is running")
             return
         try:
             tts._ensure_session()
         except RuntimeError:
-            tell(Event.PREWARM_SKIPPED, reason="there is no HTTP session outside a job")
+            log_event(LogEvent.PREWARM_SKIPPED, reason="there is no HTTP session outside a job")
             return
         pools = self._registry.here()
         if not pools.is_over(_job()):
@@ -239,7 +239,7 @@ class Leasing:
         await self.attempt_to_wait("aclose", self._ended, ended)
 
     def _leave(self, tts: Any) -> list[Pool[Connection]]:
-        return self._registry.here().leave(tts)
+        return self._registry.here().unregister(tts)
 
     async def _ended(self, pools: Sequence[Pool[Connection]]) -> None:
         """Waits until those have closed everything."""
@@ -249,13 +249,13 @@ class Leasing:
     async def _lease(self, turn: Turn, tts: Any, timeout: float, opts: Any) -> Lease:
         pools = turn.pools = self._registry.here()
         pool = self._use(pools, tts)
-        tally = pools.tally(tts)  # the TTS may have left by the time there is a connection
+        usage = pools.usage(tts)  # the TTS may have left by the time there is a connection
         if opts is not None:
-            pool = pools.visit(tts, key_of(tts, opts), lambda: self._dialler(pools, tts, opts))
+            pool = pools.pool_for(tts, key_of(tts, opts), lambda: self._connector(pools, tts, opts))
         acquired = await _acquire(pool, timeout)
         if self.has_failed:  # between the moment it was handed a connection and this one
             raise PoolClosedError("the pool failed")
-        delivery = Delivery(
+        exchange = Exchange(
             acquired,
             pool,
             frames=[],
@@ -265,20 +265,20 @@ class Leasing:
             on_replaced=turn.replaced,
         )
         lease = Lease(
-            delivery, pools.supervisor, connect=lambda: self._plugins_own(tts, timeout, opts)
+            exchange, pools.supervisor, connect=lambda: self._plugins_own(tts, timeout, opts)
         )
-        turn.begin(lease, pools, tally)
+        turn.begin(lease, pools, usage)
         turn.acquired(acquired.waited, reused=acquired.reused)
         return lease
 
-    def _use(self, pools: LoopPools, tts: Any) -> Pool[Connection]:
+    def _use(self, pools: PoolManager, tts: Any) -> Pool[Connection]:
         job = _job()
         if job is not None and pools.is_first_use_by(job):
             # Nothing calls `TTS.aclose()` when a job ends.
             job.add_shutdown_callback(lambda: pools.end_with(job))
         opts = tts._opts
-        take = pools.visit if pools.is_over(job) else pools.use
-        return take(tts, key_of(tts, opts), lambda: self._dialler(pools, tts, opts))
+        take = pools.pool_for if pools.is_over(job) else pools.register
+        return take(tts, key_of(tts, opts), lambda: self._connector(pools, tts, opts))
 
     def _plugins_own(self, tts: Any, timeout: float, opts: Any) -> Any:
         """A WebSocket as the plugin's own connect opens it."""
@@ -286,8 +286,8 @@ class Leasing:
             return self._connect(tts, timeout, opts if opts is not None else tts._opts)
         return self._connect(tts, timeout)
 
-    def _dialler(self, pools: LoopPools, tts: Any, opts: Any) -> Connect:
-        return dialler_of(self._connect, tts, opts, shape=self._shape, heartbeat=pools.heartbeat)
+    def _connector(self, pools: PoolManager, tts: Any, opts: Any) -> Connect:
+        return connector_of(self._connect, tts, opts, shape=self._shape, heartbeat=pools.heartbeat)
 
 
 def _job() -> Any:

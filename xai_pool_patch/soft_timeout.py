@@ -11,7 +11,7 @@ TICKS = 10
 """Parts of a patience. A blocked loop costs it one of them at most."""
 
 
-class Patience:
+class SoftTimeout:
     """A time that passes only while the event loop runs.
 
     What is waited for cannot get on while the loop is blocked, whatever the clock says. The first

@@ -11,7 +11,7 @@ import pytest
 from tests.unit.pool_kit import TakesBack, no_fault
 from tests.virtual import run
 from xai_pool_patch.connection import Connection, Heartbeat
-from xai_pool_patch.delivery import Delivery, Frame
+from xai_pool_patch.exchange import Exchange, Frame
 from xai_pool_patch.first_audio import FirstAudio
 from xai_pool_patch.pool import Acquired, Reason
 from xai_pool_patch.supervisor import Supervisor
@@ -37,7 +37,7 @@ class Socket:
         self.sent.append(frame)
 
 
-def deliver(cut_off: Reason | None, *, fresh: bool) -> tuple[Socket, TakesBack]:
+def exchange_of(cut_off: Reason | None, *, fresh: bool) -> tuple[Socket, TakesBack]:
     socket: Any = Socket()
     pool: Any = TakesBack()
 
@@ -48,7 +48,7 @@ def deliver(cut_off: Reason | None, *, fresh: bool) -> tuple[Socket, TakesBack]:
         )
         await asyncio.sleep(0)
         frames: list[Frame] = []
-        delivery = Delivery(
+        exchange = Exchange(
             Acquired(connection, waited=0.0, reused=not fresh, fresh=fresh),
             pool,
             frames,
@@ -59,8 +59,8 @@ def deliver(cut_off: Reason | None, *, fresh: bool) -> tuple[Socket, TakesBack]:
         )
         for frame in (TEXT, DONE):
             frames.append(Frame("send_str", (frame, None), {}))
-            await delivery.send()
-        delivery.end(cut_off)
+            await exchange.send()
+        exchange.end(cut_off)
         connection.reader.cancel()
         await asyncio.wait([connection.reader])
 
@@ -84,7 +84,7 @@ def test_a_ping_leaves_ahead_of_the_text(fresh: bool, sent: list[str]) -> None:
 
     The first PING is that of the dial.
     """
-    socket, _ = deliver(None, fresh=fresh)
+    socket, _ = exchange_of(None, fresh=fresh)
     assert socket.sent == sent
 
 
@@ -92,11 +92,11 @@ def test_a_ping_leaves_ahead_of_the_text(fresh: bool, sent: list[str]) -> None:
     ("cut_off", "comes_back"),
     [
         (None, "released"),
-        (Reason.INTERRUPTED, "to be reclaimed"),
+        (Reason.INTERRUPTED, "released cut off"),
         (Reason.ERROR, Reason.ERROR),
     ],
 )
 def test_only_an_interruption_is_worth_a_clear(cut_off: Reason | None, comes_back: Any) -> None:
     """What ended otherwise proves nothing good of its connection."""
-    _, pool = deliver(cut_off, fresh=True)
+    _, pool = exchange_of(cut_off, fresh=True)
     assert pool.came_back == [comes_back]

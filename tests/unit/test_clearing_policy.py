@@ -40,7 +40,7 @@ play_proving = functools.partial(
 def interrupt(pool: Pool[Wire], wire: Wire) -> None:
     """In the middle of an utterance: something is owed."""
     wire.is_reusable = False
-    pool.reclaim(wire)
+    pool.release_cut_off(wire)
 
 
 async def interrupted(pool: Pool[Wire]) -> Wire:
@@ -65,26 +65,26 @@ def test_the_default_discards() -> None:
         for is_clean in (True, False):
             wire = await leased(pool)
             wire.is_reusable = is_clean
-            pool.reclaim(wire)
-            assert (wire.is_open, wire.restorations) == (False, 0)
-        assert pool.journal.counters.totals["discarded_interrupted"] == 2
+            pool.release_cut_off(wire)
+            assert (wire.is_open, wire.clears) == (False, 0)
+        assert pool.metrics.counters.totals["discarded_interrupted"] == 2
 
     play_with(scenario)
 
 
 def test_an_interrupted_connection_is_reclaimed_in_the_background() -> None:
-    """reclaim() waits for nothing; a round trip later the connection is there, and nothing else."""
+    """release_cut_off() waits for nothing; a round trip later the connection is there, and nothing else."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         wire = await interrupted(pool)
-        assert (pool.idle, pool.leased, pool.restoring) == (0, 0, 1)
+        assert (pool.idle, pool.leased, pool.clearing) == (0, 0, 1)
         await asyncio.sleep(ROUND_TRIP + 0.01)
-        assert (pool.idle, pool.leased, pool.restoring) == (1, 0, 0)
+        assert (pool.idle, pool.leased, pool.clearing) == (1, 0, 0)
         acquired = await pool.acquire(10.0)
         assert (acquired.connection, acquired.reused, acquired.fresh) == (wire, True, False)
         assert len(network.dialled_at) == 1, "it counts as kept"
-        assert pool.journal.counters.totals["connections_reclaimed"] == 1
+        assert pool.metrics.counters.totals["connections_cleared"] == 1
 
     play(scenario)
 
@@ -94,8 +94,8 @@ def test_nothing_is_cleared_where_nothing_is_owed() -> None:
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         wire = await leased(pool)
-        pool.reclaim(wire)
-        assert (pool.idle, wire.restorations) == (1, 0)
+        pool.release_cut_off(wire)
+        assert (pool.idle, wire.clears) == (1, 0)
 
     play(scenario)
 
@@ -121,7 +121,7 @@ def test_a_caller_does_not_rely_on_a_clear_that_is_late(clear_takes: float) -> N
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         first = await leased(pool)
-        first.restored_after = clear_takes
+        first.cleared_after = clear_takes
         interrupt(pool, first)
         began = now()
         wire = await leased(pool)
@@ -164,7 +164,7 @@ def test_over_no_distance_a_clear_still_has_a_moment() -> None:
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         wire = await leased(pool)
-        wire.round_trip, wire.restored_after = 0.0, SHORTEST_RELIANCE - 0.01
+        wire.round_trip, wire.cleared_after = 0.0, SHORTEST_RELIANCE - 0.01
         interrupt(pool, wire)
         assert await leased(pool) is wire
         assert len(network.dialled_at) == 1
@@ -254,15 +254,15 @@ def test_a_clear_that_is_not_acknowledged_is_given_up(
     """By the distance, and after clear_timeout at most; P4: a standby is dialled at once."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         wire = await leased(pool)
-        wire.round_trip, wire.restored_after = round_trip, 1e9
+        wire.round_trip, wire.cleared_after = round_trip, 1e9
         interrupt(pool, wire)
         given_up_at = now() + bound
         await asyncio.sleep(5.0)
         assert wire.closed_at == pytest.approx(given_up_at)
         assert network.dialled_at[1:] == [pytest.approx(given_up_at)]
-        assert pool.journal.counters.totals["discarded_interrupted"] == 1
+        assert pool.metrics.counters.totals["discarded_interrupted"] == 1
 
     play(scenario)
 
@@ -271,13 +271,13 @@ def test_a_connection_that_is_lost_meanwhile_is_replaced_at_once() -> None:
     """C3: nobody waits for an acknowledgement that cannot come."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         wire = await interrupted(pool)
         await asyncio.sleep(0.1)
         wire.break_off()
-        assert (pool.restoring, pool.dialling) == (0, 1)
+        assert (pool.clearing, pool.dialling) == (0, 1)
         await asyncio.sleep(5.0)
-        assert pool.journal.counters.totals["discarded_interrupted"] == 1
+        assert pool.metrics.counters.totals["discarded_interrupted"] == 1
 
     play(scenario)
 
@@ -290,7 +290,7 @@ def test_a_connection_that_grew_old_meanwhile_is_not_handed_on() -> None:
         await asyncio.sleep(1800.0)
         interrupt(pool, wire)
         assert await leased(pool) is not wire
-        assert pool.journal.counters.totals["discarded_expired"] == 1
+        assert pool.metrics.counters.totals["discarded_expired"] == 1
 
     play(scenario)
 
@@ -298,7 +298,7 @@ def test_a_connection_that_grew_old_meanwhile_is_not_handed_on() -> None:
 async def _refuse(pool: Pool[Wire]) -> Wire:
     """An interruption whose clear is not acknowledged; the connection that nothing came of."""
     wire = await leased(pool)
-    wire.is_restorable = False
+    wire.is_clearable = False
     interrupt(pool, wire)
     await asyncio.sleep(ROUND_TRIP + 0.01)
     assert not wire.is_open
@@ -310,8 +310,8 @@ def test_after_two_refusals_in_a_row_it_discards(caplog: pytest.LogCaptureFixtur
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         wires = [await _refuse(pool) for _ in range(4)]
-        assert [wire.restorations for wire in wires] == [1, 1, 0, 0]
-        assert pool.journal.counters.totals["discarded_interrupted"] == 4
+        assert [wire.clears for wire in wires] == [1, 1, 0, 0]
+        assert pool.metrics.counters.totals["discarded_interrupted"] == 4
 
     play(scenario)
     assert warnings(caplog) == [(STOPPED, "clears are not acknowledged")]
@@ -341,10 +341,10 @@ def test_a_broken_word_is_not_forgiven(use: str, caplog: pytest.LogCaptureFixtur
         await asyncio.sleep(ROUND_TRIP + 0.01)
         if use == "leased":
             assert await leased(pool) is wire
-        wire.broke_word = True
+        wire.sent_stale_audio = True
         wire.break_off()
         other = await interrupted(pool)
-        assert (other.is_open, other.restorations) == (False, 0)
+        assert (other.is_open, other.clears) == (False, 0)
 
     play(scenario)
     reason = "audio came after the acknowledgement of a clear"
@@ -359,13 +359,13 @@ def test_closing_does_not_wait_for_an_acknowledgement() -> None:
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         wire = await leased(pool)
-        wire.restored_after = 1e9
+        wire.cleared_after = 1e9
         interrupt(pool, wire)
         began = now()
         await pool.aclose()
         assert wire.closed_at == began
         assert now() - began < 0.2
-        assert pool.journal.counters.totals["discarded_closed"] == 1
+        assert pool.metrics.counters.totals["discarded_closed"] == 1
 
     play(scenario)
 
@@ -392,7 +392,7 @@ def test_a_closed_pool_clears_nothing() -> None:
         wire = await leased(pool)
         pool.close()
         interrupt(pool, wire)
-        assert (wire.is_open, wire.restorations) == (False, 0)
+        assert (wire.is_open, wire.clears) == (False, 0)
 
     play(scenario)
 
@@ -404,10 +404,10 @@ def test_pings_are_proof_enough_by_default() -> None:
     """Nothing else is asked of an idle connection."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         [wire] = await idle(pool, 1)
         await asyncio.sleep(1500.0)
-        assert wire.restorations == 0
+        assert wire.clears == 0
 
     play_with(scenario)
 
@@ -416,18 +416,18 @@ def test_an_idle_connection_proves_that_it_lives() -> None:
     """Again and again, each time that long after the last use or proof."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         [wire] = await idle(pool, 1)
         await asyncio.sleep(KEEPALIVE_AFTER - 1.0)
         await idle(pool, 1)
         await asyncio.sleep(KEEPALIVE_AFTER - 1.0)
-        assert wire.restorations == 0
+        assert wire.clears == 0
         await asyncio.sleep(2.0)
-        assert wire.restorations == 1
+        assert wire.clears == 1
         await asyncio.sleep(3 * KEEPALIVE_AFTER)
-        assert wire.restorations == 4
+        assert wire.clears == 4
         assert (pool.idle, len(network.dialled_at)) == (1, 1)
-        assert pool.journal.counters.totals["connections_reclaimed"] == 0
+        assert pool.metrics.counters.totals["connections_cleared"] == 0
 
     play_proving(scenario)
 
@@ -436,14 +436,14 @@ def test_one_that_does_not_is_lost_and_replaced() -> None:
     """P4: long before a turn would have found out; and no clear of an utterance was refused."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         for count in (1, 2, 3):
             [wire] = await idle(pool, 1)
-            wire.restored_after = 1e9
+            wire.cleared_after = 1e9
             await asyncio.sleep(KEEPALIVE_AFTER + 5.0)
             assert not wire.is_open
             assert (pool.idle, len(network.dialled_at)) == (1, count + 1)
-            assert pool.journal.counters.totals["discarded_stale"] == count
+            assert pool.metrics.counters.totals["discarded_stale"] == count
             [wire] = await idle(pool, 1)
             await asyncio.sleep(KEEPALIVE_AFTER + 5.0)
             assert wire.is_open
@@ -455,17 +455,17 @@ def test_a_server_that_refuses_is_asked_twice(caplog: pytest.LogCaptureFixture) 
     """Else each connection would be dialled, asked and lost, for ever and without a word."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         for _ in range(2):
             [wire] = await idle(pool, 1)
-            wire.is_restorable = False
+            wire.is_clearable = False
             lost_at = now() + KEEPALIVE_AFTER
             await asyncio.sleep(KEEPALIVE_AFTER + 5.0)
             assert not wire.is_open
             assert network.dialled_at[-1] > lost_at + ROUND_TRIP + 0.1, "no backoff"
         [wire] = await idle(pool, 1)
         await asyncio.sleep(3 * KEEPALIVE_AFTER)
-        assert (wire.is_open, wire.restorations) == (True, 0)
+        assert (wire.is_open, wire.clears) == (True, 0)
 
     play_proving(scenario)
     kept = "idle connections are kept by PINGs alone from here on"
@@ -476,15 +476,15 @@ def test_while_one_proves_it_the_others_serve() -> None:
     """One at a time: a caller finds a connection."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(2)
+        pool.resize(2)
         wires = await idle(pool, 2)
         await asyncio.sleep(KEEPALIVE_AFTER + 0.01)
-        pool.keep(2)  # any event will do
+        pool.resize(2)  # any event will do
         await asyncio.sleep(0.01)
-        assert (pool.idle, pool.restoring) == (1, 1)
+        assert (pool.idle, pool.clearing) == (1, 1)
         assert (await pool.acquire(10.0)).waited == 0.0
         await asyncio.sleep(3 * ROUND_TRIP)
-        assert [wire.restorations for wire in wires] == [1, 0]
+        assert [wire.clears for wire in wires] == [1, 0]
         pool.release(wires[1])
 
     play_proving(scenario)
@@ -494,14 +494,14 @@ def test_a_caller_takes_the_only_one_as_soon_as_it_has_proven_it() -> None:
     """Or dials, when the proof is late."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         [wire] = await idle(pool, 1)
         await asyncio.sleep(KEEPALIVE_AFTER + 0.1)
         acquired = await pool.acquire(10.0)
         assert acquired.connection is wire
         assert acquired.waited == pytest.approx(ROUND_TRIP - 0.1)
         pool.release(wire)
-        wire.restored_after = 1e9
+        wire.cleared_after = 1e9
         await asyncio.sleep(KEEPALIVE_AFTER + 0.1)
         acquired = await pool.acquire(10.0)
         assert acquired.connection is not wire
@@ -514,10 +514,10 @@ def test_a_proof_that_is_not_due_does_not_put_off_rotation() -> None:
     """P5: whichever comes first sets the timer."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         await asyncio.sleep(1800.0)
         assert len(network.dialled_at) == 2
-        assert network.wires[0].restorations == 0
+        assert network.wires[0].clears == 0
 
     play_with(scenario, PoolOptions(keepalive="clear", keepalive_after=10_000.0))
 
@@ -526,13 +526,13 @@ def test_a_proof_is_no_use() -> None:
     """P1, P6: last in is still first out, and a spare connection is still trimmed in its time."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.keep(1)
+        pool.resize(1)
         first, second = await asyncio.gather(leased(pool), leased(pool))
         pool.release(first)
         await asyncio.sleep(5.0)
         pool.release(second)
         await asyncio.sleep(36.0)
-        assert (first.restorations, second.restorations) == (2, 1)
+        assert (first.clears, second.clears) == (2, 1)
         assert await leased(pool) is second
         pool.release(second)
         await asyncio.sleep(20.0)

@@ -20,8 +20,8 @@ from aiohttp import WSMsgType
 
 from .connection import ENDINGS, Connection
 from .first_audio import FirstAudio
-from .patience import Patience
 from .pool import Acquired, Pool, Reason
+from .soft_timeout import SoftTimeout
 from .supervisor import Supervisor
 from .utterance import UNREADABLE, Stage
 
@@ -72,7 +72,7 @@ class Attempt:
     is_fresh: bool
     waited: float
     """Seconds that the utterance waited for it."""
-    makes_up_for: Failure | None = None
+    replaces: Failure | None = None
     """Why it replaces the first one, if it does."""
     sent: int = 0
     """How many of the utterance's frames have been sent on it."""
@@ -88,14 +88,14 @@ class Attempt:
     alone."""
 
     @property
-    def is_hopeless(self) -> bool:
+    def is_exhausted(self) -> bool:
         is_silent = (
             self.silent_since is not None and self.connection.last_heard <= self.silent_since
         )
         return is_silent or self.is_overdue
 
 
-class Delivery:
+class Exchange:
     """Carries one utterance, over a second connection if the first, a reused one, fails.
 
     Args:
@@ -128,7 +128,7 @@ class Delivery:
         self._first_audio = first_audio
         self._on_replaced = on_replaced
         self._attempts: list[Attempt] = []
-        self._heard: Attempt | None = None
+        self._committed: Attempt | None = None
         """The one that is heard; while there is none, a failure can still be mended."""
         self._has_spoken = False
         self._redialling: asyncio.Task[None] | None = None
@@ -136,28 +136,28 @@ class Delivery:
         """The dial is over; its connection may be sending yet."""
         self._replays_unanswered = False
         """It holds the right to be sent again for being slow; see `FirstAudio`."""
-        self._defeat: Exception | None = None
+        self._redial_error: Exception | None = None
         """Why there is no replacement, though one was called for."""
-        self._patience: list[Patience] = []
+        self._patience: list[SoftTimeout] = []
         first = self._begin(Attempt(acquired.connection, acquired.fresh, acquired.waited))
         self.connection = first.connection
         if first.is_fresh:
-            self._heard = first
+            self._committed = first
 
     def __repr__(self) -> str:
-        state = "heard" if self._heard else "unheard"
+        state = "heard" if self._committed else "unheard"
         redialling = " redialling" if self._redialling and not self._has_redialled else ""
-        return f"<Delivery {state}{redialling} {[a.connection for a in self._attempts]}>"
+        return f"<Exchange {state}{redialling} {[a.connection for a in self._attempts]}>"
 
     @property
     def is_over(self) -> bool:
         """Nothing more will come into the inbox."""
-        return self._heard is not None and self._heard.connection.is_over
+        return self._committed is not None and self._committed.connection.is_over
 
     @property
     def heard(self) -> Attempt | None:
         """Who has given the audio that came so far."""
-        return self._heard if self._has_spoken else None
+        return self._committed if self._has_spoken else None
 
     async def send(self) -> None:
         """Sends the frames that have not been sent yet.
@@ -179,10 +179,10 @@ class Delivery:
         self._end_replay(helped=False)
         for attempt in self._attempts:
             attempt.connection.detach()
-            if attempt is self._heard and cut_off is None:
+            if attempt is self._committed and cut_off is None:
                 self._pool.release(attempt.connection)
             elif cut_off is Reason.INTERRUPTED and self._redialling is None:
-                self._pool.reclaim(attempt.connection)
+                self._pool.release_cut_off(attempt.connection)
             else:
                 self._pool.discard(attempt.connection, cut_off or Reason.ERROR)
         self._attempts.clear()
@@ -232,12 +232,12 @@ class Delivery:
             if is_silent():
                 self._replace(is_silent, Failure.NO_PONG)
 
-        def lose_hope() -> None:
+        def give_up() -> None:
             attempt.silent_since = began
-            self._fail_if_hopeless()
+            self._fail_if_exhausted()
 
         self._wait(patience / 2, doubt)
-        self._wait(patience, lose_hope)
+        self._wait(patience, give_up)
         await connection.ping_as_fence(patience)
 
     def _watch(self, attempt: Attempt) -> None:
@@ -245,12 +245,12 @@ class Delivery:
         if attempt.connection.utterance.stage not in (Stage.AWAITING, Stage.EMPTY):
             return
         attempt.asked_at = _now()
-        if self._heard is None and not attempt.is_fresh:
+        if self._committed is None and not attempt.is_fresh:
             self._wait(self._first_audio.patience, lambda: self._doubt(attempt))
 
     def _wait(self, seconds: float, then: Callable[[], None]) -> None:
         """Calls it unless something is heard first."""
-        self._patience.append(Patience(self._supervisor, seconds, then))
+        self._patience.append(SoftTimeout(self._supervisor, seconds, then))
 
     def _doubt(self, attempt: Attempt) -> None:
         """The answer takes longer than it should: is the session dead, or the server slow?"""
@@ -277,21 +277,21 @@ class Delivery:
     def _give_up_waiting(self, attempt: Attempt) -> None:
         attempt.is_overdue = True
         if self._redialling is None:
-            self._defeat = asyncio.TimeoutError()
-        self._fail_if_hopeless()
+            self._redial_error = asyncio.TimeoutError()
+        self._fail_if_exhausted()
 
     # Hearing
 
     def _hear(self, attempt: Attempt, message: aiohttp.WSMessage, type_: str) -> None:
         is_audio = type_.startswith("audio.")
-        if self._heard is None:
+        if self._committed is None:
             if failure := _failure_in(attempt, message, type_):
                 if self._go_on_without(attempt, failure):
                     return
-                self._settle_on(attempt)
+                self._commit(attempt)
             elif is_audio or type_ == "error":
-                self._settle_on(attempt)
-        if self._heard in (attempt, None):
+                self._commit(attempt)
+        if self._committed in (attempt, None):
             if is_audio and not self._has_spoken:
                 self._begin_to_speak(attempt)
             # Last: what is in the inbox is heard, whatever else should fail.
@@ -302,16 +302,16 @@ class Delivery:
         if attempt.asked_at is not None:
             self._first_audio.took(_now() - attempt.asked_at)
 
-    def _settle_on(self, attempt: Attempt) -> None:
-        self._heard = attempt
+    def _commit(self, attempt: Attempt) -> None:
+        self._committed = attempt
         self.connection = attempt.connection
         self._stop_watching()
-        self._end_replay(helped=attempt.makes_up_for is Failure.NO_ANSWER)
+        self._end_replay(helped=attempt.replaces is Failure.NO_ANSWER)
         for other in [other for other in self._attempts if other is not attempt]:
             self._drop(other)
-        if attempt.makes_up_for is not None:
-            self._pool.journal.replaced(attempt.waited, attempt.makes_up_for.value)
-            self._on_replaced(attempt.waited, attempt.makes_up_for.value)
+        if attempt.replaces is not None:
+            self._pool.metrics.replaced(attempt.waited, attempt.replaces.value)
+            self._on_replaced(attempt.waited, attempt.replaces.value)
         else:
             self._stop_redialling()
 
@@ -319,24 +319,24 @@ class Delivery:
         """Whether something else will carry the utterance; else its failure is the plugin's."""
         if attempt not in self._attempts:
             return True  # it was dropped while it was sending
-        if self._heard is not None:
+        if self._committed is not None:
             return False
-        if self._is_hopeless(without=attempt) and (attempt.is_fresh or self._has_redialled):
+        if self._is_exhausted(without=attempt) and (attempt.is_fresh or self._has_redialled):
             return False
         self._drop(attempt)
         if attempt.is_fresh:
-            self._defeat = ConnectionResetError(f"replacement failed: {failure.value}")
+            self._redial_error = ConnectionResetError(f"replacement failed: {failure.value}")
         self._replace(lambda: True, failure)
         return True
 
-    def _is_hopeless(self, without: Attempt | None = None) -> bool:
+    def _is_exhausted(self, without: Attempt | None = None) -> bool:
         """There is no connection left of which an answer is to be expected."""
-        return all(attempt.is_hopeless for attempt in self._attempts if attempt is not without)
+        return all(attempt.is_exhausted for attempt in self._attempts if attempt is not without)
 
-    def _fail_if_hopeless(self) -> None:
+    def _fail_if_exhausted(self) -> None:
         """An error is better than to wait for ever for a connection that had its time."""
-        if self._defeat is not None and self._is_hopeless():
-            self.inbox.put_nowait(self._defeat)
+        if self._redial_error is not None and self._is_exhausted():
+            self.inbox.put_nowait(self._redial_error)
 
     def _drop(self, attempt: Attempt) -> None:
         self._attempts.remove(attempt)
@@ -344,7 +344,7 @@ class Delivery:
         if attempt.is_fresh:
             self._pool.discard(attempt.connection, Reason.ERROR)
         else:
-            self._pool.condemn(attempt.connection)
+            self._pool.evict(attempt.connection)
 
     # Replacing
 
@@ -359,11 +359,11 @@ class Delivery:
             acquired = await self._redial()
         except Exception as error:
             self._has_redialled = True
-            self._defeat = error
-            self._pool.journal.replacement_failed(error, failure.value)
-            self._fail_if_hopeless()
+            self._redial_error = error
+            self._pool.metrics.replacement_failed(error, failure.value)
+            self._fail_if_exhausted()
             return
-        if not self._is_hopeless() and not is_wanted():
+        if not self._is_exhausted() and not is_wanted():
             # The first connection has shown life meanwhile.
             self._redialling = None
             self._pool.release(acquired.connection)
@@ -392,7 +392,7 @@ def _failure_in(attempt: Attempt, message: aiohttp.WSMessage, type_: str) -> Fai
     if message.type in ENDINGS:
         return Failure.ENDED
     utterance = attempt.connection.utterance
-    if utterance.stage is Stage.SPOILED and type_ in ("audio.done", "audio.clear"):
+    if utterance.stage is Stage.DIRTY and type_ in ("audio.done", "audio.clear"):
         # Before any audio of an utterance with words: an answer to something else.
         return Failure.OUT_OF_TURN
     if type_ == "error" and utterance.has_words:

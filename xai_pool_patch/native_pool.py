@@ -14,8 +14,8 @@ import aiohttp
 from livekit.agents.utils import ConnectionPool
 
 from .lease import NETWORK_ERRORS, Lease
-from .leasing import Leasing, Turn, current_turn, has_loop
 from .pool import Reason
+from .provider import ConnectionProvider, Turn, current_turn, has_loop
 from .supervisor import spawn
 
 NAME = "_pool"
@@ -31,40 +31,40 @@ def _fails_open(method: Method) -> Method:
     name = method.__name__
 
     @functools.wraps(method)
-    def guarded(pool: PluginPool, *args: Any, **kwargs: Any) -> Any:
+    def guarded(pool: PooledConnections, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(pool, *args, **kwargs)
         except Exception as fault:
-            pool._leasing.fail(name, fault)
+            pool._provider.fail(name, fault)
         return getattr(pool._own, name)(*args, **kwargs)
 
     @functools.wraps(method)
-    async def guarded_async(pool: PluginPool, *args: Any, **kwargs: Any) -> Any:
+    async def guarded_async(pool: PooledConnections, *args: Any, **kwargs: Any) -> Any:
         try:
             return await method(pool, *args, **kwargs)
         except NETWORK_ERRORS:
             raise
         except Exception as fault:
-            pool._leasing.fail(name, fault)
+            pool._provider.fail(name, fault)
         return await getattr(pool._own, name)(*args, **kwargs)
 
     return guarded_async if inspect.iscoroutinefunction(method) else guarded  # type: ignore[return-value]
 
 
-class PluginPool(ConnectionPool[aiohttp.ClientWebSocketResponse]):
+class PooledConnections(ConnectionPool[aiohttp.ClientWebSocketResponse]):
     """The shared pools, as one TTS of the plugin asks for connections.
 
     Only what the plugin calls is overridden; `connection()` is the base class's, and built on it.
 
     Args:
         tts: which keeps this pool alive, and not the other way round.
-        leasing: the shared pools.
+        provider: the shared pools.
     """
 
-    def __init__(self, tts: Any, leasing: Leasing) -> None:
+    def __init__(self, tts: Any, provider: ConnectionProvider) -> None:
         super().__init__()
         self._tts = weakref.ref(tts)
-        self._leasing = leasing
+        self._provider = provider
         own = self._own
         prewarming = own._prewarm_task and own._prewarm_task()
         if prewarming is not None:
@@ -76,7 +76,7 @@ class PluginPool(ConnectionPool[aiohttp.ClientWebSocketResponse]):
         own.put = own.remove = self._close_own
 
     def __repr__(self) -> str:
-        return f"<PluginPool for {type(self._tts()).__name__}>"
+        return f"<PooledConnections for {type(self._tts()).__name__}>"
 
     @property
     def _own(self) -> Any:
@@ -95,7 +95,9 @@ class PluginPool(ConnectionPool[aiohttp.ClientWebSocketResponse]):
         turn = current_turn() or Turn()
         opts = turn.stream._opts if turn.stream is not None else None
         own = self._own
-        ws = await self._leasing.connect(turn, tts, timeout, opts, lambda: own.get(timeout=timeout))
+        ws = await self._provider.connect(
+            turn, tts, timeout, opts, lambda: own.get(timeout=timeout)
+        )
         self.last_acquire_time, self.last_connection_reused = turn.waited, turn.reused
         return ws  # type: ignore[no-any-return]
 
@@ -116,15 +118,15 @@ class PluginPool(ConnectionPool[aiohttp.ClientWebSocketResponse]):
     @_fails_open
     def invalidate(self) -> None:
         """The options have changed. What was made for the old ones is not asked for any more."""
-        self._leasing.follow(self._tts())
+        self._provider.follow(self._tts())
 
     @_fails_open
     def prewarm(self) -> None:
-        self._leasing.prewarm(self._tts())
+        self._provider.prewarm(self._tts())
 
     @_fails_open
     async def aclose(self) -> None:
-        await self._leasing.close(self._tts(), self._own.aclose)
+        await self._provider.close(self._tts(), self._own.aclose)
 
     def _end(self, lease: Lease, cut_off: Reason | None) -> None:
         # Within a turn, how that ends decides: the plugin may yet fail after it gave it back.
@@ -143,16 +145,16 @@ class PoolAttribute:
 
     Args:
         tts_type: the plugin's `TTS`.
-        leasing: the shared pools.
+        provider: the shared pools.
     """
 
-    def __init__(self, tts_type: type, leasing: Leasing) -> None:
+    def __init__(self, tts_type: type, provider: ConnectionProvider) -> None:
         self._tts_type = tts_type
-        self._leasing = leasing
+        self._provider = provider
         self._is_restored = False
         self._switch: list[str] = []
-        self._stand_ins: weakref.WeakKeyDictionary[Any, PluginPool | None]
-        self._stand_ins = weakref.WeakKeyDictionary()
+        self._replacements: weakref.WeakKeyDictionary[Any, PooledConnections | None]
+        self._replacements = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()  # worker threads have TTS instances of their own
 
     def __get__(self, tts: Any, owner: type | None = None) -> Any:
@@ -162,19 +164,19 @@ class PoolAttribute:
             raise AttributeError(f"{type(tts).__name__!r} object has no attribute {NAME!r}")
         own = vars(tts)[NAME]
         try:
-            is_off = not self._switch or self._leasing.has_failed
+            is_off = not self._switch or self._provider.has_failed
             if is_off and not self._is_restored:
                 self.restore()
-            return own if self._is_restored else self._stand_in_for(tts, own) or own
+            return own if self._is_restored else self._replacement_for(tts, own) or own
         except Exception as fault:
-            self._leasing.fail(NAME, fault)
+            self._provider.fail(NAME, fault)
             return own
 
     def __set__(self, tts: Any, own: Any) -> None:
-        self._leasing.attempt("standing in", self._let_go, tts)
+        self._provider.attempt("standing in", self._let_go, tts)
         vars(tts)[NAME] = own
 
-    def stand_in(self, _: Any, switch: list[str]) -> PoolAttribute:
+    def server(self, _: Any, switch: list[str]) -> PoolAttribute:
         self._switch = switch
         return self
 
@@ -182,27 +184,29 @@ class PoolAttribute:
         """From here on the plugin's own pools serve again."""
         with self._lock, contextlib.ExitStack() as steps:
             self._is_restored = True
-            for stand_in in filter(None, self._stand_ins.values()):
-                steps.callback(stand_in.restore)
-            self._stand_ins.clear()
+            for server in filter(None, self._replacements.values()):
+                steps.callback(server.restore)
+            self._replacements.clear()
 
-    def _stand_in_for(self, tts: Any, own: Any) -> PluginPool | None:
+    def _replacement_for(self, tts: Any, own: Any) -> PooledConnections | None:
         if not WAYS_TO_CONNECT.isdisjoint(vars(tts)):
             # One that is set on an instance, which may come and go, keeps it likewise.
             self._let_go(tts)
             return None
         with self._lock:
-            if tts not in self._stand_ins:
+            if tts not in self._replacements:
                 is_known = type(own) is ConnectionPool and self._connects_as_published(type(tts))
-                self._stand_ins[tts] = PluginPool(tts, self._leasing) if is_known else None
-            return self._stand_ins[tts]
+                self._replacements[tts] = (
+                    PooledConnections(tts, self._provider) if is_known else None
+                )
+            return self._replacements[tts]
 
     def _let_go(self, tts: Any) -> None:
         """Its own pool serves, for now at least."""
         with self._lock:
-            stand_in = self._stand_ins.pop(tts, None)
-        if stand_in is not None:
-            stand_in.restore()
+            server = self._replacements.pop(tts, None)
+        if server is not None:
+            server.restore()
 
     def _connects_as_published(self, tts_type: type) -> bool:
         """A subclass that connects in a way of its own keeps the pool that calls it."""

@@ -1,4 +1,4 @@
-"""What one pool tells: one call an event, for the log, the statistics and the metrics.
+"""What one pool tells: one call an event, for the log, the statistics and the instruments.
 
 None of it raises into what it tells of.
 """
@@ -9,15 +9,15 @@ import functools
 import math
 from typing import Any
 
-from . import metrics
-from .log import Event, harmless, in_ms, status_of, tell
+from . import instruments
+from .log import LogEvent, harmless, in_ms, log_event, status_of
 from .stats import Counters
 
 REUSED = {"reused": True}
 NOT_REUSED = {"reused": False}
 
 
-class Journal:
+class PoolMetrics:
     """Of one pool.
 
     Args:
@@ -28,63 +28,63 @@ class Journal:
     def __init__(self, pool: int, into: Counters | None = None) -> None:
         self.pool = pool
         self.counters = Counters(into)
-        self._tell = functools.partial(tell, number=pool)
+        self._log = functools.partial(log_event, number=pool)
 
     @harmless
     def reused(self) -> None:
         self.counters.count("connections_reused")
-        metrics.wait_time.record(0.0, REUSED)
-        self._tell(Event.REUSED)
+        instruments.wait_time.record(0.0, REUSED)
+        self._log(LogEvent.REUSED)
 
     @harmless
     def waited(self, seconds: float) -> None:
         self.counters.time("acquire_wait", seconds)
-        metrics.wait_time.record(seconds, NOT_REUSED)
-        self._tell(Event.WAITED, wait_ms=in_ms(seconds))
+        instruments.wait_time.record(seconds, NOT_REUSED)
+        self._log(LogEvent.WAITED, wait_ms=in_ms(seconds))
 
     @harmless
     def connected(self, handshake: float) -> None:
         self.counters.count("connections_made")
         self.counters.time("handshake", handshake)
-        metrics.create_time.record(handshake)
-        self._tell(Event.CONNECTED, handshake_ms=in_ms(handshake))
+        instruments.create_time.record(handshake)
+        self._log(LogEvent.CONNECTED, handshake_ms=in_ms(handshake))
 
     @harmless
     def standby_failed(self, error: Exception, retry_in: float) -> None:
         """`retry_in` is infinite if nothing is tried before a caller's dial has succeeded."""
         self.counters.count("standby_failures")
         kind = str(status_of(error) or type(error).__name__)
-        metrics.standby_failures.add(1, {"error.type": kind})
+        instruments.standby_failures.add(1, {"error.type": kind})
         retry_in_s = None if retry_in == math.inf else round(retry_in, 1)
-        self._tell(Event.STANDBY_FAILED, error=error, retry_in_s=retry_in_s)
+        self._log(LogEvent.STANDBY_FAILED, error=error, retry_in_s=retry_in_s)
 
     @harmless
-    def removed(self, event: Event, reason: str, age: float, idle_for: float | None) -> None:
+    def removed(self, event: LogEvent, reason: str, age: float, idle_for: float | None) -> None:
         """`idle_for` is None for a connection that was leased."""
         self.counters.count(f"discarded_{reason}")
-        metrics.discards.add(1, {"reason": reason})
+        instruments.discards.add(1, {"reason": reason})
         idle: dict[str, Any] = {} if idle_for is None else {"idle_s": round(idle_for, 1)}
-        self._tell(event, reason=reason, age_s=round(age, 1), **idle)
+        self._log(event, reason=reason, age_s=round(age, 1), **idle)
 
     @harmless
-    def reclaimed(self) -> None:
-        self.counters.count("connections_reclaimed")
-        self._tell(Event.RECLAIMED)
+    def cleared(self) -> None:
+        self.counters.count("connections_cleared")
+        self._log(LogEvent.CLEARED)
 
     @harmless
-    def reclaiming_stopped(self, reason: str) -> None:
-        self._tell(Event.RECLAIMING_STOPPED, reason=reason)
+    def clearing_stopped(self, reason: str) -> None:
+        self._log(LogEvent.CLEARING_STOPPED, reason=reason)
 
     @harmless
-    def proving_stopped(self, reason: str) -> None:
-        self._tell(Event.PROVING_STOPPED, reason=reason)
+    def verifying_stopped(self, reason: str) -> None:
+        self._log(LogEvent.VERIFYING_STOPPED, reason=reason)
 
     @harmless
     def replaced(self, waited: float, reason: str) -> None:
         self.counters.count("replays")
-        metrics.replays.add(1, {"reason": reason})
-        self._tell(Event.REPLACED, reason=reason, wait_ms=in_ms(waited))
+        instruments.replays.add(1, {"reason": reason})
+        self._log(LogEvent.REPLACED, reason=reason, wait_ms=in_ms(waited))
 
     @harmless
     def replacement_failed(self, error: Exception, reason: str) -> None:
-        self._tell(Event.REPLACEMENT_FAILED, reason=reason, error=error)
+        self._log(LogEvent.REPLACEMENT_FAILED, reason=reason, error=error)

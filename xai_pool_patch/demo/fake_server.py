@@ -1,6 +1,6 @@
 """A stand-in for xAI's streaming TTS: the real wire protocol, made-up audio, faults on demand.
 
-Clients reach it as `wss://api.x.ai/v1/tts` through `StandIn.client_session()`, over real sockets
+Clients reach it as `wss://api.x.ai/v1/tts` through `FakeServer.client_session()`, over real sockets
 and real TLS, by way of the simulated network of `link`. Everything runs on 127.0.0.1 and in the
 event loop of the caller, who may look at the records at any time. All times are loop times.
 """
@@ -222,7 +222,7 @@ class Connection:
         return self.ended is None
 
 
-class StandIn:
+class FakeServer:
     """The server, with its link in front; an async context manager.
 
     Args:
@@ -253,10 +253,10 @@ class StandIn:
     def __repr__(self) -> str:
         """All records, one a line."""
         records = [*self.handshakes, *self.connections, *self.utterances]
-        summary = f"<StandIn open={self.open_count} peak_open={self.peak_open}>"
+        summary = f"<FakeServer open={self.open_count} peak_open={self.peak_open}>"
         return "\n  ".join([summary, *map(repr, records)])
 
-    async def __aenter__(self) -> StandIn:
+    async def __aenter__(self) -> FakeServer:
         self._next_change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.behaviour._on_change = self.note_change
         app = web.Application()
@@ -320,7 +320,9 @@ class StandIn:
                 return utterance
         raise LookupError(f"no utterance with {text!r} in\n{self!r}")
 
-    async def wait_for(self, predicate: Callable[[StandIn], object], timeout: float = 5.0) -> None:
+    async def wait_for(
+        self, predicate: Callable[[FakeServer], object], timeout: float = 5.0
+    ) -> None:
         """Waits until `predicate(self)` is true; it is looked at after every change.
 
         Raises:
@@ -428,7 +430,7 @@ class _Session:
 
     def __init__(
         self,
-        server: StandIn,
+        server: FakeServer,
         ws: web.WebSocketResponse,
         transport: asyncio.Transport,
         connection: Connection,
@@ -733,13 +735,13 @@ class _Session:
         """Does what the clock says; a change of the behaviour may change what that is."""
         while self._connection.is_open:
             appointments = self._appointments()
-            deed = min(appointments, key=appointments.__getitem__, default=None)
-            if deed is None:
+            operation = min(appointments, key=appointments.__getitem__, default=None)
+            if operation is None:
                 await self._server.wait_for_change()
-            elif appointments[deed] > _now():
-                await self._server.wait_for_change(until=appointments[deed])
+            elif appointments[operation] > _now():
+                await self._server.wait_for_change(until=appointments[operation])
             else:
-                await deed()
+                await operation()
 
     def _appointments(self) -> dict[Callable[[], Awaitable[None]], float]:
         behaviour = self._server.behaviour

@@ -10,13 +10,13 @@ import pytest
 
 from tests.unit.pool_kit import no_fault
 from tests.virtual import block, run
-from xai_pool_patch.patience import TICKS, Patience
+from xai_pool_patch.soft_timeout import TICKS, SoftTimeout
 from xai_pool_patch.supervisor import Supervisor
 
 SECONDS = 1.0
 TICK = SECONDS / TICKS
 
-Meanwhile = Callable[[Patience], Coroutine[Any, Any, None]]
+Meanwhile = Callable[[SoftTimeout], Coroutine[Any, Any, None]]
 
 
 def ends_of(meanwhile: Meanwhile, seconds: float = SECONDS) -> list[float]:
@@ -26,7 +26,7 @@ def ends_of(meanwhile: Meanwhile, seconds: float = SECONDS) -> list[float]:
         loop = asyncio.get_running_loop()
         began, ends = loop.time(), list[float]()
         supervisor = Supervisor(no_fault, close_timeout=1.0)
-        patience = Patience(supervisor, seconds, lambda: ends.append(loop.time() - began))
+        patience = SoftTimeout(supervisor, seconds, lambda: ends.append(loop.time() - began))
         await meanwhile(patience)
         await asyncio.sleep(10.0)
         assert patience.is_over == (seconds == 0.0 or ends != [])
@@ -35,19 +35,19 @@ def ends_of(meanwhile: Meanwhile, seconds: float = SECONDS) -> list[float]:
     return run(scenario())
 
 
-async def nothing(patience: Patience) -> None:
+async def nothing(patience: SoftTimeout) -> None:
     await asyncio.sleep(SECONDS - TICK / 2)
     assert not patience.is_over
 
 
-async def a_block(patience: Patience) -> None:
+async def a_block(patience: SoftTimeout) -> None:
     await asyncio.sleep(2.5 * TICK)
     block(5.0)
     await asyncio.sleep(0.0)
     assert not patience.is_over
 
 
-async def a_stop(patience: Patience) -> None:
+async def a_stop(patience: SoftTimeout) -> None:
     await asyncio.sleep(2.5 * TICK)
     patience.stop()
     patience.stop()

@@ -14,24 +14,24 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
-from .backoff import Account, Backoff, Setback
+from .backoff import Backoff, FailureKind, RateLimit
 from .connection import Connection, Heartbeat
 from .first_audio import FirstAudio
 from .lease import Lease
 from .options import PoolOptions
 from .pool import Pool, PoolClosedError
 from .supervisor import OnFault, Supervisor
-from .telemetry import metrics
-from .telemetry.journal import Journal
-from .telemetry.log import Event, status_of, tell
-from .telemetry.stats import Counters, PoolStats, Stats, Tally, counts_of, stats_of, sum_of
+from .telemetry import instruments
+from .telemetry.log import LogEvent, log_event, status_of
+from .telemetry.pool_metrics import PoolMetrics
+from .telemetry.stats import Counters, PoolStats, Stats, UsageStats, counts_of, stats_of, sum_of
 
 STANDBY_TIMEOUT = 10.0
 """Seconds a background dial may take: what LiveKit allows a caller's (`APIConnectOptions`)."""
 
 
 @dataclass(frozen=True)
-class Key:
+class PoolKey:
     """What makes two connections interchangeable."""
 
     api_key: str = field(repr=False)
@@ -53,13 +53,13 @@ class _User:
     """One TTS instance, without a reference to it."""
 
     finalizer: weakref.finalize[..., object] | None = None
-    current: Key | None = None
-    visited: dict[Key, Connect] = field(default_factory=dict)
+    current: PoolKey | None = None
+    visited: dict[PoolKey, Connect] = field(default_factory=dict)
     """With what dials for it, as this TTS would."""
-    tally: Tally = field(default_factory=Tally)
+    usage: UsageStats = field(default_factory=UsageStats)
 
 
-class LoopPools:
+class PoolManager:
     """The pools of one event loop. Everything here happens in that loop's thread.
 
     Args:
@@ -81,25 +81,27 @@ class LoopPools:
         self.supervisor = Supervisor(on_fault, options.close_timeout)
         self.leases: set[Lease] = set()
         self._over: weakref.WeakSet[object] = weakref.WeakSet()
-        self.pools: dict[Key, Pool[Connection]] = {}
+        self.pools: dict[PoolKey, Pool[Connection]] = {}
         self._ending: list[Pool[Connection]] = []
         self._options = options
         self._loop = asyncio.get_running_loop()
         self._users: weakref.WeakKeyDictionary[object, _User] = weakref.WeakKeyDictionary()
         self._jobs: weakref.WeakSet[object] = weakref.WeakSet()
-        self._accounts: dict[str, Account] = {}
+        self._rate_limits: dict[str, RateLimit] = {}
         self._jitter = random.Random()
 
     def knows(self, tts: object) -> bool:
         return tts in self._users
 
-    def use(self, tts: object, key: Key, dialler: Callable[[], Connect]) -> Pool[Connection]:
+    def register(
+        self, tts: object, key: PoolKey, connector: Callable[[], Connect]
+    ) -> Pool[Connection]:
         """The pool of that key, kept warm for this TTS until it moves on or goes.
 
         Args:
-            dialler: makes what the pool dials with as long as this TTS uses it, if it has not yet.
+            connector: makes what the pool dials with as long as this TTS uses it, if it has not yet.
         """
-        pool = self.visit(tts, key, dialler)
+        pool = self.pool_for(tts, key, connector)
         user = self._users[tts]
         if user.current != key:
             left, user.current = user.current, key
@@ -108,11 +110,13 @@ class LoopPools:
             self._forget_empty(user)
         return pool
 
-    def visit(self, tts: object, key: Key, dialler: Callable[[], Connect]) -> Pool[Connection]:
+    def pool_for(
+        self, tts: object, key: PoolKey, connector: Callable[[], Connect]
+    ) -> Pool[Connection]:
         """The pool of that key, for one utterance with other options than the current."""
         user = self._users.get(tts) or self._join(tts)
         if key not in user.visited:
-            user.visited[key] = dialler()
+            user.visited[key] = connector()
         pool = self.pools.get(key)
         if pool is None or pool.is_closed:
             pool = self._make(key, user.visited[key])
@@ -137,11 +141,11 @@ class LoopPools:
         """Whether the job is ending: what is opened for it now has to be closed at once."""
         return job is not None and job in self._over
 
-    def tally(self, tts: object) -> Tally:
+    def usage(self, tts: object) -> UsageStats:
         """Of a TTS that uses these pools."""
-        return self._users[tts].tally
+        return self._users[tts].usage
 
-    def leave(self, tts: object) -> list[Pool[Connection]]:
+    def unregister(self, tts: object) -> list[Pool[Connection]]:
         """The TTS is closed. Ends the pools that nobody else uses, and returns them."""
         user = self._users.pop(tts, None)
         return self._depart(user) if user is not None else []
@@ -183,14 +187,14 @@ class LoopPools:
     def _depart(self, user: _User) -> list[Pool[Connection]]:
         if user.finalizer is not None:
             user.finalizer.detach()
-        tell(Event.TTS_CLOSED, **user.tally.as_fields())
+        log_event(LogEvent.TTS_CLOSED, **user.usage.as_fields())
         visited, user.visited, user.current = set(user.visited), {}, None
         still_visited = {key for other in self._users.values() for key in other.visited}
         for key in visited & still_visited:
             self._keep_if_used(key)
         return self._end(visited - still_visited)
 
-    def _end(self, keys: set[Key]) -> list[Pool[Connection]]:
+    def _end(self, keys: set[PoolKey]) -> list[Pool[Connection]]:
         ended = [self.pools[key] for key in keys & self.pools.keys()]
         self.pools = {key: pool for key, pool in self.pools.items() if key not in keys}
         for pool in ended:
@@ -207,12 +211,12 @@ class LoopPools:
             del user.visited[key]
         self._end(empty)
 
-    def _keep_if_used(self, key: Key | None) -> None:
+    def _keep_if_used(self, key: PoolKey | None) -> None:
         if key in self.pools:
             is_used = any(user.current == key for user in self._users.values())
-            self.pools[key].keep(self._options.min_size if is_used else 0)
+            self.pools[key].resize(self._options.min_size if is_used else 0)
 
-    def _make(self, key: Key, dial: Connect) -> Pool[Connection]:
+    def _make(self, key: PoolKey, dial: Connect) -> Pool[Connection]:
         options = self._options
 
         async def connect(timeout: float) -> Connection:
@@ -234,15 +238,15 @@ class LoopPools:
                 self.supervisor.on_fault("connecting", fault)
                 raise
 
-        account = self._accounts.setdefault(key.api_key, Account())
+        rate_limit = self._rate_limits.setdefault(key.api_key, RateLimit())
         return Pool(
             connect,
             options,
             supervisor=self.supervisor,
             standby_timeout=STANDBY_TIMEOUT,
-            backoff=Backoff(account, self._jitter),
-            journal=Journal(next(_numbers), into=self.counters),
-            setback_of=setback_of,
+            backoff=Backoff(rate_limit, self._jitter),
+            metrics=PoolMetrics(next(_numbers), into=self.counters),
+            failure_kind_of=failure_kind_of,
             is_defunct=lambda: key.session.closed,
             jitter=self._jitter,
         )
@@ -252,11 +256,11 @@ class LoopPools:
 class _Loops:
     """The event loops of one moment: replaced as a whole, so that readers need no lock."""
 
-    pools: dict[asyncio.AbstractEventLoop, LoopPools]
+    pools: dict[asyncio.AbstractEventLoop, PoolManager]
     ended: Counters
     """Of loops that are closed."""
 
-    def and_also(self, loop: asyncio.AbstractEventLoop, pools: LoopPools) -> _Loops:
+    def and_also(self, loop: asyncio.AbstractEventLoop, pools: PoolManager) -> _Loops:
         closed = {each for each in self.pools if each.is_closed()}
         ended = sum_of(self.ended, *(self.pools[each].counters for each in closed))
         others = {each: pools for each, pools in self.pools.items() if each not in closed}
@@ -279,9 +283,9 @@ class Registry:
         self._is_closed = False
         self._loops = _Loops({}, Counters())
         self._lock = threading.Lock()  # worker threads have a loop each
-        metrics.observe(self)
+        instruments.observe(self)
 
-    def here(self) -> LoopPools:
+    def here(self) -> PoolManager:
         """The pools of the running loop.
 
         Raises:
@@ -290,7 +294,7 @@ class Registry:
         loop = asyncio.get_running_loop()
         pools = self._loops.pools.get(loop)
         if pools is None:
-            pools = LoopPools(self.options, self.fail)
+            pools = PoolManager(self.options, self.fail)
             with self._lock:
                 self._loops = self._loops.and_also(loop, pools)
             if self._is_closed:  # meanwhile, in another thread, which has not seen these
@@ -301,7 +305,7 @@ class Registry:
         """After a fault of the pools' own: closes them all. The plugin connects by itself then."""
         level = logging.DEBUG if self.has_failed else logging.ERROR
         self.has_failed = True
-        tell(Event.FAULT, level=level, operation=operation, error=fault)
+        log_event(LogEvent.FAULT, level=level, operation=operation, error=fault)
         for loop, pools in self._loops.pools.items():
             if is_running(loop):
                 pools.abandon()
@@ -323,7 +327,7 @@ class Registry:
 
     def pool_stats(self) -> list[PoolStats]:
         return [
-            {**counts_of([pool], pool.journal.counters), "pool": pool.journal.pool}
+            {**counts_of([pool], pool.metrics.counters), "pool": pool.metrics.pool}
             for pool in self._pools()
         ]
 
@@ -339,11 +343,11 @@ def is_running(loop: asyncio.AbstractEventLoop) -> bool:
         return False
 
 
-def setback_of(error: Exception) -> Setback:
+def failure_kind_of(error: Exception) -> FailureKind:
     """What the answer to a handshake says about the next."""
     status = status_of(error)
     if status == 429:
-        return Setback.OVER_LIMIT
+        return FailureKind.RATE_LIMITED
     if status in (400, 401, 403, 404):
-        return Setback.REFUSED
-    return Setback.PASSING
+        return FailureKind.PERMANENT
+    return FailureKind.TRANSIENT

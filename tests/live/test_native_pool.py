@@ -12,8 +12,8 @@ from livekit.plugins import xai
 
 import xai_pool_patch
 from tests.kit import API_KEY, HAS_OWN_POOL, ONCE, all_closed, line_to, quick, registry, speak
-from xai_pool_patch.demo.standin import End
-from xai_pool_patch.plugin_pool import PluginPool
+from xai_pool_patch.demo.fake_server import End
+from xai_pool_patch.native_pool import PooledConnections
 
 pytestmark = pytest.mark.skipif(not HAS_OWN_POOL, reason="this plugin has no pool of its own")
 
@@ -188,13 +188,13 @@ async def test_a_tts_that_was_never_made_has_no_pool(patched: None) -> None:
 
 async def test_uninstalled_while_a_tts_is_collected(monkeypatch: pytest.MonkeyPatch) -> None:
     """A1: one that goes in the middle of it needs its pool no more; the others get theirs back."""
-    restore = PluginPool.restore
+    restore = PooledConnections.restore
 
-    def when_one_has_gone(stand_in: PluginPool) -> None:
+    def when_one_has_gone(server: PooledConnections) -> None:
         while len(ttss) > 1:
             ttss.pop()
         gc.collect()
-        restore(stand_in)
+        restore(server)
 
     async with line_to() as line:
         xai_pool_patch.install()
@@ -203,7 +203,7 @@ async def test_uninstalled_while_a_tts_is_collected(monkeypatch: pytest.MonkeyPa
         for tts in ttss:
             await speak(tts, "During.")
         del tts
-        monkeypatch.setattr(PluginPool, "restore", when_one_has_gone)
+        monkeypatch.setattr(PooledConnections, "restore", when_one_has_gone)
         xai_pool_patch.uninstall()
         await all_closed(line.server)
         for text in ("After, first.", "After, second."):
@@ -215,9 +215,9 @@ async def test_uninstalled_while_a_tts_is_collected(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "part",
     [
-        "PluginPool.__init__",
-        "PluginPool._close_own",
-        "PoolAttribute._stand_in_for",
+        "PooledConnections.__init__",
+        "PooledConnections._close_own",
+        "PoolAttribute._replacement_for",
         "PoolAttribute._connects_as_published",
         "PoolAttribute.restore",
     ],
@@ -238,7 +238,7 @@ async def test_a_fault_in_taking_over(
             await speak(tts, "During.")
             registry().fail("testing", ZeroDivisionError())
         with monkeypatch.context() as breaking:
-            breaking.setattr(f"xai_pool_patch.plugin_pool.{part}", broken)
+            breaking.setattr(f"xai_pool_patch.native_pool.{part}", broken)
             for text in ("First.", "Second."):
                 heard = await speak(tts, text)
                 assert heard.samples == {line.server.utterance_for(text).number}

@@ -16,16 +16,16 @@ import aiohttp
 import pytest
 from aiohttp import WSMsgType
 
-from xai_pool_patch.demo.link import Link
-from xai_pool_patch.demo.standin import (
+from xai_pool_patch.demo.fake_server import (
     Behaviour,
     Clearing,
     End,
     Ending,
+    FakeServer,
     Outcome,
-    StandIn,
     Wordless,
 )
+from xai_pool_patch.demo.link import Link
 
 pytestmark = [pytest.mark.asyncio]
 if sys.version_info < (3, 11):  # it warns of every TLS connection that the peer has ended
@@ -41,7 +41,7 @@ SILENCE = 0.05
 class Client:
     """What the tests do as a client."""
 
-    def __init__(self, server: StandIn) -> None:
+    def __init__(self, server: FakeServer) -> None:
         self.server = server
         self._session = server.client_session()
         self._open: list[aiohttp.ClientWebSocketResponse] = []
@@ -75,7 +75,7 @@ async def standing_in(round_trip: float = 0.0, **behaviour: Any) -> AsyncIterato
     """A stand-in that loses no time unless told to, and a client's session with it."""
     quick = {"generation": 0.0, "pace": 1000.0, "speech_per_character": 0.01, **behaviour}
     async with contextlib.AsyncExitStack() as stack:
-        server = StandIn(round_trip=round_trip, behaviour=Behaviour(**quick))
+        server = FakeServer(round_trip=round_trip, behaviour=Behaviour(**quick))
         async with server:
             client = Client(server)
             stack.push_async_callback(client.drop)  # when the server has gone
