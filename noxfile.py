@@ -136,7 +136,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def wheels(session: nox.Session) -> None:
     """The published wheel of every listed version is the one that was read."""
-    from xai_pool_patch.releases import RELEASES
+    from xai_pool_patch.plugin.releases import RELEASES
 
     for release in RELEASES:
         for version in release.versions:

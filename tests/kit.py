@@ -12,9 +12,10 @@ import aiohttp
 from livekit.agents import APIConnectOptions
 from livekit.plugins import xai
 
-from xai_pool_patch import patch, releases
-from xai_pool_patch.demo.fake_server import Behaviour, Connection, FakeServer
+from xai_pool_patch import installation
 from xai_pool_patch.manager import Registry
+from xai_pool_patch.plugin import releases
+from xai_pool_patch.testing.server import Behaviour, Connection, FakeServer
 
 API_KEY = "stand-in-key"
 VERSION = releases.installed_version()
@@ -99,8 +100,8 @@ async def line_to(
 
 def registry() -> Registry:
     """The pools of what is installed."""
-    assert patch._installation is not None
-    return patch._installation.registry
+    assert installation._installation is not None
+    return installation._installation.registry
 
 
 async def all_closed(server: FakeServer) -> None:

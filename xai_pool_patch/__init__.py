@@ -6,15 +6,16 @@ xai_pool_patch.install()
 """
 
 from . import python  # noqa: F401 - ahead of what an older Python cannot import
+from ._version import __version__ as __version__
 from .errors import (
     AlreadyInstalledError,
     InvalidOptionError,
     UnsupportedPluginError,
     XaiPoolPatchError,
 )
+from .installation import install, is_installed, pool_stats, stats, uninstall
 from .options import PoolOptions
-from .patch import install, is_installed, pool_stats, stats, uninstall
-from .telemetry.stats import PoolStats, Stats
+from .telemetry.usage import PoolStats, Stats
 
 __all__ = [
     "AlreadyInstalledError",
@@ -30,4 +31,3 @@ __all__ = [
     "stats",
     "uninstall",
 ]
-__version__ = "0.1.0"

@@ -19,9 +19,9 @@ import xai_pool_patch
 from .demo import arguments
 from .demo.bench import bench_command
 from .errors import UnsupportedPluginError
-from .patch import OFF_SWITCH, is_switched_off
+from .installation import OFF_SWITCH, is_switched_off
+from .plugin.releases import DISTRIBUTION, MODULE, detect, installed_version, is_as_published
 from .python import check_python
-from .releases import DISTRIBUTION, MODULE, detect, installed_version, is_as_published
 from .telemetry.log import FIELD_PREFIX, describe
 
 if TYPE_CHECKING:

@@ -14,17 +14,17 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
-from .backoff import Backoff, FailureKind, RateLimit
-from .connection import Connection, Heartbeat
-from .first_audio import FirstAudio
-from .lease import Lease
 from .options import PoolOptions
-from .pool import Pool, PoolClosedError
-from .supervisor import OnFault, Supervisor
+from .pool.backoff import Backoff, FailureKind, RateLimit
+from .pool.pool import Pool, PoolClosedError
+from .pool.supervisor import OnFault, Supervisor
+from .protocol.connection import Connection, Heartbeat
+from .protocol.first_audio import FirstAudio
+from .protocol.lease import Lease
 from .telemetry import instruments
 from .telemetry.log import LogEvent, log_event, status_of
 from .telemetry.pool_metrics import PoolMetrics
-from .telemetry.stats import Counters, PoolStats, Stats, UsageStats, counts_of, stats_of, sum_of
+from .telemetry.usage import Counters, PoolStats, Stats, UsageStats, counts_of, stats_of, sum_of
 
 STANDBY_TIMEOUT = 10.0
 """Seconds a background dial may take: what LiveKit allows a caller's (`APIConnectOptions`)."""

@@ -9,7 +9,6 @@ from typing import Literal, get_args
 from .errors import InvalidOptionError
 
 Interruption = Literal["discard", "clear"]
-Keepalive = Literal["ping", "clear"]
 
 MAX_SESSIONS = 50
 """Concurrent sessions that xAI allows a team (xAI's documentation)."""
@@ -61,14 +60,11 @@ class PoolOptions:
     """Longest time the server has to acknowledge a `text.clear`; less over a short round trip. It
     is spent in the background, and the connection is of no use meanwhile."""
 
-    keepalive: Keepalive = "ping"
-    """What an idle connection has to answer to count as alive: the heartbeat's PINGs, or also a
-    `text.clear` now and then, which proves the session behind the socket. A server that refuses it
-    twice in a row is not asked again."""
-
-    keepalive_after: float = 300.0
-    """Time without use after which `keepalive="clear"` asks for that proof: half of the 600 s for
-    which a session of xAI's speech to text had lain idle when it was seen to have died."""
+    verify_after: float | None = None
+    """Idle time after which a connection has to acknowledge a `text.clear`, which proves the session
+    behind the socket; half of the 600 s for which a session of xAI's speech to text had lain idle
+    when it was seen to have died would be 300. None: the heartbeat's PINGs are proof enough. A
+    server that refuses it twice in a row is not asked again."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -77,11 +73,11 @@ class PoolOptions:
                 _check_count(field.name, value)
             elif field.name in _CHOICES:
                 _check_choice(field.name, value)
-            else:
+            elif value is not None or field.default is not None:
                 _check_seconds(field.name, value)
 
 
-_CHOICES = {"interruption": get_args(Interruption), "keepalive": get_args(Keepalive)}
+_CHOICES = {"interruption": get_args(Interruption)}
 
 
 def _check_count(name: str, value: object) -> None:

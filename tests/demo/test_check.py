@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.demo.test_demo import COMMAND, command
 from tests.kit import SHAPE, VERSION
-from xai_pool_patch.releases import MODULE
+from xai_pool_patch.plugin.releases import MODULE
 
 EDITED = f"""
 import sys

@@ -13,8 +13,8 @@ import pytest
 from aiohttp import WSMsgType, web
 from aiohttp.test_utils import TestClient, TestServer
 
-from xai_pool_patch.connection import Connection, Heartbeat
-from xai_pool_patch.supervisor import Supervisor
+from xai_pool_patch.pool.supervisor import Supervisor
+from xai_pool_patch.protocol.connection import Connection, Heartbeat
 
 with_send_frame = pytest.mark.skipif(
     not hasattr(aiohttp.ClientWebSocketResponse, "send_frame"),

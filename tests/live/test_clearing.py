@@ -13,11 +13,11 @@ from livekit.plugins import xai
 import xai_pool_patch
 from tests.kit import ONCE, Heard, Line, all_closed, interrupted, line_to, quick, speak
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.demo.fake_server import Behaviour, Clearing, End, Outcome
+from xai_pool_patch.testing.server import Behaviour, Clearing, End, Outcome
 
 CLEAR = PoolOptions(interruption="clear", close_timeout=2.0)
 IMPATIENT = PoolOptions(interruption="clear", close_timeout=2.0, clear_timeout=0.1)
-FALLEN_BACK = "interrupted connections are discarded from here on"
+FALLEN_BACK = "clearing stopped"
 SECONDS_PER_CHARACTER = 0.02
 CONVERSATIONS = 4
 TRUSTING = {Clearing.ACKNOWLEDGED, Clearing.CROSSED}
@@ -231,7 +231,7 @@ async def test_nothing_is_reclaimed_that_was_being_replaced() -> None:
         turn.cancel()
         await asyncio.wait([turn])
         assert xai_pool_patch.stats()["clearing"] == 0
-        assert xai_pool_patch.stats()["discarded_interrupted"] == 2
+        assert xai_pool_patch.stats()["closed_interrupted"] == 2
         line.server.link.unfreeze()
         line.server.behaviour.mute = False
         await hear_whole(line, tts, "Heard.")
@@ -363,7 +363,7 @@ async def test_a_session_closed_during_a_clear(caplog: pytest.LogCaptureFixture)
 
 # Proofs of life
 
-PROVING = PoolOptions(keepalive="clear", keepalive_after=0.1, clear_timeout=0.1)
+PROVING = PoolOptions(verify_after=0.1, clear_timeout=0.1)
 
 
 @pytest.fixture
@@ -399,7 +399,7 @@ async def test_a_session_that_is_dead_is_replaced_before_a_turn_finds_out() -> N
         line.server.behaviour.mute = False
         await line.server.wait_for(lambda s: len(s.connections) == 2)
         await hear_whole(line, tts, "Second.")
-        assert xai_pool_patch.stats()["discarded_stale"] == 1
+        assert xai_pool_patch.stats()["closed_lost"] == 1
         assert xai_pool_patch.stats()["replays"] == 0
         await tts.aclose()
 
@@ -416,8 +416,8 @@ async def test_a_server_that_refuses_proofs_is_asked_for_two(
             await line.server.wait_for(lambda s, n=number: len(s.connections) == n + 2)
         ended, opened = line.server.connections[:2], line.server.connections[1:]
         pauses = [b.opened_at - (a.ended_at or 0.0) for a, b in zip(ended, opened, strict=True)]
-        assert min(pauses) > PROVING.keepalive_after, "it was dialled again at once"
-        await asyncio.sleep(5 * PROVING.keepalive_after)
+        assert min(pauses) > PROVING.verify_after, "it was dialled again at once"
+        await asyncio.sleep(5 * PROVING.verify_after)
         assert [connection.clears for connection in line.server.connections] == [1, 1, 0]
         assert [connection.is_open for connection in line.server.connections] == [
             False,
@@ -426,7 +426,7 @@ async def test_a_server_that_refuses_proofs_is_asked_for_two(
         ]
         assert len(line.server.handshakes) == 3
         warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-        assert warnings == ["idle connections are kept by PINGs alone from here on"]
+        assert warnings == ["verifying stopped"]
         await hear_whole(line, tts, "Second.")
         assert line.metrics[-1].connection_reused
         await tts.aclose()

@@ -15,7 +15,7 @@ import pytest
 from aiohttp import WSMsgType
 
 from tests.live.peer import HEARTBEAT, Peer, Watch, connection, until
-from xai_pool_patch.connection import (
+from xai_pool_patch.protocol.connection import (
     CLOSED_MESSAGE,
     SUSPICIOUS,
     TEXT_CLEAR,
@@ -23,7 +23,7 @@ from xai_pool_patch.connection import (
     Heartbeat,
     State,
 )
-from xai_pool_patch.utterance import Stage
+from xai_pool_patch.protocol.utterance import Stage
 
 pytestmark = pytest.mark.usefixtures("no_tasks_left")
 
@@ -108,7 +108,7 @@ async def test_a_server_that_answers_no_ping_is_not_held_to_them(
             assert live.round_trip is None
         assert heartbeat.interval == expected
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert caplog.messages == ["PINGs are not answered, new connections go without"]
+    assert caplog.messages == ["PINGs unanswered, heartbeat off"]
 
 
 async def test_a_server_that_has_answered_a_ping_is_held_to_them() -> None:
@@ -604,7 +604,7 @@ async def test_a_close_that_fails_is_told(
             assert closing is not None
             await closing
         await until(lambda: socket.fileno() == -1)
-        [told] = [record for record in caplog.records if record.getMessage() == "close cut short"]
+        [told] = [record for record in caplog.records if record.getMessage() == "close failed"]
         assert vars(told)["xai_pool_error"].startswith("ConnectionResetError at fails")
 
 

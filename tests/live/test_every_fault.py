@@ -26,25 +26,23 @@ from xai_pool_patch import PoolOptions
 from xai_pool_patch.telemetry import log
 
 DEFAULT = PoolOptions(close_timeout=1.0)
-CLEARING = PoolOptions(
-    close_timeout=1.0, interruption="clear", keepalive="clear", keepalive_after=0.05
-)
+CLEARING = PoolOptions(close_timeout=1.0, interruption="clear", verify_after=0.05)
 GUARDS = {
-    "lease._fails_open.guarded",
-    "patch.install",
-    "patch.uninstall",
-    "native_pool._fails_open.guarded",
-    "native_pool._fails_open.guarded_async",
-    "native_pool.PoolAttribute.__get__",
-    "native_pool.PoolAttribute.__set__",
-    "connector._View.__del__",  # Python itself ignores what it raises
-    "provider.ConnectionProvider.attempt",
-    "provider.ConnectionProvider.attempt_to_wait",
-    "supervisor.Supervisor.run",
-    "supervisor.Supervisor._ended",
+    "protocol.lease._fails_open.guarded",
+    "installation.install",
+    "installation.uninstall",
+    "plugin.native_pool._fails_open.guarded",
+    "plugin.native_pool._fails_open.guarded_async",
+    "plugin.native_pool.PoolAttribute.__get__",
+    "plugin.native_pool.PoolAttribute.__set__",
+    "plugin.connector._View.__del__",  # Python itself ignores what it raises
+    "plugin.provider.ConnectionProvider.attempt",
+    "plugin.provider.ConnectionProvider.attempt_to_wait",
+    "pool.supervisor.Supervisor.run",
+    "pool.supervisor.Supervisor._ended",
     "telemetry.log.harmless.guarded",
-    "wrappers._guarded.guarded",
-    "wrappers._guarded_async.guarded",
+    "plugin.wrappers._guarded.guarded",
+    "plugin.wrappers._guarded_async.guarded",
 }
 """What others call, and what catches the faults of the rest: a `try` and a call, and no more."""
 
@@ -91,11 +89,11 @@ class Play:
                     setattr(owner, name, value)
 
     def _check_log(self, messages: Counter[str]) -> None:
-        faults = messages["ERROR pool failed, the plugin connects by itself"]
-        reports = messages["WARNING log, metric or trace failed"]
+        faults = messages["ERROR failed open"]
+        reports = messages["WARNING telemetry failed"]
         if faults > 1 or reports > 1 or (not faults and messages["DEBUG pool failed"]):
             self.problems.append(f"said again and again: {messages}")
-        dials = messages["WARNING standby failed"] + messages["WARNING replacement failed"]
+        dials = messages["WARNING standby failed"] + messages["WARNING replay failed"]
         if self._probes.raised and not faults + reports + dials:
             self.problems.append(f"not a word of it in the log: {dict(messages)}")
 
@@ -122,7 +120,7 @@ class Play:
         await self._hear(line, tts, "Over the same connection.")
         await self._interrupt(line, tts)
         await self._hear(line, tts, "After an interruption.")
-        await asyncio.sleep(0.12 if self._options.keepalive == "clear" else 0.0)
+        await asyncio.sleep(0.12 if self._options.verify_after is not None else 0.0)
         line.server.reset_all()
         await self._hear(line, tts, "Over a dead connection.", RETRYING)
         await self._lose(line, tts, "Lost on the way.")
@@ -257,7 +255,7 @@ def test_a_fault_in_any_function(probes: Probes) -> None:
 
 
 def test_a_fault_in_what_clears_and_verifies(probes: Probes) -> None:
-    """The same of the functions that only `interruption="clear"` and `keepalive="clear"` call."""
+    """The same of the functions that only `interruption="clear"` and `verify_after` call."""
     usual = _calls(probes, DEFAULT)
     calls = {name: n for name, n in _calls(probes, CLEARING).items() if name not in usual}
     assert _problems(probes, CLEARING, calls) == []

@@ -15,25 +15,29 @@ pytestmark = pytest.mark.usefixtures("patched")
 RETRYING = APIConnectOptions(max_retry=1, retry_interval=0.01, timeout=2.0)
 
 BEFORE_THE_UTTERANCE = [
-    "connection.Connection.attach",
+    "protocol.connection.Connection.attach",
     "manager.Registry.here",
     "manager.PoolManager.use",
-    "provider.key_of",
-    "provider.Turn.begin",
-    "provider.Turn.acquired",
-    "provider._job",
+    "plugin.provider.key_of",
+    "plugin.provider.Turn.begin",
+    "plugin.provider.Turn.acquired",
+    "plugin.provider._job",
     "telemetry.pool_metrics.PoolMetrics.reused",
-    "pool.Pool.acquire",
-    "pool.Pool._take_idle",
-    "exchange.Exchange.__init__",
-    "lease.Lease.__init__",
+    "pool.pool.Pool.acquire",
+    "pool.pool.Pool._take_idle",
+    "protocol.exchange.Exchange.__init__",
+    "protocol.lease.Lease.__init__",
 ]
 DURING_THE_UTTERANCE = [
-    "connection.Connection._take",
-    "utterance.UtteranceTracker.received",
-    "exchange.Exchange._hear",
+    "protocol.connection.Connection._take",
+    "protocol.utterance.UtteranceTracker.received",
+    "protocol.exchange.Exchange._hear",
 ]
-AFTER_THE_UTTERANCE = ["lease.Lease.end", "pool.Pool.release", "pool.Pool._offer"]
+AFTER_THE_UTTERANCE = [
+    "protocol.lease.Lease.end",
+    "pool.pool.Pool.release",
+    "pool.pool.Pool._offer",
+]
 
 
 class BugError(Exception):
@@ -51,7 +55,7 @@ def break_(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
 def check_log(caplog: pytest.LogCaptureFixture, part: str) -> None:
     """Once, at ERROR, with the place and without the message."""
     [record] = [r for r in caplog.records if r.name == "xai_pool_patch" and r.levelname == "ERROR"]
-    assert record.getMessage() == "pool failed, the plugin connects by itself"
+    assert record.getMessage() == "failed open"
     assert record.xai_pool_error.startswith("BugError at broken:")  # type: ignore[attr-defined]
     assert "secret" not in str(vars(record))
 

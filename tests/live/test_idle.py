@@ -10,7 +10,7 @@ import pytest
 import xai_pool_patch
 from tests.kit import Line, all_closed, interrupted, line_to, quick, speak
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.demo.fake_server import Clearing, End, Ending
+from xai_pool_patch.testing.server import Clearing, End, Ending
 
 
 async def test_pings_are_answered_while_idle(patched: None) -> None:
@@ -95,7 +95,7 @@ async def test_other_messages_are_ignored(patched: None) -> None:
         await line.server.broadcast('{"type":"session.updated"}')
         await line.server.broadcast('{"type":"error","message":"end of the test"}')
         await line.server.wait_for(lambda s: not s.connections[0].is_open)
-        assert xai_pool_patch.stats()["discarded_stale"] == 1
+        assert xai_pool_patch.stats()["closed_lost"] == 1
         await tts.aclose()
 
 
@@ -131,7 +131,7 @@ def test_a_session_closed_just_before_its_loop() -> None:
     xai_pool_patch.uninstall()
 
 
-@pytest.mark.parametrize("when", ["idle", "dialling", "clearing"])
+@pytest.mark.parametrize("when", ["idle", "connecting", "clearing"])
 def test_a_loop_that_just_stops(
     when: str, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:

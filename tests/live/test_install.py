@@ -36,12 +36,12 @@ from xai_pool_patch import (
     InvalidOptionError,
     PoolOptions,
     UnsupportedPluginError,
+    installation,
     manager,
-    patch,
-    releases,
 )
-from xai_pool_patch.connector import key_of
-from xai_pool_patch.demo.fake_server import End
+from xai_pool_patch.plugin import patching, releases
+from xai_pool_patch.plugin.connector import key_of
+from xai_pool_patch.testing.server import End
 
 CLASSES = (plugin_module.TTS, plugin_module.SynthesizeStream)
 STEPS = 5 if HAS_OWN_POOL else 7
@@ -108,7 +108,7 @@ def test_switched_off_by_the_environment(
     assert plugin_as_it_is() == before
     assert not xai_pool_patch.is_installed()
     [record] = caplog.records
-    assert record.getMessage() == "not installed, switched off by the environment"
+    assert record.getMessage() == "switched off by XAI_POOL_PATCH"
 
 
 @pytest.fixture(params=["1.5.1", "1.8.10", "1.9.0", "2.0.0", f"{VERSION}+local"])
@@ -296,7 +296,7 @@ async def test_a_failure_half_way_out_leaves_nothing_undone(
 ) -> None:
     """A1: what one step raises is logged after the last one; patches and pools are all gone."""
     before = plugin_as_it_is()
-    undo, close, steps = patch.Patch.undo, manager.Registry.close, []
+    undo, close, steps = patching.Patch.undo, manager.Registry.close, []
 
     def counted(step: Any) -> Any:
         def take(of: Any) -> None:
@@ -311,7 +311,7 @@ async def test_a_failure_half_way_out_leaves_nothing_undone(
         xai_pool_patch.install()
         tts = line.tts()
         await speak(tts, "Hello.")
-        monkeypatch.setattr(patch.Patch, "undo", counted(undo))
+        monkeypatch.setattr(patching.Patch, "undo", counted(undo))
         monkeypatch.setattr(manager.Registry, "close", counted(close))
         xai_pool_patch.uninstall()
         assert faults(caplog) == ["uninstall"]
@@ -334,10 +334,10 @@ def test_what_else_there_is_to_undo_does_not_depend_on_the_log(
         raise ZeroDivisionError
 
     undone: list[str] = []
-    record = patch.Patch(Owner, "name", lambda *_: "ours", lambda: undone.append("the rest"))
+    record = patching.Patch(Owner, "name", lambda *_: "ours", lambda: undone.append("the rest"))
     record.apply()
     Owner.name = "theirs"
-    monkeypatch.setattr(patch, "log_event", log_event)
+    monkeypatch.setattr(patching, "log_event", log_event)
     with pytest.raises(ZeroDivisionError):
         record.undo()
     assert (undone, Owner.name) == (["the rest"], "theirs")
@@ -361,7 +361,7 @@ class NotingLock:
 
 def test_nobody_installs_on_top_of_what_is_half_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A1: install() in one thread while another is in the middle of uninstall() comes after it."""
-    before, lock, undo = plugin_as_it_is(), NotingLock(), patch.Patch.undo
+    before, lock, undo = plugin_as_it_is(), NotingLock(), patching.Patch.undo
 
     def install() -> None:
         xai_pool_patch.install()
@@ -369,14 +369,14 @@ def test_nobody_installs_on_top_of_what_is_half_undone(monkeypatch: pytest.Monke
 
     other = threading.Thread(target=install)
 
-    def half_way(record: patch.Patch) -> None:
+    def half_way(record: patching.Patch) -> None:
         undo(record)
         if other.ident is None:
             other.start()
             assert lock.is_awaited.wait(timeout=10.0)
 
-    monkeypatch.setattr(patch, "_lock", lock)
-    monkeypatch.setattr(patch.Patch, "undo", half_way)
+    monkeypatch.setattr(installation, "_lock", lock)
+    monkeypatch.setattr(patching.Patch, "undo", half_way)
     xai_pool_patch.install()
     xai_pool_patch.uninstall()
     other.join()
@@ -652,7 +652,7 @@ def test_uninstall_before_the_import_leaves_the_plugin_alone() -> None:
 def test_a_refusal_at_import_does_not_break_the_import() -> None:
     """The application keeps its agent; the log says why it is not faster."""
     done = python(
-        "import logging, xai_pool_patch, xai_pool_patch.releases as plugin\n"
+        "import logging, xai_pool_patch, xai_pool_patch.plugin.releases as plugin\n"
         "logging.basicConfig(format='%(name)s %(levelname)s %(message)s %(xai_pool_reason)s')\n"
         "xai_pool_patch.install()\n"
         "missing = releases._Method('TTS', 'missing')\n"

@@ -11,7 +11,7 @@ from livekit.plugins import xai
 
 import xai_pool_patch
 from tests.kit import ONCE, Heard, Line, all_closed, interrupted, line_to, quick, speak
-from xai_pool_patch.demo.fake_server import End
+from xai_pool_patch.testing.server import End
 
 TURNS = 300
 """Where the soak is whole; elsewhere fewer."""
@@ -142,7 +142,7 @@ async def test_interrupted_before_the_first_text(patched: None) -> None:
             await _until_leased()
         await line.server.wait_for(lambda s: s.connections[0].ended is End.CLIENT_CLOSE)
         assert len(line.server.utterances) == 1
-        assert xai_pool_patch.stats()["discarded_interrupted"] == 1
+        assert xai_pool_patch.stats()["closed_interrupted"] == 1
         await tts.aclose()
 
 

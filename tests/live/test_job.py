@@ -20,8 +20,8 @@ from livekit.protocol import agent
 
 import xai_pool_patch
 from tests.kit import API_KEY, Heard, line_to, quick, speak
-from xai_pool_patch.demo.fake_server import End, FakeServer
-from xai_pool_patch.pool import Pool
+from xai_pool_patch.pool.pool import Pool
+from xai_pool_patch.testing.server import End, FakeServer
 
 Entrypoint = Callable[[JobContext], Awaitable[None]]
 
@@ -281,7 +281,7 @@ async def test_last_words(
         assert ended == [End.CLIENT_CLOSE] * len(ended)
         assert line.server.link.accepted <= 2 + (words == "to_the_end")
         stats = xai_pool_patch.stats()
-        assert (stats["pools"], stats["idle"], stats["dialling"]) == (0, 0, 0)
+        assert (stats["pools"], stats["idle"], stats["connecting"]) == (0, 0, 0)
 
 
 async def to_its_end(speech: asyncio.Task[Any]) -> None:

@@ -14,12 +14,12 @@ from aiohttp import WSMsgType
 
 from tests.live.peer import PROTOCOL, Peer, connection, line, until, with_send_frame
 from tests.unit.pool_kit import TakesBack
-from xai_pool_patch.connection import Connection
-from xai_pool_patch.exchange import Exchange
-from xai_pool_patch.first_audio import FirstAudio
-from xai_pool_patch.lease import Lease
-from xai_pool_patch.pool import Acquired, Reason
-from xai_pool_patch.supervisor import Supervisor
+from xai_pool_patch.pool.pool import Acquired, Reason
+from xai_pool_patch.pool.supervisor import Supervisor
+from xai_pool_patch.protocol.connection import Connection
+from xai_pool_patch.protocol.exchange import Exchange
+from xai_pool_patch.protocol.first_audio import FirstAudio
+from xai_pool_patch.protocol.lease import Lease
 
 pytestmark = pytest.mark.usefixtures("no_tasks_left")
 
@@ -235,7 +235,7 @@ async def test_closing_a_lease_leaves_the_socket_alone() -> None:
 
 @pytest.mark.parametrize(
     ("cut_off", "comes_back"),
-    [(None, "released"), (Reason.INTERRUPTED, "released cut off"), (Reason.ERROR, Reason.ERROR)],
+    [(None, "released"), (Reason.INTERRUPTED, "released cut off"), (Reason.FAILED, Reason.FAILED)],
 )
 async def test_a_lease_ends_once(cut_off: Reason | None, comes_back: object) -> None:
     async with connection() as (live, _, _):
@@ -243,7 +243,7 @@ async def test_a_lease_ends_once(cut_off: Reason | None, comes_back: object) -> 
         lease = lease_of(live, pool)
         assert repr(lease).startswith("<Lease held <Exchange heard [<Connection open leased clean")
         lease.end(cut_off)
-        lease.end(Reason.ERROR)
+        lease.end(Reason.FAILED)
         assert pool.came_back == [comes_back]
         assert lease.closed
         assert not live.ws.closed
@@ -285,7 +285,7 @@ async def test_it_is_open_while_the_utterance_is_mended() -> None:
         assert not lease.closed
         other_peer.hangs_up()
         await until(lambda: lease.closed)
-        lease.end(Reason.ERROR)
+        lease.end(Reason.FAILED)
 
 
 async def test_a_send_that_fails_late_is_not_the_plugins_when_the_frame_is_with_another(
@@ -307,7 +307,7 @@ async def test_a_send_that_fails_late_is_not_the_plugins_when_the_frame_is_with_
         assert (await other_peer.hears()).data == TEXT
         blocked.set()
         await sending
-        lease.end(Reason.ERROR)
+        lease.end(Reason.FAILED)
 
 
 async def _returning(live: Connection) -> Acquired[Connection]:

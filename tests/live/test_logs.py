@@ -96,13 +96,7 @@ def test_livekits_console(logged: Callable[[logging.Formatter], list[str]]) -> N
     assert re.search(r"WARNING xai_pool_patch - standby failed \{.*\}$", line)
     assert '"xai_pool_retry_in_s": 0.' in line
     assert (
-        len(
-            [
-                line
-                for line in lines
-                if re.search(r'- connected \{.*"xai_pool_handshake_ms": ', line)
-            ]
-        )
+        len([line for line in lines if re.search(r'- connected \{.*"xai_pool_connect_ms": ', line)])
         == 2
     )
 
@@ -136,7 +130,7 @@ def test_json(
     assert by_event["discarded"]["xai_pool_reason"] == "interrupted"
     assert by_event["TTS closed"]["xai_pool_utterances"] == 2
     assert by_event["TTS closed"]["xai_pool_reused"] == 1
-    assert by_event["connected"]["xai_pool_handshake_ms"] > 0
+    assert by_event["connected"]["xai_pool_connect_ms"] > 0
 
 
 def test_an_application_with_its_own_structlog(

@@ -22,7 +22,7 @@ import xai_pool_patch
 from tests.kit import API_KEY, line_to, quick, registry, speak
 from tests.otel import empty_reader
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.demo.fake_server import Ending
+from xai_pool_patch.testing.server import Ending
 
 Points = dict[tuple[str, str], Any]
 """By instrument, without its prefix, and the values of its attributes."""
@@ -94,7 +94,7 @@ async def test_connections_by_state(patched: None, reader: InMemoryMetricReader)
 
     def counts() -> list[int]:
         found = points(reader)
-        states = ("idle", "leased", "clearing", "dialling")
+        states = ("idle", "leased", "clearing", "connecting")
         assert len([name for name, _ in found if name == "connection.count"]) == len(states)
         return [found["connection.count", state].value for state in states]
 
@@ -132,7 +132,7 @@ async def test_discards_and_failures_by_reason(reader: InMemoryMetricReader) -> 
         assert (await turn).error is None
         await tts.aclose()
         found = points(reader)
-        assert found["connection.discards", "stale"].value == 2
+        assert found["connection.closed", "stale"].value == 2
         assert found["connection.standby_failures", "503"].value == 1
         assert found["utterance.replays", "no answer"].value == 1
         told = str(found)
@@ -170,7 +170,7 @@ async def test_units(patched: None, reader: InMemoryMetricReader) -> None:
         "connection.count": "{connection}",
         "connection.create_time": "s",
         "connection.wait_time": "s",
-        "connection.discards": "{connection}",
+        "connection.closed": "{connection}",
     }
 
 

@@ -12,8 +12,8 @@ from livekit.plugins import xai
 
 import xai_pool_patch
 from tests.kit import API_KEY, HAS_OWN_POOL, ONCE, all_closed, line_to, quick, registry, speak
-from xai_pool_patch.demo.fake_server import End
-from xai_pool_patch.native_pool import PooledConnections
+from xai_pool_patch.plugin.native_pool import PooledConnections
+from xai_pool_patch.testing.server import End
 
 pytestmark = pytest.mark.skipif(not HAS_OWN_POOL, reason="this plugin has no pool of its own")
 
@@ -158,7 +158,7 @@ async def test_an_interruption_is_counted_as_one(patched: None) -> None:
         await line.server.wait_for(lambda s: s.utterances and s.utterances[0].first_audio_at)
         turn.cancel()
         await asyncio.wait([turn])
-        assert xai_pool_patch.stats()["discarded_interrupted"] == 1
+        assert xai_pool_patch.stats()["closed_interrupted"] == 1
         await tts.aclose()
 
 

@@ -30,9 +30,9 @@ from tests.kit import (
     speak,
 )
 from tests.live.peer import until
-from xai_pool_patch.connector import connector_of
-from xai_pool_patch.releases import Shape
-from xai_pool_patch.wrappers import _as_its_pool_does
+from xai_pool_patch.plugin.connector import connector_of
+from xai_pool_patch.plugin.releases import Shape
+from xai_pool_patch.plugin.wrappers import _as_its_pool_does
 
 Sees = Callable[[Any], object]
 

@@ -167,7 +167,7 @@ async def test_what_a_server_says_to_nobody(told: Told) -> None:
 
 def test_the_search_finds_what_is_there(told: Told) -> None:
     """It would find a key in a record, in an object and in an exception that is not printed."""
-    from xai_pool_patch.pool import DialFailedError
+    from xai_pool_patch.pool.pool import DialFailedError
     from xai_pool_patch.telemetry.log import LogEvent, log_event
 
     log_event(LogEvent.LOST, reason=API_KEY)

@@ -18,15 +18,13 @@ from livekit.plugins import xai
 import xai_pool_patch
 from tests.kit import Heard, Line, all_closed, line_to, quick, speak
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.demo.fake_server import Clearing, Ending
+from xai_pool_patch.testing.server import Clearing, Ending
 
 CONVERSATIONS = 4
 OPTIONS = PoolOptions(
     heartbeat=0.3, first_audio_timeout=0.3, close_timeout=0.3, max_age=3.0, max_idle_time=0.5
 )
-CLEARING = dataclasses.replace(
-    OPTIONS, interruption="clear", keepalive="clear", clear_timeout=0.1, keepalive_after=0.02
-)
+CLEARING = dataclasses.replace(OPTIONS, interruption="clear", clear_timeout=0.1, verify_after=0.02)
 FLAT = 1_500_000
 """Bytes: what caches hold, however many turns there were. 2,000 leases would be several times
 that."""
@@ -117,7 +115,7 @@ async def test_soak(
         leaked, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         stats = xai_pool_patch.stats()
-        assert (stats["idle"], stats["leased"], stats["dialling"]) == (0, 0, 0)
+        assert (stats["idle"], stats["leased"], stats["connecting"]) == (0, 0, 0)
         assert stats["clearing"] == 0
         assert (stats["connections_cleared"] > 0) == (options is CLEARING), stats
         assert leaked < FLAT, f"{leaked} bytes kept after {turns} turns"

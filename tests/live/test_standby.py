@@ -15,7 +15,7 @@ from livekit.plugins import xai
 import xai_pool_patch
 from tests.kit import Line, all_closed, line_to, quick, speak
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.connection import _transport_of
+from xai_pool_patch.protocol.connection import _transport_of
 
 VOICES = ("ara", "eve")
 
@@ -32,7 +32,7 @@ async def reused(line: Line, tts: xai.TTS, text: str) -> bool:
 async def ready(line: Line, count: int) -> None:
     """Until that many connections were made and none is being dialled."""
     await line.server.wait_for(lambda s: len(s.connections) >= count)
-    while xai_pool_patch.stats()["dialling"]:
+    while xai_pool_patch.stats()["connecting"]:
         await asyncio.sleep(0)
 
 
@@ -230,7 +230,7 @@ async def test_a_standby_that_dies_behind_its_handshake_under_eager_tasks(
         tts.prewarm()
         await ready(line, 1)
         stats = xai_pool_patch.stats()
-        assert (stats["idle"], stats["discarded_stale"]) == (0, 1)
+        assert (stats["idle"], stats["closed_lost"]) == (0, 1)
         await ready(line, 2)
         assert await reused(line, tts, "Hello.")
         await tts.aclose()
@@ -261,21 +261,21 @@ def test_worker_threads_never_meet(patched: None) -> None:
     assert xai_pool_patch.stats()["connections_reused"] == 3
 
 
-@pytest.mark.parametrize("when", ["idle", "leased", "dialling"])
+@pytest.mark.parametrize("when", ["idle", "leased", "connecting"])
 async def test_stats_of_what_there_is(patched: None, when: str) -> None:
     """A snapshot tells where the connections are."""
     behaviour = quick(pace=5.0, speech_per_character=0.1)
     async with line_to(behaviour, round_trip=0.01) as line:
         tts = line.tts()
         turn = asyncio.create_task(speak(tts, "Hello."))
-        if when == "dialling":
+        if when == "connecting":
             await line.server.wait_for(lambda s: s.link.accepted == 1)
         elif when == "leased":
             await line.server.wait_for(lambda s: len(s.utterances) == 1)
         else:
             await turn
         stats = xai_pool_patch.stats()
-        counts = {key: stats[key] for key in ("idle", "leased", "dialling")}  # type: ignore[literal-required]
-        assert counts == {"idle": 0, "leased": 0, "dialling": 0, when: 1}
+        counts = {key: stats[key] for key in ("idle", "leased", "connecting")}  # type: ignore[literal-required]
+        assert counts == {"idle": 0, "leased": 0, "connecting": 0, when: 1}
         await turn
         await tts.aclose()

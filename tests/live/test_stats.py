@@ -13,7 +13,7 @@ import pytest
 
 import xai_pool_patch
 from tests.kit import API_KEY, line_to, registry, speak
-from xai_pool_patch import PoolStats, Stats, patch
+from xai_pool_patch import PoolStats, Stats, installation
 from xai_pool_patch.telemetry import instruments
 
 
@@ -59,7 +59,7 @@ async def test_what_a_pool_did_stays_in_the_totals_when_it_is_gone(patched: None
         await tts.aclose()
         assert xai_pool_patch.pool_stats() == []
         stats = xai_pool_patch.stats()
-        assert (stats["connections_made"], stats["discarded_closed"]) == (1, 1)
+        assert (stats["connections_made"], stats["closed_shutdown"]) == (1, 1)
         assert (stats["pools"], stats["idle"], stats["leased"]) == (0, 0, 0)
 
 
@@ -124,7 +124,7 @@ async def test_to_ask_takes_no_lock(patched: None, monkeypatch: pytest.MonkeyPat
         await speak(tts, "Hello.")
         with monkeypatch.context() as held:
             held.setattr(registry(), "_lock", NotHeld())
-            held.setattr(patch, "_lock", NotHeld())
+            held.setattr(installation, "_lock", NotHeld())
             assert xai_pool_patch.is_installed()
             assert xai_pool_patch.stats()["idle"] == 1
             assert [pool["idle"] for pool in xai_pool_patch.pool_stats()] == [1]
@@ -144,7 +144,7 @@ def test_asked_by_a_signal_handler_in_the_middle_of_a_change(patched: None) -> N
     rescue = threading.Timer(5.0, held.release)  # a test that fails should not hang
     rescue.start()
     try:
-        with held, patch._lock:
+        with held, installation._lock:
             signal.raise_signal(signal.SIGUSR1)
             assert held.locked(), "the handler waited for the lock until it was rescued"
             assert len(answers) == 1
@@ -165,5 +165,5 @@ def test_what_was_done_in_loops_that_are_closed_is_counted_once(patched: None) -
     for number in range(1, 4):
         asyncio.run(job())
         assert xai_pool_patch.stats()["connections_made"] == number
-        assert xai_pool_patch.stats()["handshake_ms_max"] > 0.0
+        assert xai_pool_patch.stats()["connect_ms_max"] > 0.0
     assert len(registry()._loops.pools) == 1

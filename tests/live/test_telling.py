@@ -24,7 +24,7 @@ from xai_pool_patch import PoolOptions
 from xai_pool_patch.telemetry import log, metrics, stats
 
 OURS = logging.getLogger("xai_pool_patch")
-COMPLAINT = ("WARNING", "log, metric or trace failed")
+COMPLAINT = ("WARNING", "telemetry failed")
 CONNECTIONS = 3
 """That of the first turns, one instead of what was interrupted, and one instead of the dead."""
 

@@ -16,7 +16,8 @@ import aiohttp
 import pytest
 from aiohttp import WSMsgType
 
-from xai_pool_patch.demo.fake_server import (
+from xai_pool_patch.testing.network import Link
+from xai_pool_patch.testing.server import (
     Behaviour,
     Clearing,
     End,
@@ -25,7 +26,6 @@ from xai_pool_patch.demo.fake_server import (
     Outcome,
     Wordless,
 )
-from xai_pool_patch.demo.link import Link
 
 pytestmark = [pytest.mark.asyncio]
 if sys.version_info < (3, 11):  # it warns of every TLS connection that the peer has ended

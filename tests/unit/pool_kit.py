@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.virtual import run
-from xai_pool_patch.backoff import Backoff, FailureKind, RateLimit
 from xai_pool_patch.options import PoolOptions
-from xai_pool_patch.pool import Pool, Reason
-from xai_pool_patch.supervisor import Supervisor
+from xai_pool_patch.pool.backoff import Backoff, FailureKind, RateLimit
+from xai_pool_patch.pool.pool import Pool, Reason
+from xai_pool_patch.pool.supervisor import Supervisor
 from xai_pool_patch.telemetry.pool_metrics import PoolMetrics
 
 HANDSHAKE = 0.45

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 
-from xai_pool_patch.backoff import Backoff, FailureKind, RateLimit
+from xai_pool_patch.pool.backoff import Backoff, FailureKind, RateLimit
 
 
 def make(rate_limit: RateLimit | None = None) -> Backoff:

@@ -19,7 +19,7 @@ from tests.unit.pool_kit import (
 from tests.unit.pool_kit import play as play_with
 from tests.virtual import block
 from xai_pool_patch.options import PoolOptions
-from xai_pool_patch.pool import (
+from xai_pool_patch.pool.pool import (
     RELIED_ROUND_TRIPS,
     SHORTEST_CLEAR,
     SHORTEST_RELIANCE,
@@ -28,13 +28,11 @@ from xai_pool_patch.pool import (
 )
 
 RELIED_ON = RELIED_ROUND_TRIPS * ROUND_TRIP
-KEEPALIVE_AFTER = 300.0
-STOPPED = "interrupted connections are discarded from here on"
+VERIFY_AFTER = 300.0
+STOPPED = "clearing stopped"
 
 play = functools.partial(play_with, options=PoolOptions(interruption="clear"))
-play_proving = functools.partial(
-    play_with, options=PoolOptions(keepalive="clear", keepalive_after=KEEPALIVE_AFTER)
-)
+play_proving = functools.partial(play_with, options=PoolOptions(verify_after=VERIFY_AFTER))
 
 
 def interrupt(pool: Pool[Wire], wire: Wire) -> None:
@@ -67,7 +65,7 @@ def test_the_default_discards() -> None:
             wire.is_reusable = is_clean
             pool.release_cut_off(wire)
             assert (wire.is_open, wire.clears) == (False, 0)
-        assert pool.metrics.counters.totals["discarded_interrupted"] == 2
+        assert pool.metrics.counters.totals["closed_interrupted"] == 2
 
     play_with(scenario)
 
@@ -262,7 +260,7 @@ def test_a_clear_that_is_not_acknowledged_is_given_up(
         await asyncio.sleep(5.0)
         assert wire.closed_at == pytest.approx(given_up_at)
         assert network.dialled_at[1:] == [pytest.approx(given_up_at)]
-        assert pool.metrics.counters.totals["discarded_interrupted"] == 1
+        assert pool.metrics.counters.totals["closed_interrupted"] == 1
 
     play(scenario)
 
@@ -275,9 +273,9 @@ def test_a_connection_that_is_lost_meanwhile_is_replaced_at_once() -> None:
         wire = await interrupted(pool)
         await asyncio.sleep(0.1)
         wire.break_off()
-        assert (pool.clearing, pool.dialling) == (0, 1)
+        assert (pool.clearing, pool.connecting) == (0, 1)
         await asyncio.sleep(5.0)
-        assert pool.metrics.counters.totals["discarded_interrupted"] == 1
+        assert pool.metrics.counters.totals["closed_interrupted"] == 1
 
     play(scenario)
 
@@ -290,7 +288,7 @@ def test_a_connection_that_grew_old_meanwhile_is_not_handed_on() -> None:
         await asyncio.sleep(1800.0)
         interrupt(pool, wire)
         assert await leased(pool) is not wire
-        assert pool.metrics.counters.totals["discarded_expired"] == 1
+        assert pool.metrics.counters.totals["closed_expired"] == 1
 
     play(scenario)
 
@@ -311,7 +309,7 @@ def test_after_two_refusals_in_a_row_it_discards(caplog: pytest.LogCaptureFixtur
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         wires = [await _refuse(pool) for _ in range(4)]
         assert [wire.clears for wire in wires] == [1, 1, 0, 0]
-        assert pool.metrics.counters.totals["discarded_interrupted"] == 4
+        assert pool.metrics.counters.totals["closed_interrupted"] == 4
 
     play(scenario)
     assert warnings(caplog) == [(STOPPED, "clears are not acknowledged")]
@@ -365,7 +363,7 @@ def test_closing_does_not_wait_for_an_acknowledgement() -> None:
         await pool.aclose()
         assert wire.closed_at == began
         assert now() - began < 0.2
-        assert pool.metrics.counters.totals["discarded_closed"] == 1
+        assert pool.metrics.counters.totals["closed_shutdown"] == 1
 
     play(scenario)
 
@@ -418,13 +416,13 @@ def test_an_idle_connection_proves_that_it_lives() -> None:
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         pool.resize(1)
         [wire] = await idle(pool, 1)
-        await asyncio.sleep(KEEPALIVE_AFTER - 1.0)
+        await asyncio.sleep(VERIFY_AFTER - 1.0)
         await idle(pool, 1)
-        await asyncio.sleep(KEEPALIVE_AFTER - 1.0)
+        await asyncio.sleep(VERIFY_AFTER - 1.0)
         assert wire.clears == 0
         await asyncio.sleep(2.0)
         assert wire.clears == 1
-        await asyncio.sleep(3 * KEEPALIVE_AFTER)
+        await asyncio.sleep(3 * VERIFY_AFTER)
         assert wire.clears == 4
         assert (pool.idle, len(network.dialled_at)) == (1, 1)
         assert pool.metrics.counters.totals["connections_cleared"] == 0
@@ -440,12 +438,12 @@ def test_one_that_does_not_is_lost_and_replaced() -> None:
         for count in (1, 2, 3):
             [wire] = await idle(pool, 1)
             wire.cleared_after = 1e9
-            await asyncio.sleep(KEEPALIVE_AFTER + 5.0)
+            await asyncio.sleep(VERIFY_AFTER + 5.0)
             assert not wire.is_open
             assert (pool.idle, len(network.dialled_at)) == (1, count + 1)
-            assert pool.metrics.counters.totals["discarded_stale"] == count
+            assert pool.metrics.counters.totals["closed_lost"] == count
             [wire] = await idle(pool, 1)
-            await asyncio.sleep(KEEPALIVE_AFTER + 5.0)
+            await asyncio.sleep(VERIFY_AFTER + 5.0)
             assert wire.is_open
 
     play_proving(scenario)
@@ -459,16 +457,16 @@ def test_a_server_that_refuses_is_asked_twice(caplog: pytest.LogCaptureFixture) 
         for _ in range(2):
             [wire] = await idle(pool, 1)
             wire.is_clearable = False
-            lost_at = now() + KEEPALIVE_AFTER
-            await asyncio.sleep(KEEPALIVE_AFTER + 5.0)
+            lost_at = now() + VERIFY_AFTER
+            await asyncio.sleep(VERIFY_AFTER + 5.0)
             assert not wire.is_open
             assert network.dialled_at[-1] > lost_at + ROUND_TRIP + 0.1, "no backoff"
         [wire] = await idle(pool, 1)
-        await asyncio.sleep(3 * KEEPALIVE_AFTER)
+        await asyncio.sleep(3 * VERIFY_AFTER)
         assert (wire.is_open, wire.clears) == (True, 0)
 
     play_proving(scenario)
-    kept = "idle connections are kept by PINGs alone from here on"
+    kept = "verifying stopped"
     assert warnings(caplog) == [(kept, "clears are not acknowledged")]
 
 
@@ -478,7 +476,7 @@ def test_while_one_proves_it_the_others_serve() -> None:
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         pool.resize(2)
         wires = await idle(pool, 2)
-        await asyncio.sleep(KEEPALIVE_AFTER + 0.01)
+        await asyncio.sleep(VERIFY_AFTER + 0.01)
         pool.resize(2)  # any event will do
         await asyncio.sleep(0.01)
         assert (pool.idle, pool.clearing) == (1, 1)
@@ -496,13 +494,13 @@ def test_a_caller_takes_the_only_one_as_soon_as_it_has_proven_it() -> None:
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         pool.resize(1)
         [wire] = await idle(pool, 1)
-        await asyncio.sleep(KEEPALIVE_AFTER + 0.1)
+        await asyncio.sleep(VERIFY_AFTER + 0.1)
         acquired = await pool.acquire(10.0)
         assert acquired.connection is wire
         assert acquired.waited == pytest.approx(ROUND_TRIP - 0.1)
         pool.release(wire)
         wire.cleared_after = 1e9
-        await asyncio.sleep(KEEPALIVE_AFTER + 0.1)
+        await asyncio.sleep(VERIFY_AFTER + 0.1)
         acquired = await pool.acquire(10.0)
         assert acquired.connection is not wire
         assert acquired.waited == pytest.approx(RELIED_ON - 0.1 + HANDSHAKE)
@@ -519,7 +517,7 @@ def test_a_proof_that_is_not_due_does_not_put_off_rotation() -> None:
         assert len(network.dialled_at) == 2
         assert network.wires[0].clears == 0
 
-    play_with(scenario, PoolOptions(keepalive="clear", keepalive_after=10_000.0))
+    play_with(scenario, PoolOptions(verify_after=10_000.0))
 
 
 def test_a_proof_is_no_use() -> None:
@@ -538,4 +536,4 @@ def test_a_proof_is_no_use() -> None:
         await asyncio.sleep(20.0)
         assert (first.is_open, second.is_open) == (False, True)
 
-    play_with(scenario, PoolOptions(keepalive="clear", keepalive_after=20.0))
+    play_with(scenario, PoolOptions(verify_after=20.0))

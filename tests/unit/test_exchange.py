@@ -10,11 +10,11 @@ import pytest
 
 from tests.unit.pool_kit import TakesBack, no_fault
 from tests.virtual import run
-from xai_pool_patch.connection import Connection, Heartbeat
-from xai_pool_patch.exchange import Exchange, Frame
-from xai_pool_patch.first_audio import FirstAudio
-from xai_pool_patch.pool import Acquired, Reason
-from xai_pool_patch.supervisor import Supervisor
+from xai_pool_patch.pool.pool import Acquired, Reason
+from xai_pool_patch.pool.supervisor import Supervisor
+from xai_pool_patch.protocol.connection import Connection, Heartbeat
+from xai_pool_patch.protocol.exchange import Exchange, Frame
+from xai_pool_patch.protocol.first_audio import FirstAudio
 
 TEXT, DONE = '{"type":"text.delta","delta":"Hello"}', '{"type":"text.done"}'
 
@@ -93,7 +93,7 @@ def test_a_ping_leaves_ahead_of_the_text(fresh: bool, sent: list[str]) -> None:
     [
         (None, "released"),
         (Reason.INTERRUPTED, "released cut off"),
-        (Reason.ERROR, Reason.ERROR),
+        (Reason.FAILED, Reason.FAILED),
     ],
 )
 def test_only_an_interruption_is_worth_a_clear(cut_off: Reason | None, comes_back: Any) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from tests.virtual import run
-from xai_pool_patch.first_audio import LIMIT, MARGIN, FirstAudio
+from xai_pool_patch.protocol.first_audio import LIMIT, MARGIN, FirstAudio
 
 TIMEOUT = 5.0
 

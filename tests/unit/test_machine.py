@@ -25,10 +25,10 @@ from hypothesis.stateful import (
 
 from tests.unit.pool_kit import no_fault
 from tests.virtual import VirtualLoop, block
-from xai_pool_patch.connection import TEXT_CLEAR, Connection
 from xai_pool_patch.manager import Connect, PoolKey, PoolManager
 from xai_pool_patch.options import PoolOptions
-from xai_pool_patch.pool import AcquireTimeoutError, DialFailedError, Pool, Reason
+from xai_pool_patch.pool.pool import AcquireTimeoutError, DialFailedError, Pool, Reason
+from xai_pool_patch.protocol.connection import TEXT_CLEAR, Connection
 
 T = TypeVar("T")
 
@@ -139,8 +139,8 @@ class Turn:
 
 
 class Agents(RuleBasedStateMachine):
-    @initialize(min_size=st.integers(0, 2), clears=st.booleans(), proves=st.booleans())
-    def begin(self, min_size: int, clears: bool, proves: bool) -> None:
+    @initialize(min_size=st.integers(0, 2), clears=st.booleans(), verifies=st.booleans())
+    def begin(self, min_size: int, clears: bool, verifies: bool) -> None:
         self.loop = VirtualLoop()
         self.complaints: list[Any] = []
         self.loop.set_exception_handler(lambda _, context: self.complaints.append(context))
@@ -148,8 +148,7 @@ class Agents(RuleBasedStateMachine):
             min_size=min_size,
             max_age=MAX_AGE,
             interruption="clear" if clears else "discard",
-            keepalive="clear" if proves else "ping",
-            keepalive_after=30.0,
+            verify_after=30.0 if verifies else None,
         )
         self.world = World()
         self.ttss = [TTS()]
@@ -223,7 +222,7 @@ class Agents(RuleBasedStateMachine):
         if how == "completed":
             self.inside(turn.pool.release, turn.connection)
         elif how == "failed":
-            self.inside(turn.pool.discard, turn.connection, Reason.ERROR)
+            self.inside(turn.pool.discard, turn.connection, Reason.FAILED)
         else:
             if how == "interrupted":
                 socket: Any = turn.connection.ws  # type: ignore[union-attr]
@@ -298,7 +297,7 @@ class Agents(RuleBasedStateMachine):
         """Nothing fails for a while: then everything is as it should be."""
         self.world.next_dials, self.world.clearing = [], "acknowledged"
         self.let(120.0)
-        if any(pool.dialling for pool in self.pools.pools.values()):
+        if any(pool.connecting for pool in self.pools.pools.values()):
             self.let(1.0)  # a rotation, of all moments in this one
         assert self.waiting == [], "a caller was forgotten"
         for key, pool in self.pools.pools.items():
@@ -307,7 +306,7 @@ class Agents(RuleBasedStateMachine):
                 for tts in self.ttss
             )
             least = self.options.min_size if used else 0
-            assert pool.dialling == 0
+            assert pool.connecting == 0
             unused = pool.idle + pool.clearing
             assert pool.leased + unused <= max(least, pool.leased), "holds more than it uses"
 
@@ -343,7 +342,7 @@ class Agents(RuleBasedStateMachine):
     @invariant()
     def no_more_sessions_than_asked_for(self) -> None:
         """One a turn, those kept, what a burst left, and one a pool during rotation."""
-        dialling = sum(pool.dialling for pool in self.pools.pools.values())
+        dialling = sum(pool.connecting for pool in self.pools.pools.values())
         assert len(self.world.open) + dialling <= 60
 
     def teardown(self) -> None:

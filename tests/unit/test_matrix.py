@@ -12,7 +12,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import noxfile
-from xai_pool_patch import python, releases
+from xai_pool_patch import python
+from xai_pool_patch.plugin import releases
 
 ROOT = Path(noxfile.__file__).parent
 PINNED = sorted((ROOT / "constraints").iterdir())

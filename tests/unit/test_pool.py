@@ -18,9 +18,9 @@ from tests.unit.pool_kit import (
     play,
 )
 from tests.virtual import block, run
-from xai_pool_patch.backoff import FailureKind, RateLimit
 from xai_pool_patch.options import PoolOptions
-from xai_pool_patch.pool import (
+from xai_pool_patch.pool.backoff import FailureKind, RateLimit
+from xai_pool_patch.pool.pool import (
     DIAL_PATIENCE,
     AcquireTimeoutError,
     DialFailedError,
@@ -174,8 +174,8 @@ def test_a_connection_is_given_back_once() -> None:
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         wire = await leased(pool)
-        pool.discard(wire, Reason.ERROR)
-        pool.discard(wire, Reason.ERROR)
+        pool.discard(wire, Reason.FAILED)
+        pool.discard(wire, Reason.FAILED)
         pool.release(wire)
         assert (pool.idle, pool.leased) == (0, 0)
 
@@ -353,7 +353,7 @@ def test_a_replacement_is_dialled_at_once_after_a_discard() -> None:
         pool.resize(1)
         wire = await leased(pool)
         pool.discard(wire, Reason.INTERRUPTED)
-        assert pool.dialling == 1
+        assert pool.connecting == 1
         await asyncio.sleep(HANDSHAKE + 0.01)
         assert (await pool.acquire(10.0)).reused
 
@@ -367,7 +367,7 @@ def test_a_replacement_is_dialled_at_once_after_a_loss() -> None:
         pool.resize(1)
         [wire] = await idle(pool, 1)
         wire.break_off()
-        assert (pool.idle, pool.dialling) == (0, 1)
+        assert (pool.idle, pool.connecting) == (0, 1)
 
     play(scenario)
 
@@ -552,7 +552,7 @@ def test_a_standby_that_died_behind_its_handshake_is_lost() -> None:
         pool.resize(1)
         await asyncio.sleep(2 * HANDSHAKE)
         totals = pool.metrics.counters.totals
-        assert (pool.idle, totals["discarded_stale"], len(network.dialled_at)) == (0, 1, 1)
+        assert (pool.idle, totals["closed_lost"], len(network.dialled_at)) == (0, 1, 1)
         await asyncio.sleep(60.0)
         assert 2 <= len(network.dialled_at) <= 10, "backoff"
         pool.close()
@@ -571,7 +571,7 @@ def test_a_caller_gets_a_connection_that_died_behind_its_handshake() -> None:
         wire = await leased(pool)
         assert not wire.is_open
         assert (pool.leased, len(network.dialled_at)) == (0, 1)
-        pool.discard(wire, Reason.ERROR)
+        pool.discard(wire, Reason.FAILED)
         await pool.aclose()
 
     run(scenario())
@@ -605,9 +605,9 @@ def test_a_standby_has_the_time_of_a_standby(is_kept: bool) -> None:
         network.hang_next = 1
         pool.resize(1) if is_kept else pool.prewarm()
         await asyncio.sleep(9.9)
-        assert pool.dialling == 1
+        assert pool.connecting == 1
         await asyncio.sleep(0.2)
-        assert (pool.dialling, len(network.dialled_at)) == (0, 1)
+        assert (pool.connecting, len(network.dialled_at)) == (0, 1)
 
     play(scenario)
 
@@ -625,10 +625,11 @@ def test_what_the_peer_ends_is_told_by_its_use(
             await leased(pool)
         wire.break_off()
         totals = pool.metrics.counters.totals
-        assert (totals["discarded_stale"], totals["discarded_error"]) == (not is_leased, is_leased)
+        assert (totals["closed_lost"], totals["closed_failed"]) == (not is_leased, is_leased)
 
     play(scenario)
-    assert ("discarded" if is_leased else "lost") in [r.getMessage() for r in caplog.records]
+    [closed] = [r for r in caplog.records if r.getMessage() == "closed"]
+    assert vars(closed)["xai_pool_reason"] == ("failed" if is_leased else "lost")
 
 
 # Growing old
@@ -644,7 +645,7 @@ def test_no_connection_is_handed_out_beyond_max_age() -> None:
         acquired = await pool.acquire(10.0)
         assert acquired.connection is not wire
         assert not acquired.reused
-        assert pool.metrics.counters.totals["discarded_expired"] == 1
+        assert pool.metrics.counters.totals["closed_expired"] == 1
 
     play(scenario)
 
@@ -656,7 +657,7 @@ def test_one_that_died_unnoticed_is_not_handed_out() -> None:
         [wire] = await idle(pool, 1)
         wire.is_reusable = False
         assert await leased(pool) is not wire
-        assert pool.metrics.counters.totals["discarded_stale"] == 1
+        assert pool.metrics.counters.totals["closed_lost"] == 1
 
     play(scenario)
 
@@ -707,7 +708,7 @@ def test_a_connection_that_grew_old_during_its_loan_is_not_kept() -> None:
         assert wire.is_open
         pool.release(wire)
         assert not wire.is_open
-        assert pool.dialling == 1
+        assert pool.connecting == 1
 
     play(scenario)
 
@@ -931,7 +932,7 @@ def test_repr_tells_the_whole_state() -> None:
         pool.resize(1)
         await leased(pool)
         assert repr(pool) == (
-            "<Pool open idle=0 leased=1 clearing=0 dialling=0 waiting=0 closing=0 kept=1>"
+            "<Pool open idle=0 leased=1 clearing=0 connecting=0 waiting=0 closing=0 min_size=1>"
         )
         pool.close()
         assert repr(pool).startswith("<Pool closed idle=0 leased=1 ")

@@ -11,11 +11,11 @@ import pytest
 
 from tests.unit.pool_kit import HANDSHAKE, Network, make_pool
 from tests.virtual import run
-from xai_pool_patch.backoff import FailureKind
 from xai_pool_patch.options import PoolOptions
-from xai_pool_patch.pool import Pool, Reason
+from xai_pool_patch.pool.backoff import FailureKind
+from xai_pool_patch.pool.pool import Pool, Reason
 from xai_pool_patch.telemetry.log import FIELD_PREFIX, LogEvent
-from xai_pool_patch.telemetry.stats import Counters, UsageStats
+from xai_pool_patch.telemetry.usage import Counters, UsageStats
 
 ABOUT_1600 = pytest.approx(1600.0, abs=100.0)
 
@@ -64,14 +64,14 @@ def test_connected_waited_and_reused(caplog: pytest.LogCaptureFixture) -> None:
 
     records, counted = told(caplog, scenario)
     assert records == [
-        ("connected", {"number": 1, "handshake_ms": 450.0}),
+        ("connected", {"number": 1, "connect_ms": 450.0}),
         ("waited", {"number": 1, "wait_ms": 450.0}),
         ("reused", {"number": 1}),
     ]
     assert [r.levelname for r in caplog.records] == ["INFO", "DEBUG", "DEBUG"]
     assert (counted["connections_made"], counted["connections_reused"]) == (1, 1)
     assert counted["acquire_wait_ms_total"] == pytest.approx(HANDSHAKE * 1e3)
-    assert counted["acquire_wait_ms_max"] == counted["handshake_ms_max"]
+    assert counted["acquire_wait_ms_max"] == counted["connect_ms_max"]
 
 
 async def interrupt(network: Network, pool: Pool[Any]) -> None:
@@ -118,33 +118,32 @@ async def close(network: Network, pool: Pool[Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("operation", "event", "reason", "age_s", "idle_s"),
+    ("operation", "reason", "age_s", "idle_s"),
     [
-        (interrupt, "discarded", "interrupted", 0.0, None),
-        (lose, "lost", "stale", 30.0, 30.0),
-        (lose_in_use, "discarded", "error", 0.0, None),
-        (rotate, "rotated", "expired", ABOUT_1600, ABOUT_1600),
-        (expire, "discarded", "expired", 2000.0, None),
-        (grow_old_unkept, "discarded", "expired", 1600.0, 0.0),
-        (trim, "trimmed", "trimmed", 60.0, 60.0),
-        (close, "closed", "closed", 0.0, 0.0),
+        (interrupt, "interrupted", 0.0, None),
+        (lose, "lost", 30.0, 30.0),
+        (lose_in_use, "failed", 0.0, None),
+        (rotate, "expired", ABOUT_1600, ABOUT_1600),
+        (expire, "expired", 2000.0, None),
+        (grow_old_unkept, "expired", 1600.0, 0.0),
+        (trim, "surplus", 60.0, 60.0),
+        (close, "shutdown", 0.0, 0.0),
     ],
 )
 def test_the_end_of_a_connection(
     operation: Scenario,
-    event: str,
     reason: str,
     age_s: float,
     idle_s: float | None,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Each kind has its own name, says why and after what time, and is counted once."""
+    """One event says why and after what time, and is counted once."""
     records, counted = told(caplog, operation)
-    [fields] = [fields for message, fields in records if message == event]
+    [fields] = [fields for message, fields in records if message == "closed"]
     assert (fields["reason"], fields["age_s"]) == (reason, age_s)
     assert fields.get("idle_s") == idle_s
-    discarded = {name: n for name, n in counted.items() if name.startswith("discarded") and n}
-    assert discarded == {f"discarded_{reason}": 1}
+    discarded = {name: n for name, n in counted.items() if name.startswith("closed") and n}
+    assert discarded == {f"closed_{reason}": 1}
 
 
 @pytest.mark.parametrize(
@@ -176,8 +175,8 @@ def test_no_field_hides_what_a_log_record_says_itself(caplog: pytest.LogCaptureF
     async def scenario(network: Network, pool: Pool[Any]) -> None:
         for operation in (lose, interrupt, trim):
             await operation(network, pool)
-        pool.metrics.replaced(0.1, "no answer")
-        pool.metrics.replacement_failed(OSError("no"), "no answer")
+        pool.metrics.replayed(0.1, "no answer")
+        pool.metrics.replay_failed(OSError("no"), "no answer")
 
     records, _ = told(caplog, scenario)
     assert all(fields.keys() >= {"number"} for _, fields in records)
@@ -189,10 +188,10 @@ def test_counters_of_a_pool_are_counted_into_those_of_its_loop() -> None:
     first, second = Counters(loop), Counters(loop)
     for counters, seconds in ((first, 0.2), (second, 0.1)):
         counters.count("replays")
-        counters.time("handshake", seconds)
+        counters.time("connect", seconds)
     assert (first.totals["replays"], loop.totals["replays"]) == (1, 2)
-    assert loop.totals["handshake_ms_total"] == pytest.approx(300.0)
-    assert loop.totals["handshake_ms_max"] == 200.0
+    assert loop.totals["connect_ms_total"] == pytest.approx(300.0)
+    assert loop.totals["connect_ms_max"] == 200.0
 
 
 def test_the_tally_of_a_tts() -> None:

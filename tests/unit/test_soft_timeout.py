@@ -10,8 +10,8 @@ import pytest
 
 from tests.unit.pool_kit import no_fault
 from tests.virtual import block, run
-from xai_pool_patch.soft_timeout import TICKS, SoftTimeout
-from xai_pool_patch.supervisor import Supervisor
+from xai_pool_patch.pool.soft_timeout import TICKS, SoftTimeout
+from xai_pool_patch.pool.supervisor import Supervisor
 
 SECONDS = 1.0
 TICK = SECONDS / TICKS

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from xai_pool_patch.utterance import Stage, UtteranceTracker, type_of
+from xai_pool_patch.protocol.utterance import Stage, UtteranceTracker, type_of
 
 TEXT, DONE = '{"type":"text.delta","delta":"Hello"}', '{"type":"text.done"}'
 AUDIO, AUDIO_DONE = '{"type":"audio.delta","delta":"AAAA"}', '{"type":"audio.done","trace_id":"t"}'

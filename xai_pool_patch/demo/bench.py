@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from ..releases import DISTRIBUTION
+from ..plugin.releases import DISTRIBUTION
 from ..telemetry.log import describe
 from . import arguments
 

@@ -20,12 +20,12 @@ from livekit.plugins import xai
 import xai_pool_patch
 
 from ..errors import UnsupportedPluginError
+from ..installation import OFF_SWITCH
 from ..options import PoolOptions
-from ..patch import OFF_SWITCH
-from ..pool import ROTATION_LEAD
+from ..pool.pool import ROTATION_LEAD
 from ..telemetry.log import describe
+from ..testing.server import Behaviour, FakeServer
 from .conversation import HANDSHAKE_ROUND_TRIPS, INTERRUPT_AFTER, TYPICAL_ROUND_TRIP
-from .fake_server import Behaviour, FakeServer
 
 SENTENCE = "Your order is on its way."
 

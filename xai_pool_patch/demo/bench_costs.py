@@ -35,11 +35,11 @@ import xai_pool_patch
 
 from ..manager import Registry
 from ..options import PoolOptions
-from ..provider import ConnectionProvider
-from ..releases import MODULE, Shape, detect, installed_version
-from ..wrappers import connect_of
-from .fake_server import PATH, SERVER_NAME, Behaviour, FakeServer
-from .link import HOST
+from ..plugin.provider import ConnectionProvider
+from ..plugin.releases import MODULE, Shape, detect, installed_version
+from ..plugin.wrappers import connect_of
+from ..testing.network import HOST
+from ..testing.server import PATH, SERVER_NAME, Behaviour, FakeServer
 
 TURNS = 2000
 

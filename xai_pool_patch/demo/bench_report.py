@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..releases import DISTRIBUTION
+from ..plugin.releases import DISTRIBUTION
+from ..testing.server import Behaviour
 from .bench import Bench, CaseResult, CostResult
 from .bench_cases import Case, Figures
-from .fake_server import Behaviour
 from .report import BAD, GOOD, PATCHED, UNPATCHED, percentile
 
 SHARES = {"p50": 0.5, "p95": 0.95, "max": 1.0}

@@ -15,7 +15,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from ..releases import DISTRIBUTION
+from ..plugin.releases import DISTRIBUTION
 from .conversation import Comparison, Run, Setting, Turn
 
 UNPATCHED = "unpatched"

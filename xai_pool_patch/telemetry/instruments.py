@@ -14,10 +14,10 @@ from typing import Protocol
 from opentelemetry import metrics
 from opentelemetry.metrics import CallbackOptions, Observation
 
-from .. import __version__
-from .stats import Counts
+from .._version import __version__
+from .usage import Counts
 
-STATES = ("idle", "leased", "clearing", "dialling")
+STATES = ("idle", "leased", "clearing", "connecting")
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 """Histogram buckets: those of the semantic conventions for HTTP requests. Without them the SDK
@@ -65,8 +65,8 @@ wait_time = _meter.create_histogram(
     description="Time that utterances waited for a connection",
     explicit_bucket_boundaries_advisory=SECONDS,
 )
-discards = _meter.create_counter(
-    "xai_pool_patch.connection.discards",
+closed = _meter.create_counter(
+    "xai_pool_patch.connection.closed",
     unit="{connection}",
     description="Connections taken out of the pool, by reason",
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 from . import instruments
 from .log import LogEvent, harmless, in_ms, log_event, status_of
-from .stats import Counters
+from .usage import Counters
 
 REUSED = {"reused": True}
 NOT_REUSED = {"reused": False}
@@ -45,9 +45,9 @@ class PoolMetrics:
     @harmless
     def connected(self, handshake: float) -> None:
         self.counters.count("connections_made")
-        self.counters.time("handshake", handshake)
+        self.counters.time("connect", handshake)
         instruments.create_time.record(handshake)
-        self._log(LogEvent.CONNECTED, handshake_ms=in_ms(handshake))
+        self._log(LogEvent.CONNECTED, connect_ms=in_ms(handshake))
 
     @harmless
     def standby_failed(self, error: Exception, retry_in: float) -> None:
@@ -59,12 +59,12 @@ class PoolMetrics:
         self._log(LogEvent.STANDBY_FAILED, error=error, retry_in_s=retry_in_s)
 
     @harmless
-    def removed(self, event: LogEvent, reason: str, age: float, idle_for: float | None) -> None:
+    def closed(self, reason: str, age: float, idle_for: float | None) -> None:
         """`idle_for` is None for a connection that was leased."""
-        self.counters.count(f"discarded_{reason}")
-        instruments.discards.add(1, {"reason": reason})
+        self.counters.count(f"closed_{reason}")
+        instruments.closed.add(1, {"reason": reason})
         idle: dict[str, Any] = {} if idle_for is None else {"idle_s": round(idle_for, 1)}
-        self._log(event, reason=reason, age_s=round(age, 1), **idle)
+        self._log(LogEvent.CLOSED, reason=reason, age_s=round(age, 1), **idle)
 
     @harmless
     def cleared(self) -> None:
@@ -80,11 +80,11 @@ class PoolMetrics:
         self._log(LogEvent.VERIFYING_STOPPED, reason=reason)
 
     @harmless
-    def replaced(self, waited: float, reason: str) -> None:
+    def replayed(self, waited: float, reason: str) -> None:
         self.counters.count("replays")
         instruments.replays.add(1, {"reason": reason})
-        self._log(LogEvent.REPLACED, reason=reason, wait_ms=in_ms(waited))
+        self._log(LogEvent.REPLAYED, reason=reason, wait_ms=in_ms(waited))
 
     @harmless
-    def replacement_failed(self, error: Exception, reason: str) -> None:
-        self._log(LogEvent.REPLACEMENT_FAILED, reason=reason, error=error)
+    def replay_failed(self, error: Exception, reason: str) -> None:
+        self._log(LogEvent.REPLAY_FAILED, reason=reason, error=error)

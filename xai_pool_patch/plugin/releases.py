@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from .errors import UnsupportedPluginError
+from ..errors import UnsupportedPluginError
 
 DISTRIBUTION = "livekit-plugins-xai"
 FRAMEWORK = "livekit-agents"

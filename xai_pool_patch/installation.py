@@ -1,13 +1,8 @@
-"""Puts the wrappers into the plugin and takes them out again.
-
-The only module that changes the plugin's classes. What is changed is kept as data, one record
-each, so that putting in and taking out walk the same list.
-"""
+"""The public verbs: `install`, `uninstall`, `is_installed`, `stats`, `pool_stats`."""
 
 from __future__ import annotations
 
 import contextlib
-import enum
 import logging
 import os
 import sys
@@ -26,56 +21,13 @@ from .errors import (
 from .options import PoolOptions
 from .python import check_python
 from .telemetry.log import LogEvent, log_event
-from .telemetry.stats import Counters, PoolStats, Stats, stats_of
+from .telemetry.usage import Counters, PoolStats, Stats, stats_of
 
 if TYPE_CHECKING:
     from .manager import Registry
+    from .plugin.patching import Patch
 
 OFF_SWITCH = "XAI_POOL_PATCH"
-
-
-class _Missing(enum.Enum):
-    MISSING = "missing"
-
-
-@dataclass(eq=False)
-class Patch:
-    """One attribute of one class, and what stands in for it.
-
-    Args:
-        server: makes it from what there was, and from the switch.
-        after: what else there is to undo.
-        switch: not empty while what stands in is to be used. wrapt looks at it in each call; a list
-            needs no call of ours, which could fail.
-    """
-
-    owner: type
-    name: str
-    server: Callable[[Any, list[str]], Any]
-    after: Callable[[], None] = lambda: None
-    switch: list[str] = field(default_factory=list)
-    _original: Any = _Missing.MISSING
-    _ours: Any = None
-
-    def apply(self) -> None:
-        self._original = vars(self.owner).get(self.name, _Missing.MISSING)
-        inherited = getattr(self.owner, self.name, None)
-        self._ours = self.server(inherited, self.switch)
-        setattr(self.owner, self.name, self._ours)
-        self.switch.append("on")
-
-    def undo(self) -> None:
-        """Takes out what is ours. Beneath somebody else's wrapper it only passes through."""
-        self.switch.clear()
-        try:
-            if vars(self.owner).get(self.name) is not self._ours:
-                log_event(LogEvent.COVERED, attribute=f"{self.owner.__name__}.{self.name}")
-            elif self._original is _Missing.MISSING:
-                delattr(self.owner, self.name)
-            else:
-                setattr(self.owner, self.name, self._original)
-        finally:
-            self.after()
 
 
 @dataclass(eq=False)
@@ -95,8 +47,8 @@ class Installation:
             UnsupportedPluginError: it is not a plugin that may be patched.
         """
         from .manager import Registry
-        from .releases import detect
-        from .wrappers import patches_for
+        from .plugin.releases import detect
+        from .plugin.wrappers import patches_for
 
         shape = detect(module, self.version, allow_unverified=self.allow_unverified)
         self.registry = Registry(self.options)
@@ -273,7 +225,7 @@ def _check_same(installed: PoolOptions, wanted: PoolOptions) -> None:
 
 
 def _prepare(options: PoolOptions, allow_unverified: bool) -> Installation:
-    from .releases import check_version, imported_plugin, installed_version
+    from .plugin.releases import check_version, imported_plugin, installed_version
 
     check_python()
     version = installed_version()
@@ -292,7 +244,7 @@ def _hook_import(hook: Callable[[ModuleType], None]) -> None:
     """Calls it with the plugin's module at the end of its import, be it to come or under way."""
     import wrapt
 
-    from .releases import MODULE
+    from .plugin.releases import MODULE
 
     wrapt.register_post_import_hook(hook, MODULE)
     package, _, name = MODULE.rpartition(".")

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import aiohttp
 from livekit.agents.utils import ConnectionPool
 
-from .lease import NETWORK_ERRORS, Lease
-from .pool import Reason
+from ..pool.pool import Reason
+from ..pool.supervisor import spawn
+from ..protocol.lease import NETWORK_ERRORS, Lease
 from .provider import ConnectionProvider, Turn, current_turn, has_loop
-from .supervisor import spawn
 
 NAME = "_pool"
 
@@ -111,7 +111,7 @@ class PooledConnections(ConnectionPool[aiohttp.ClientWebSocketResponse]):
     @_fails_open
     def remove(self, conn: aiohttp.ClientWebSocketResponse) -> None:
         if isinstance(conn, Lease):
-            self._end(conn, Reason.ERROR)
+            self._end(conn, Reason.FAILED)
         else:
             self._own.remove(conn)
 
@@ -176,7 +176,7 @@ class PoolAttribute:
         self._provider.attempt("standing in", self._let_go, tts)
         vars(tts)[NAME] = own
 
-    def server(self, _: Any, switch: list[str]) -> PoolAttribute:
+    def replace(self, _: Any, switch: list[str]) -> PoolAttribute:
         self._switch = switch
         return self
 
@@ -184,8 +184,8 @@ class PoolAttribute:
         """From here on the plugin's own pools serve again."""
         with self._lock, contextlib.ExitStack() as steps:
             self._is_restored = True
-            for server in filter(None, self._replacements.values()):
-                steps.callback(server.restore)
+            for replacement in filter(None, self._replacements.values()):
+                steps.callback(replacement.restore)
             self._replacements.clear()
 
     def _replacement_for(self, tts: Any, own: Any) -> PooledConnections | None:
@@ -204,9 +204,9 @@ class PoolAttribute:
     def _let_go(self, tts: Any) -> None:
         """Its own pool serves, for now at least."""
         with self._lock:
-            server = self._replacements.pop(tts, None)
-        if server is not None:
-            server.restore()
+            replacement = self._replacements.pop(tts, None)
+        if replacement is not None:
+            replacement.restore()
 
     def _connects_as_published(self, tts_type: type) -> bool:
         """A subclass that connects in a way of its own keeps the pool that calls it."""

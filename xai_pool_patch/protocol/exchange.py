@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import aiohttp
 from aiohttp import WSMsgType
 
+from ..pool.pool import Acquired, Pool, Reason
+from ..pool.soft_timeout import SoftTimeout
+from ..pool.supervisor import Supervisor
 from .connection import ENDINGS, Connection
 from .first_audio import FirstAudio
-from .pool import Acquired, Pool, Reason
-from .soft_timeout import SoftTimeout
-from .supervisor import Supervisor
 from .utterance import UNREADABLE, Stage
 
 PROBE_ROUND_TRIPS = 4
@@ -184,7 +184,7 @@ class Exchange:
             elif cut_off is Reason.INTERRUPTED and self._redialling is None:
                 self._pool.release_cut_off(attempt.connection)
             else:
-                self._pool.discard(attempt.connection, cut_off or Reason.ERROR)
+                self._pool.discard(attempt.connection, cut_off or Reason.FAILED)
         self._attempts.clear()
 
     # Sending
@@ -310,7 +310,7 @@ class Exchange:
         for other in [other for other in self._attempts if other is not attempt]:
             self._drop(other)
         if attempt.replaces is not None:
-            self._pool.metrics.replaced(attempt.waited, attempt.replaces.value)
+            self._pool.metrics.replayed(attempt.waited, attempt.replaces.value)
             self._on_replaced(attempt.waited, attempt.replaces.value)
         else:
             self._stop_redialling()
@@ -325,7 +325,7 @@ class Exchange:
             return False
         self._drop(attempt)
         if attempt.is_fresh:
-            self._redial_error = ConnectionResetError(f"replacement failed: {failure.value}")
+            self._redial_error = ConnectionResetError(f"replay failed: {failure.value}")
         self._replace(lambda: True, failure)
         return True
 
@@ -342,7 +342,7 @@ class Exchange:
         self._attempts.remove(attempt)
         attempt.connection.detach()
         if attempt.is_fresh:
-            self._pool.discard(attempt.connection, Reason.ERROR)
+            self._pool.discard(attempt.connection, Reason.FAILED)
         else:
             self._pool.evict(attempt.connection)
 
@@ -360,7 +360,7 @@ class Exchange:
         except Exception as error:
             self._has_redialled = True
             self._redial_error = error
-            self._pool.metrics.replacement_failed(error, failure.value)
+            self._pool.metrics.replay_failed(error, failure.value)
             self._fail_if_exhausted()
             return
         if not self._is_exhausted() and not is_wanted():

@@ -17,20 +17,20 @@ class Totals(TypedDict):
     """Handed out without a wait. Those that then had to be replaced are in `replays` too."""
     connections_cleared: int
     """Interrupted, made clean by `text.clear`, and kept."""
-    discarded_interrupted: int
-    discarded_stale: int
+    closed_interrupted: int
+    closed_lost: int
     """Ended by the peer while idle, or found dead when an utterance began."""
-    discarded_error: int
-    discarded_expired: int
-    discarded_trimmed: int
-    discarded_closed: int
+    closed_failed: int
+    closed_expired: int
+    closed_surplus: int
+    closed_shutdown: int
     standby_failures: int
     replays: int
     acquire_wait_ms_total: float
     """Waits for replacements included."""
     acquire_wait_ms_max: float
-    handshake_ms_total: float
-    handshake_ms_max: float
+    connect_ms_total: float
+    connect_ms_max: float
 
 
 class Counts(Totals):
@@ -40,7 +40,7 @@ class Counts(Totals):
     leased: int
     clearing: int
     """A `text.clear` is under way."""
-    dialling: int
+    connecting: int
 
 
 class Stats(Counts):
@@ -139,7 +139,7 @@ class Countable(Protocol):
     @property
     def clearing(self) -> int: ...
     @property
-    def dialling(self) -> int: ...
+    def connecting(self) -> int: ...
 
 
 def counts_of(pools: Sequence[Countable], counters: Counters) -> Counts:
@@ -149,7 +149,7 @@ def counts_of(pools: Sequence[Countable], counters: Counters) -> Counts:
         "idle": sum(pool.idle for pool in pools),
         "leased": sum(pool.leased for pool in pools),
         "clearing": sum(pool.clearing for pool in pools),
-        "dialling": sum(pool.dialling for pool in pools),
+        "connecting": sum(pool.connecting for pool in pools),
     }
 
 

@@ -25,7 +25,7 @@ import trustme
 from aiohttp import WSMsgType, web
 from aiohttp.abc import AbstractResolver, ResolveResult
 
-from .link import HOST, Line, Link, reset_transport
+from .network import HOST, Line, Link, reset_transport
 
 SERVER_NAME = "api.x.ai"
 PATH = "/v1/tts"

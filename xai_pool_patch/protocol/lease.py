@@ -12,10 +12,10 @@ import aiohttp
 from aiohttp import WSMsgType
 from livekit.agents import APIError
 
+from ..pool.pool import Reason
+from ..pool.supervisor import Supervisor, spawn
 from .connection import CLOSED_MESSAGE
 from .exchange import Attempt, Exchange, Frame
-from .pool import Reason
-from .supervisor import Supervisor, spawn
 
 Method = TypeVar("Method", bound=Callable[..., Coroutine[Any, Any, Any]])
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import wrapt
 
+from ..manager import Registry
+from ..pool.pool import Reason
+from ..protocol.lease import NETWORK_ERRORS
 from . import native_pool
-from .lease import NETWORK_ERRORS
-from .manager import Registry
-from .patch import Patch
-from .pool import Reason
+from .patching import Patch
 from .provider import ConnectionProvider, current_turn
 from .releases import Shape
 
@@ -41,7 +41,7 @@ def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> list[Pa
     ]
     if has_pool:
         attribute = native_pool.PoolAttribute(tts, provider)
-        return [*patches, Patch(tts, native_pool.NAME, attribute.server, attribute.restore)]
+        return [*patches, Patch(tts, native_pool.NAME, attribute.replace, attribute.restore)]
     return [
         *patches,
         patch(tts, "_connect_ws", wrappers.connect_ws),
@@ -141,7 +141,7 @@ class Wrappers:
         if provider.has_failed:
             return await wrapped(*args, **kwargs)
         turn = provider.attempt("beginning a turn", provider.begin_turn, stream)
-        cut_off: Reason | None = Reason.ERROR
+        cut_off: Reason | None = Reason.FAILED
         try:
             result = await wrapped(*args, **kwargs)
             cut_off = None

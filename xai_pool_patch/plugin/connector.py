@@ -13,8 +13,8 @@ import multidict
 import yarl
 from livekit.agents import APIStatusError
 
-from .connection import Heartbeat
-from .manager import Connect, PoolKey
+from ..manager import Connect, PoolKey
+from ..protocol.connection import Heartbeat
 from .releases import Shape
 
 NOT_IN_THE_URL = {"tokenizer"}

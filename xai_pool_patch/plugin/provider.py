@@ -10,12 +10,8 @@ from typing import Any, TypeVar
 
 from livekit.agents import APIConnectionError, get_job_context
 
-from .connection import Connection
-from .connector import connector_of, key_of, with_status
-from .exchange import Exchange
-from .lease import NETWORK_ERRORS, Lease
-from .manager import Connect, PoolManager, Registry
-from .pool import (
+from ..manager import Connect, PoolManager, Registry
+from ..pool.pool import (
     Acquired,
     AcquireTimeoutError,
     DialFailedError,
@@ -23,9 +19,13 @@ from .pool import (
     PoolClosedError,
     Reason,
 )
+from ..protocol.connection import Connection
+from ..protocol.exchange import Exchange
+from ..protocol.lease import NETWORK_ERRORS, Lease
+from ..telemetry.log import LogEvent, harmless, in_ms, log_event
+from ..telemetry.usage import UsageStats
+from .connector import connector_of, key_of, with_status
 from .releases import Shape
-from .telemetry.log import LogEvent, harmless, in_ms, log_event
-from .telemetry.stats import UsageStats
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ class Turn:
         self.pools: PoolManager | None = None
 
     def begin(self, lease: Lease, pools: PoolManager, usage: UsageStats) -> None:
-        self.end(Reason.ERROR)  # of a subclass that connects more than once
+        self.end(Reason.FAILED)  # of a subclass that connects more than once
         self._lease = lease
         self._usage = usage
         pools.leases.add(lease)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import aiohttp
 from aiohttp import WSMsgType
 
-from .soft_timeout import SoftTimeout
-from .supervisor import Supervisor
-from .telemetry.log import LogEvent, log_event
+from ..pool.soft_timeout import SoftTimeout
+from ..pool.supervisor import Supervisor
+from ..telemetry.log import LogEvent, log_event
 from .utterance import Stage, UtteranceTracker, type_of
 
 IDENTIFIER = re.compile(r"[a-z_]{1,20}(\.[a-z_]{1,20})?")

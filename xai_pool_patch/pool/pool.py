@@ -17,13 +17,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
+from ..errors import XaiPoolPatchError
+from ..options import PoolOptions
+from ..telemetry.pool_metrics import PoolMetrics
 from .backoff import Backoff, FailureKind
-from .errors import XaiPoolPatchError
-from .options import PoolOptions
 from .soft_timeout import SoftTimeout
 from .supervisor import Supervisor
-from .telemetry.log import LogEvent
-from .telemetry.pool_metrics import PoolMetrics
 
 DIAL_PATIENCE = 1.0
 """Seconds from its start in which callers rely on a dial that somebody else began, before they
@@ -57,14 +56,11 @@ class Reason(enum.Enum):
     """Why a connection was taken out of the pool."""
 
     INTERRUPTED = "interrupted"
-    STALE = "stale"
-    ERROR = "error"
+    LOST = "lost"
+    FAILED = "failed"
     EXPIRED = "expired"
-    TRIMMED = "trimmed"
-    CLOSED = "closed"
-
-
-_TOLD_AS = {Reason.TRIMMED: LogEvent.TRIMMED, Reason.CLOSED: LogEvent.CLOSED}
+    SURPLUS = "surplus"
+    SHUTDOWN = "shutdown"
 
 
 class PoolClosedError(XaiPoolPatchError):
@@ -179,15 +175,6 @@ class _Clear:
     task: asyncio.Task[None] | None = None
 
 
-@dataclass(eq=False)
-class _Trust:
-    """Whether a use of clears goes on, after how the last of them went."""
-
-    is_on: bool
-    failures: int = 0
-    """In a row."""
-
-
 class Pool(Generic[C]):
     """The connections of one key in one event loop.
 
@@ -233,15 +220,17 @@ class Pool(Generic[C]):
         self._closing: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._min_size = 0
-        self._clears = _Trust(options.interruption == "clear")
-        self._verifies = _Trust(options.keepalive == "clear")
+        self._clears_interrupted = options.interruption == "clear"
+        self._refused = {Reason.INTERRUPTED: 0, Reason.LOST: 0}
+        """Clears in a row that failed: of interrupted connections, and of idle ones."""
+        self._verify_after = math.inf if options.verify_after is None else options.verify_after
         self.is_closed = False
 
     def __repr__(self) -> str:
         state = "closed" if self.is_closed else "open"
         return (
             f"<Pool {state} idle={self.idle} leased={self.leased} clearing={self.clearing}"
-            f" dialling={self.dialling} waiting={len(self._waiters)}"
+            f" connecting={self.connecting} waiting={len(self._waiters)}"
             f" closing={len(self._closing)} min_size={self._min_size}>"
         )
 
@@ -260,7 +249,7 @@ class Pool(Generic[C]):
         return len(self._clearing)
 
     @property
-    def dialling(self) -> int:
+    def connecting(self) -> int:
         return len(self._dials)
 
     @property
@@ -300,9 +289,9 @@ class Pool(Generic[C]):
         if entry is None:
             return
         if self.is_closed:
-            self._remove(entry, Reason.CLOSED)
+            self._remove(entry, Reason.SHUTDOWN)
         elif not connection.is_reusable:
-            self._remove(entry, Reason.ERROR)
+            self._remove(entry, Reason.FAILED)
         else:
             entry.idle_since = self._now()
             self._offer(entry)
@@ -314,7 +303,7 @@ class Pool(Generic[C]):
         if entry is None:
             return
         entry.idle_since = self._now()
-        if self.is_closed or not self._clears.is_on:
+        if self.is_closed or not self._clears_interrupted:
             self._remove(entry, Reason.INTERRUPTED)
         elif connection.is_reusable:
             self._offer(entry)  # nothing is owed
@@ -338,8 +327,8 @@ class Pool(Generic[C]):
         if failed is None:
             return
         for entry in [m for m in self._idle if m.made_at <= failed.made_at]:
-            self._remove(entry, Reason.STALE)
-        self._remove(failed, Reason.STALE)
+            self._remove(entry, Reason.LOST)
+        self._remove(failed, Reason.LOST)
         self._settle()
 
     # What owners do
@@ -368,7 +357,7 @@ class Pool(Generic[C]):
             self._timer.cancel()
             self._timer = None
         for entry in [*self._idle, *self._clearing]:
-            self._remove(entry, Reason.CLOSED)
+            self._remove(entry, Reason.SHUTDOWN)
         self._settle()
 
     def abandon(self) -> None:
@@ -429,7 +418,7 @@ class Pool(Generic[C]):
                 self._idle.pop()
                 self._lend(entry)
                 return entry
-            self._remove(entry, Reason.EXPIRED if now >= entry.expires_at else Reason.STALE)
+            self._remove(entry, Reason.EXPIRED if now >= entry.expires_at else Reason.LOST)
         return None
 
     def _lend(self, entry: PoolEntry[C]) -> None:
@@ -449,7 +438,7 @@ class Pool(Generic[C]):
                 self._lend(entry)
                 return
         if self.is_closed:
-            self._remove(entry, Reason.CLOSED)
+            self._remove(entry, Reason.SHUTDOWN)
             return
         bisect.insort(self._idle, entry, key=lambda each: each.idle_since)
 
@@ -565,47 +554,48 @@ class Pool(Generic[C]):
         if clear is None:
             return
         is_clean = entry.connection.is_reusable
-        if clear.failing is Reason.INTERRUPTED:
-            self._learn(self._clears, is_clean, self._stop_clearing)
-            if is_clean:
-                self.metrics.cleared()
-        else:
-            self._learn(self._verifies, is_clean, self._stop_verifying)
-            if not is_clean:
-                self._backoff.failed(FailureKind.TRANSIENT, self._now())
+        self._learn(clear.failing, is_clean)
         if is_clean:
             self._offer(entry)
         else:
             self._remove(entry, clear.failing)
         self._settle()
 
-    def _learn(self, trust: _Trust, is_clean: bool, stop: Callable[[str], None]) -> None:
-        """What one clear says about the next."""
-        trust.failures = 0 if is_clean else trust.failures + 1
-        if trust.failures >= REFUSALS:
-            stop("clears are not acknowledged")
+    def _learn(self, failing: Reason, is_clean: bool) -> None:
+        """What one clear says about the next of its kind."""
+        self._refused[failing] = 0 if is_clean else self._refused[failing] + 1
+        is_hopeless = self._refused[failing] >= REFUSALS
+        if failing is Reason.INTERRUPTED:
+            if is_clean:
+                self.metrics.cleared()
+            elif is_hopeless:
+                self._stop_clearing("clears are not acknowledged")
+        elif not is_clean:
+            self._backoff.failed(FailureKind.TRANSIENT, self._now())
+            if is_hopeless:
+                self._stop_verifying("clears are not acknowledged")
 
     def _stop_clearing(self, reason: str) -> None:
-        if self._clears.is_on:
-            self._clears.is_on = False
+        if self._clears_interrupted:
+            self._clears_interrupted = False
             self.metrics.clearing_stopped(reason)
 
     def _distrust_clears(self) -> None:
         self._stop_clearing("audio came after the acknowledgement of a clear")
 
     def _stop_verifying(self, reason: str) -> None:
-        self._verifies.is_on = False
+        self._verify_after = math.inf
         self.metrics.verifying_stopped(reason)
 
     def _verify(self) -> None:
         """Has an idle connection prove that it lives. One at a time: callers may need the rest."""
-        if self._clearing or not self._verifies.is_on:
+        if self._clearing:
             return
         now = self._now()
         for entry in self._idle:
-            if entry.verified_at + self._options.keepalive_after <= now:
+            if entry.verified_at + self._verify_after <= now:
                 self._idle.remove(entry)
-                self._clear(entry, Reason.STALE)
+                self._clear(entry, Reason.LOST)
                 return
 
     # Losing and closing
@@ -620,20 +610,19 @@ class Pool(Generic[C]):
         if not entry.lease_count and self._now() - entry.made_at < SHORT_LIFE:
             self._backoff.failed(FailureKind.TRANSIENT, self._now())
         if entry in self._idle:
-            self._remove(entry, Reason.STALE, LogEvent.LOST)
+            self._remove(entry, Reason.LOST)
         else:
-            self._remove(entry, Reason.ERROR)
+            self._remove(entry, Reason.FAILED)
         self._settle()
 
-    def _remove(self, entry: PoolEntry[C], reason: Reason, event: LogEvent | None = None) -> None:
+    def _remove(self, entry: PoolEntry[C], reason: Reason) -> None:
         now, idle_for = self._now(), None
         if entry in self._idle:
             self._idle.remove(entry)
             idle_for = now - entry.idle_since
         del self._entries[entry.connection]
         clear = self._clearing.pop(entry, None)
-        event = event or _TOLD_AS.get(reason, LogEvent.DISCARDED)
-        self.metrics.removed(event, reason.value, now - entry.made_at, idle_for)
+        self.metrics.closed(reason.value, now - entry.made_at, idle_for)
         if not self._loop.is_closed():
             if clear is not None and clear.task is not None:
                 clear.task.cancel()
@@ -657,9 +646,7 @@ class Pool(Generic[C]):
     def _retire_aged(self) -> None:
         now = self._now()
         for entry in [m for m in self._idle if m.rotate_at <= now]:
-            if 0 < self._min_size <= self._fresh():
-                self._remove(entry, Reason.EXPIRED, LogEvent.ROTATED)
-            elif now >= entry.expires_at or not self._min_size:
+            if 0 < self._min_size <= self._fresh() or now >= entry.expires_at or not self._min_size:
                 self._remove(entry, Reason.EXPIRED)
 
     def _trim(self) -> None:
@@ -667,7 +654,7 @@ class Pool(Generic[C]):
         while self._idle and self._fresh() + len(self._dials) > self._min_size:
             if self._idle[0].idle_since + self._options.max_idle_time > now:
                 return
-            self._remove(self._idle[0], Reason.TRIMMED)
+            self._remove(self._idle[0], Reason.SURPLUS)
 
     def _top_up(self) -> None:
         missing = self._min_size - self._fresh() - len(self._dials)
@@ -706,8 +693,8 @@ class Pool(Generic[C]):
             return math.inf
         now = self._now()
         moments = [m.expires_at if m.rotate_at <= now else m.rotate_at for m in self._idle]
-        if self._verifies.is_on and not self._clearing:
-            moments += [m.verified_at + self._options.keepalive_after for m in self._idle]
+        if not self._clearing:
+            moments += [m.verified_at + self._verify_after for m in self._idle]
         surplus = self._fresh() + len(self._dials) - self._min_size
         if surplus > 0 and self._idle:
             moments.append(self._idle[0].idle_since + self._options.max_idle_time)

@@ -123,7 +123,7 @@ class Line:
         self.client_left = asyncio.Event()
 
     def __repr__(self) -> str:
-        state = "frozen" if self._frozen else "flowing" if self.is_flowing else "dialling"
+        state = "frozen" if self._frozen else "flowing" if self.is_flowing else "connecting"
         return f"<Line {state}>"
 
     @property
