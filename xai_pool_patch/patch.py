@@ -204,6 +204,8 @@ def uninstall() -> None:
         installation, _installation = _installation, None
         if installation is None:
             return
+        for patch in installation.patches:
+            patch.switch.clear()  # whatever fails from here on, what is left passes calls through
         try:
             installation.undo()
         except Exception as fault:

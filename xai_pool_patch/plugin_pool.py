@@ -150,6 +150,7 @@ class PoolAttribute:
         self._tts_type = tts_type
         self._leasing = leasing
         self._is_restored = False
+        self._switch: list[str] = []
         self._stand_ins: weakref.WeakKeyDictionary[Any, PluginPool | None]
         self._stand_ins = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()  # worker threads have TTS instances of their own
@@ -161,7 +162,8 @@ class PoolAttribute:
             raise AttributeError(f"{type(tts).__name__!r} object has no attribute {NAME!r}")
         own = vars(tts)[NAME]
         try:
-            if self._leasing.has_failed and not self._is_restored:
+            is_off = not self._switch or self._leasing.has_failed
+            if is_off and not self._is_restored:
                 self.restore()
             return own if self._is_restored else self._stand_in_for(tts, own) or own
         except Exception as fault:
@@ -171,6 +173,10 @@ class PoolAttribute:
     def __set__(self, tts: Any, own: Any) -> None:
         self._leasing.attempt("standing in", self._let_go, tts)
         vars(tts)[NAME] = own
+
+    def stand_in(self, _: Any, switch: list[str]) -> PoolAttribute:
+        self._switch = switch
+        return self
 
     def restore(self) -> None:
         """From here on the plugin's own pools serve again."""

@@ -41,7 +41,7 @@ def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> list[Pa
     ]
     if has_pool:
         attribute = plugin_pool.PoolAttribute(tts, leasing)
-        return [*patches, Patch(tts, plugin_pool.NAME, lambda *_: attribute, attribute.restore)]
+        return [*patches, Patch(tts, plugin_pool.NAME, attribute.stand_in, attribute.restore)]
     return [
         *patches,
         patch(tts, "_connect_ws", wrappers.connect_ws),

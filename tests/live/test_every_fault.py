@@ -1,0 +1,269 @@
+"""A4: a fault in any function of the patch, at any call, silences nobody.
+
+The functions are not listed but found, and each is broken in its turn: at its first call, at its
+second, and at every one. A conversation with all that can happen in one must then be heard as it is
+without the patch, and nothing may be left open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import gc
+import logging
+from collections import Counter
+from collections.abc import Coroutine, Iterator
+from typing import Any
+
+import pytest
+from livekit.agents import APIConnectOptions
+from livekit.plugins import xai
+
+import xai_pool_patch
+from tests.instrument import Probes, instrumented
+from tests.kit import HAS_OWN_POOL, Heard, Line, line_to, quick, speak
+from xai_pool_patch import PoolOptions
+from xai_pool_patch.telemetry import log
+
+pytestmark = pytest.mark.filterwarnings(
+    # Where it is the start of tasks that is broken.
+    "ignore:coroutine .* was never awaited:RuntimeWarning"
+)
+
+DEFAULT = PoolOptions(close_timeout=1.0)
+CLEARING = PoolOptions(
+    close_timeout=1.0, interruption="clear", keepalive="clear", keepalive_after=0.05
+)
+GUARDS = {
+    "lease._fails_open.guarded",
+    "patch.install",
+    "patch.uninstall",
+    "plugin_pool._fails_open.guarded",
+    "plugin_pool._fails_open.guarded_async",
+    "plugin_pool.PoolAttribute.__get__",
+    "plugin_pool.PoolAttribute.__set__",
+    "dialler._View.__del__",  # Python itself ignores what it raises
+    "leasing.Leasing.attempt",
+    "leasing.Leasing.attempt_to_wait",
+    "supervisor.Supervisor.run",
+    "supervisor.Supervisor._ended",
+    "telemetry.log.harmless.guarded",
+    "wrappers._guarded.guarded",
+    "wrappers._guarded_async.guarded",
+}
+"""What others call, and what catches the faults of the rest: a `try` and a call, and no more."""
+
+AS_IT_WAS = {owner: dict(vars(owner)) for owner in (xai.TTS, xai.tts.SynthesizeStream)}
+"""The plugin's classes, unpatched."""
+
+RETRYING = APIConnectOptions(max_retry=2, retry_interval=0.01, timeout=2.0)
+"""Where a connection dies that is not the patch's any more, the framework retries, as it does
+without the patch."""
+
+
+class Play:
+    """One conversation, and what was wrong with it."""
+
+    def __init__(self, probes: Probes, options: PoolOptions) -> None:
+        self.problems: list[str] = []
+        self._probes = probes
+        self._options = options
+
+    def run(self) -> list[str]:
+        _forget_what_is_cached()
+        records = _Records()
+        logger = logging.getLogger(xai_pool_patch.__name__)
+        logger.addHandler(records)
+        try:
+            asyncio.run(self._whole())
+        except Exception as error:
+            self.problems.append(f"raised {error!r}")
+        finally:
+            self._probes.mend()
+            xai_pool_patch.uninstall()
+            self._put_the_plugin_right()
+            logger.removeHandler(records)
+        self._check_log(records.messages)
+        return self.problems
+
+    def _put_the_plugin_right(self) -> None:
+        """What could not be taken out must pass calls through, and not meet the next play."""
+        for owner, usual in AS_IT_WAS.items():
+            for name in vars(owner).keys() - usual.keys():
+                delattr(owner, name)
+            for name, value in usual.items():
+                if vars(owner)[name] is not value:
+                    setattr(owner, name, value)
+
+    def _check_log(self, messages: Counter[str]) -> None:
+        faults = messages["ERROR pool failed, the plugin connects by itself"]
+        reports = messages["WARNING log, metric or trace failed"]
+        if faults > 1 or reports > 1 or (not faults and messages["DEBUG pool failed"]):
+            self.problems.append(f"said again and again: {messages}")
+        dials = messages["WARNING standby failed"] + messages["WARNING replacement failed"]
+        can_log = self._probes.broken != "telemetry.log.tell"
+        if self._probes.raised and can_log and not faults + reports + dials:
+            self.problems.append(f"not a word of it in the log: {dict(messages)}")
+
+    async def _whole(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(
+            lambda _, context: self.problems.append(f"the loop: {context['message']}")
+        )
+        xai_pool_patch.install(self._options)
+        async with line_to(quick()) as line:
+            await self._converse(line, line.tts())
+            try:
+                xai_pool_patch.uninstall()
+            except Exception as error:
+                self.problems.append(f"uninstall() raised {error!r}")
+            try:
+                await line.server.wait_for(lambda s: s.open_count == 0, timeout=2.0)
+            except TimeoutError:
+                self.problems.append(f"left open: {line.server.open_count}")
+
+    async def _converse(self, line: Line, tts: xai.TTS) -> None:
+        tts.prewarm()
+        await self._hear(line, tts, "Cold.")
+        await self._hear(line, tts, "Over the same connection.")
+        await self._interrupt(line, tts)
+        await self._hear(line, tts, "After an interruption.")
+        await asyncio.sleep(0.12 if self._options.keepalive == "clear" else 0.0)
+        line.server.reset_all()
+        await self._hear(line, tts, "Over a dead connection.", RETRYING)
+        await self._lose(line, tts, "Lost on the way.")
+        tts.update_options(voice="eve")
+        await self._hear(line, tts, "In another voice.")
+        if line.server.connections[-1].query["voice"] != "eve":
+            self.problems.append("spoken in the old voice")
+        await self._synthesize(line, tts, "In one piece.")
+        await self._closing(tts)
+        await self._hear(line, tts, "After the end.")
+        await self._closing(tts)
+
+    async def _hear(
+        self, line: Line, tts: xai.TTS, text: str, options: APIConnectOptions | None = None
+    ) -> None:
+        heard = Heard()
+        if options is None or not HAS_OWN_POOL:
+            options = APIConnectOptions(max_retry=0, timeout=2.0)
+        await self._in_time(text, speak(tts, text, options, heard=heard))
+        self._check(line, text, heard)
+
+    async def _in_time(self, what: str, doing: Coroutine[Any, Any, object]) -> None:
+        try:
+            await asyncio.wait_for(doing, 4.0)
+        except asyncio.TimeoutError:
+            self.problems.append(f"{what} hung")
+        except Exception as error:
+            self.problems.append(f"{what} raised {error!r}")
+
+    def _check(self, line: Line, text: str, heard: Heard) -> None:
+        wanted = "".join(text.split())
+        spoken = [u for u in line.server.utterances if u.text == wanted]
+        if heard.error is not None:
+            self.problems.append(f"{text} ended in {heard.error!r}")
+        elif heard.samples != {spoken[-1].number} if spoken else True:
+            self.problems.append(f"{text} heard {heard.samples}")
+        elif heard.seconds < 0.95 * len(wanted) * line.server.behaviour.speech_per_character:
+            self.problems.append(f"{text} heard {heard.seconds:.2f} s")
+
+    async def _interrupt(self, line: Line, tts: xai.TTS) -> None:
+        async def interrupt() -> None:
+            line.server.behaviour.pace = 5.0
+            async with tts.stream() as stream:
+                stream.push_text("Cut off in the middle of it.")
+                stream.end_input()
+                await stream.__anext__()
+            line.server.behaviour.pace = 1000.0
+
+        await self._in_time("An interruption", interrupt())
+
+    async def _lose(self, line: Line, tts: xai.TTS, text: str) -> None:
+        """The connection is reset when the server has the text, and before it speaks."""
+        behaviour, before = line.server.behaviour, len(line.server.utterances)
+        behaviour.generation = 0.05
+        heard = Heard()
+        turn = asyncio.create_task(self._in_time(text, speak(tts, text, RETRYING, heard=heard)))
+        await line.server.wait_for(lambda s: len(s.utterances) > before or turn.done())
+        line.server.reset_all()
+        await turn
+        behaviour.generation = 0.01
+        self._check(line, text, heard)
+
+    async def _synthesize(self, line: Line, tts: xai.TTS, text: str) -> None:
+        heard = Heard()
+
+        async def synthesize() -> None:
+            async with tts.synthesize(text) as stream:
+                async for event in stream:
+                    heard.samples.update(sample for sample in event.frame.data if sample)
+                    heard.seconds += event.frame.duration
+
+        await self._in_time(text, synthesize())
+        self._check(line, text, heard)
+
+    async def _closing(self, tts: xai.TTS) -> None:
+        await self._in_time("aclose", tts.aclose())
+
+
+class _Records(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: Counter[str] = Counter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages[f"{record.levelname} {record.getMessage()}"] += 1
+
+
+def _forget_what_is_cached() -> None:
+    """A function that is cached is called once in the life of a process, and else not broken."""
+    log._has_complained = False
+    for each in gc.get_objects():
+        if isinstance(each, functools._lru_cache_wrapper) and (
+            each.__module__.split(".")[0] == xai_pool_patch.__name__
+        ):
+            each.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def probes() -> Iterator[Probes]:
+    xai_pool_patch.install()  # so that everything is imported
+    xai_pool_patch.uninstall()
+    with instrumented() as probes:
+        yield probes
+
+
+def _calls(probes: Probes, options: PoolOptions) -> dict[str, int]:
+    """The functions that a conversation calls, and how often."""
+    probes.watch()
+    assert Play(probes, options).run() == [], "nothing is broken yet"
+    found = {name: n for name, n in probes.calls.items() if name not in GUARDS}
+    assert len(found) > 150
+    return found
+
+
+def _problems(probes: Probes, options: PoolOptions, calls: dict[str, int]) -> list[str]:
+    """What went wrong when each of them was broken, at one call or at all."""
+    problems, plays = [], 0
+    for name, count in sorted(calls.items()):
+        for nth in (1, 2, None) if count > 1 else (1,):
+            probes.watch(name, nth)
+            found = Play(probes, options).run()
+            plays += 1
+            assert probes.raised, f"{name} was not called"
+            problems += [f"{name}, call {nth or 'each'}: {problem}" for problem in found]
+    print(f"{len(calls)} functions, {plays} plays, {len(problems)} problems")
+    return problems
+
+
+def test_a_fault_in_any_function(probes: Probes) -> None:
+    """What is broken costs at most a speed-up, and is logged once."""
+    assert _problems(probes, DEFAULT, _calls(probes, DEFAULT)) == []
+
+
+def test_a_fault_in_what_clears_and_verifies(probes: Probes) -> None:
+    """The same of the functions that only `interruption="clear"` and `keepalive="clear"` call."""
+    usual = _calls(probes, DEFAULT)
+    calls = {name: n for name, n in _calls(probes, CLEARING).items() if name not in usual}
+    assert _problems(probes, CLEARING, calls) == []
