@@ -74,8 +74,10 @@ def record_factory() -> Iterator[None]:
         return record
 
     logging.setLogRecordFactory(factory)
-    yield
-    logging.setLogRecordFactory(usual)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(usual)
 
 
 def handler(spoil: Callable[[Listener], object]) -> Callable[[], AbstractContextManager[None]]:
@@ -84,8 +86,10 @@ def handler(spoil: Callable[[Listener], object]) -> Callable[[], AbstractContext
         broken = Listener()
         spoil(broken)
         OURS.addHandler(broken)
-        yield
-        OURS.removeHandler(broken)
+        try:
+            yield
+        finally:
+            OURS.removeHandler(broken)
 
     return application
 
@@ -97,8 +101,10 @@ class _BrokenFormatter(logging.Formatter):
 @contextmanager
 def filter_of_the_logger() -> Iterator[None]:
     OURS.addFilter(fail)
-    yield
-    OURS.removeFilter(fail)
+    try:
+        yield
+    finally:
+        OURS.removeFilter(fail)
 
 
 @contextmanager
