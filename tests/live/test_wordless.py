@@ -95,3 +95,24 @@ async def test_an_utterance_without_a_word(
         assert patched.handshakes <= unpatched.handshakes
     else:
         assert patched.handshakes == (0 if warm else 1)
+
+
+async def test_words_that_follow_may_yet_be_spoken(patched: None) -> None:
+    """An error that answers the signs ahead of them is that of a session that is dead."""
+    async with line_to(quick(), 0.01) as line:
+        tts, behaviour = line.tts(), line.server.behaviour
+        await speak(tts, "Before.")
+        await until(round_trips_are_known)
+        behaviour.error_on_text = "Deadline expired"
+        async with tts.stream(conn_options=ONCE) as stream:
+            stream.push_text("... And ")
+            await line.server.wait_for(lambda s: s.utterances[1:])
+            assert line.server.utterances[1].text == "..."
+            behaviour.error_on_text = None
+            await line.server.wait_for(lambda s: s.utterances[2:])
+            stream.push_text("now.")
+            stream.end_input()
+            samples = {s async for event in stream for s in event.frame.data if s}
+        assert samples == {line.server.utterance_for("... And now.").number}
+        assert line.errors == []
+        await tts.aclose()
