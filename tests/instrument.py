@@ -85,28 +85,31 @@ class Probes:
 
     Attributes:
         calls: how often each function was called since `watch`.
-        raised: how often the broken one has raised.
+        broken: the function that is, or was.
+        raised: how often it has raised.
     """
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
         self.raised = 0
-        self._broken: str | None = None
+        self.broken: str | None = None
+        self._is_broken = False
         self._nth: int | None = None
 
     def watch(self, broken: str | None = None, nth: int | None = None) -> None:
         """From now on that function raises, at its nth call or at every one."""
         self.calls.clear()
         self.raised = 0
-        self._broken, self._nth = broken, nth
+        self.broken, self._nth = broken, nth
+        self._is_broken = broken is not None
 
     def mend(self) -> None:
         """Nothing is broken any more."""
-        self._broken = None
+        self._is_broken = False
 
     def __call__(self, path: str) -> None:
         self.calls[path] += 1
-        if path == self._broken and self._nth in (None, self.calls[path]):
+        if self._is_broken and path == self.broken and self._nth in (None, self.calls[path]):
             self.raised += 1
             raise BugError
 

@@ -99,7 +99,7 @@ class PoolManager:
         """The pool of that key, kept warm for this TTS until it moves on or goes.
 
         Args:
-            connector: makes what the pool dials with as long as this TTS uses it, if it has not yet.
+            connector: makes what the pool dials with for as long as this TTS uses it.
         """
         pool = self.pool_for(tts, key, connector)
         user = self._users[tts]

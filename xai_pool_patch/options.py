@@ -61,10 +61,10 @@ class PoolOptions:
     is spent in the background, and the connection is of no use meanwhile."""
 
     verify_after: float | None = None
-    """Idle time after which a connection has to acknowledge a `text.clear`, which proves the session
-    behind the socket; half of the 600 s for which a session of xAI's speech to text had lain idle
-    when it was seen to have died would be 300. None: the heartbeat's PINGs are proof enough. A
-    server that refuses it twice in a row is not asked again."""
+    """Idle time after which a connection has to acknowledge a `text.clear`. That proves the session
+    behind the socket: xAI's speech to text was seen to answer PINGs after 600 s of idleness and do
+    nothing else, so 300 would be a choice. None: PINGs alone keep it. A server that refuses it
+    twice in a row is not asked again."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

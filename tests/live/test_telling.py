@@ -74,8 +74,10 @@ def record_factory() -> Iterator[None]:
         return record
 
     logging.setLogRecordFactory(factory)
-    yield
-    logging.setLogRecordFactory(usual)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(usual)
 
 
 def handler(spoil: Callable[[Listener], object]) -> Callable[[], AbstractContextManager[None]]:
@@ -84,8 +86,10 @@ def handler(spoil: Callable[[Listener], object]) -> Callable[[], AbstractContext
         broken = Listener()
         spoil(broken)
         OURS.addHandler(broken)
-        yield
-        OURS.removeHandler(broken)
+        try:
+            yield
+        finally:
+            OURS.removeHandler(broken)
 
     return application
 
@@ -97,8 +101,10 @@ class _BrokenFormatter(logging.Formatter):
 @contextmanager
 def filter_of_the_logger() -> Iterator[None]:
     OURS.addFilter(fail)
-    yield
-    OURS.removeFilter(fail)
+    try:
+        yield
+    finally:
+        OURS.removeFilter(fail)
 
 
 @contextmanager
@@ -131,6 +137,8 @@ APPLICATIONS = {
 }
 NOBODYS_FAULT = ("nothing wrong", "its record factory takes all names")
 UNHEARD = "its logger's filter raises"
+UNMEASURED = "its meter raises"
+"""What could not be measured is not logged either."""
 
 
 @pytest.fixture
@@ -188,6 +196,8 @@ async def test_a_conversation(application: str, listener: Listener, no_tasks_lef
         assert (line.metrics[1].connection_reused, line.metrics[1].acquire_time) == (True, 0.0)
     expected = 0 if application in (*NOBODYS_FAULT, UNHEARD) else 1
     assert listener.told.count(COMPLAINT) == expected
+    if application not in (UNHEARD, UNMEASURED):
+        assert listener.told.count(("INFO", "connected")) == CONNECTIONS
     assert "ERROR" not in [level for level, _ in listener.told]
 
 

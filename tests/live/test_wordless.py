@@ -31,7 +31,8 @@ class Outcome:
     """Of a second, of what is heard."""
     sent: list[tuple[str, bool]]
     """The text of each utterance that the server was sent, and whether it was whole."""
-    handshakes: int = field(compare=False)
+    handshakes: int = field(default=0, compare=False)
+    """For it and for the turn that follows."""
 
 
 async def converse(text: str, wordless: Wordless, options: APIConnectOptions, warm: int) -> Outcome:
@@ -54,7 +55,6 @@ async def converse(text: str, wordless: Wordless, options: APIConnectOptions, wa
             error_events=len(line.errors),
             hundredths=round(heard.seconds * 100),
             sent=[(utterance.text, utterance.text_done) for utterance in sent],
-            handshakes=len(line.server.handshakes) - handshakes,
         )
         after = await speak(tts, WORDS)
         assert after.error is None
@@ -63,6 +63,7 @@ async def converse(text: str, wordless: Wordless, options: APIConnectOptions, wa
         # The framework may end a sentence with a hundredth of a second of silence.
         assert after.seconds == pytest.approx(wanted, abs=0.011)
         assert len(line.server.utterances) == utterances + len(sent) + 1
+        outcome.handshakes = len(line.server.handshakes) - handshakes
         await tts.aclose()
     return outcome
 
@@ -90,4 +91,28 @@ async def test_an_utterance_without_a_word(
     patched = await converse(text, wordless, options, warm)
     xai_pool_patch.uninstall()
     assert patched == unpatched
-    assert patched.handshakes <= unpatched.handshakes
+    if wordless is Wordless.REFUSED:
+        assert patched.handshakes <= unpatched.handshakes
+    else:
+        assert patched.handshakes == (0 if warm else 1)
+
+
+async def test_words_that_follow_may_yet_be_spoken(patched: None) -> None:
+    """An error that answers the signs ahead of them is that of a session that is dead."""
+    async with line_to(quick(), 0.01) as line:
+        tts, behaviour = line.tts(), line.server.behaviour
+        await speak(tts, "Before.")
+        await until(round_trips_are_known)
+        behaviour.error_on_text = "Deadline expired"
+        async with tts.stream(conn_options=ONCE) as stream:
+            stream.push_text("... And ")
+            await line.server.wait_for(lambda s: s.utterances[1:])
+            assert line.server.utterances[1].text == "..."
+            behaviour.error_on_text = None
+            await line.server.wait_for(lambda s: s.utterances[2:])
+            stream.push_text("now.")
+            stream.end_input()
+            samples = {s async for event in stream for s in event.frame.data if s}
+        assert samples == {line.server.utterance_for("... And now.").number}
+        assert line.errors == []
+        await tts.aclose()

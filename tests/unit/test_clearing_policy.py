@@ -71,7 +71,7 @@ def test_the_default_discards() -> None:
 
 
 def test_an_interrupted_connection_is_reclaimed_in_the_background() -> None:
-    """release_cut_off() waits for nothing; a round trip later the connection is there, and nothing else."""
+    """It waits for nothing; a round trip later the connection is there, and no other was made."""
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         pool.resize(1)

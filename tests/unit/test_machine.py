@@ -1,6 +1,6 @@
 """Any sequence of events, found by hypothesis, against the promises of the pool.
 
-The real `PoolManager`, `Pool` and `Connection` in virtual time; only the WebSocket is a plain object.
+The real `PoolManager`, `Pool` and `Connection` in virtual time; the WebSocket is a plain object.
 """
 
 from __future__ import annotations

@@ -395,7 +395,7 @@ def _failure_in(attempt: Attempt, message: aiohttp.WSMessage, type_: str) -> Fai
     if utterance.stage is Stage.DIRTY and type_ in ("audio.done", "audio.clear"):
         # Before any audio of an utterance with words: an answer to something else.
         return Failure.OUT_OF_TURN
-    if type_ == "error" and utterance.has_words:
+    if type_ == "error" and (utterance.has_words or attempt.asked_at is None):
         return Failure.ERROR
     if type_ == UNREADABLE and message.type is WSMsgType.TEXT:
         return Failure.UNREADABLE
