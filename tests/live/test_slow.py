@@ -16,7 +16,8 @@ from livekit.plugins import xai
 import xai_pool_patch
 from tests.kit import Heard, Line, line_to, quick, registry, speak
 from tests.live.peer import until
-from xai_pool_patch import PoolOptions, exchange
+from xai_pool_patch import PoolOptions
+from xai_pool_patch.protocol import exchange
 
 TIMEOUT = 0.3
 LIMIT = 3 * TIMEOUT

@@ -21,7 +21,7 @@ import xai_pool_patch
 from tests.kit import Line, all_closed, interrupted, line_to, quick, registry, speak
 from tests.live.peer import until
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.telemetry import log, metrics, stats
+from xai_pool_patch.telemetry import instruments, log, usage
 
 OURS = logging.getLogger("xai_pool_patch")
 COMPLAINT = ("WARNING", "telemetry failed")
@@ -55,7 +55,7 @@ def nothing_wrong() -> Iterator[None]:
 
 def names_of_fields() -> set[str]:
     """Those that the package's code gives to what it tells, and what might come to mind first."""
-    names = {"pool", "reason", "number", "error", *stats.UsageStats().as_fields()}
+    names = {"pool", "reason", "number", "error", *usage.UsageStats().as_fields()}
     for module in Path(xai_pool_patch.__file__).parent.rglob("*.py"):
         for call in ast.walk(ast.parse(module.read_text("utf-8"))):
             if isinstance(call, ast.Call) and ast.unparse(call.func) in ("log_event", "self._log"):
@@ -110,10 +110,10 @@ def filter_of_the_logger() -> Iterator[None]:
 @contextmanager
 def meter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for name, instrument in list(vars(metrics).items()):
+        for name, instrument in list(vars(instruments).items()):
             for method in ("add", "record"):
                 if hasattr(instrument, method):
-                    patch.setattr(metrics, name, type("Broken", (), {method: fail}))
+                    patch.setattr(instruments, name, type("Broken", (), {method: fail}))
         yield
 
 
