@@ -132,7 +132,7 @@ async def test_discards_and_failures_by_reason(reader: InMemoryMetricReader) -> 
         assert (await turn).error is None
         await tts.aclose()
         found = points(reader)
-        assert found["connection.closed", "stale"].value == 2
+        assert found["connection.closed", "lost"].value == 2
         assert found["connection.standby_failures", "503"].value == 1
         assert found["utterance.replays", "no answer"].value == 1
         told = str(found)

@@ -73,7 +73,9 @@ class Told:
     def objects(self) -> Iterator[str]:
         for thing in gc.get_objects():
             module = str(getattr(type(thing), "__module__", ""))
-            if module.startswith("xai_pool_patch") and not module.startswith("xai_pool_patch.demo"):
+            if module.startswith("xai_pool_patch") and not module.startswith(
+                ("xai_pool_patch.demo", "xai_pool_patch.testing")
+            ):
                 yield repr(thing)
                 yield str(thing)
         for task in asyncio.all_tasks():

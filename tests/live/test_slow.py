@@ -102,6 +102,20 @@ async def test_a_server_that_is_slow_to_all_is_not_asked_twice_by_all() -> None:
         await tts.aclose()
 
 
+async def test_who_waited_to_the_end_is_sent_again_before_it_fails() -> None:
+    """It was not its turn until then; the framework would ask once more, behind an error."""
+    async with line_to(quick(), 0.02) as line:
+        tts = line.tts()
+        await warm_up(line, tts, STREAMS)
+        line.server.behaviour.generation = 1.3 * LIMIT
+        texts = [f"Slow {number}." for number in range(STREAMS)]
+        heard = await asyncio.gather(*(speak(tts, text, PATIENT) for text in texts))
+        for text, each in zip(texts, heard, strict=True):
+            check_heard(line, text, each)
+        assert line.errors == []
+        await tts.aclose()
+
+
 async def test_sessions_that_are_dead_are_replaced_together() -> None:
     """Once it helped the first of them, the others are sent again at once."""
     async with line_to(quick(), 0.02) as line:

@@ -127,7 +127,7 @@ async def test_a_dial_for_old_options_never_serves_new_ones(patched: None) -> No
 async def test_rotation_before_the_servers_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """P5: turns go on over connections that are replaced in time, and none meets the deadline."""
     # Of half a second the usual lead would be 25 ms, as long as a busy machine may stand still.
-    monkeypatch.setattr("xai_pool_patch.pool.ROTATION_LEAD", 0.5)
+    monkeypatch.setattr("xai_pool_patch.pool.pool.ROTATION_LEAD", 0.5)
     xai_pool_patch.install(PoolOptions(max_age=0.8))
     async with line_to(quick(deadline=1.2)) as line:
         tts = line.tts()

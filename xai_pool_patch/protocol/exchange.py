@@ -276,8 +276,7 @@ class Exchange:
 
     def _give_up_waiting(self, attempt: Attempt) -> None:
         attempt.is_overdue = True
-        if self._redialling is None:
-            self._redial_error = asyncio.TimeoutError()
+        self._replace(lambda: True, Failure.NO_ANSWER)  # if it was not its turn until now
         self._fail_if_exhausted()
 
     # Hearing
