@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 from livekit.agents import APIConnectOptions
 from livekit.plugins import xai
 
-from tests.kit import API_KEY, HAS_OWN_POOL, ONCE, all_closed, line_to, speak
+from tests.kit import API_KEY, HAS_OWN_POOL, ONCE, all_closed, line_to, quick, speak
 
 pytestmark = pytest.mark.usefixtures("patched")
 
@@ -110,6 +111,19 @@ async def test_a_fault_in_the_dial(
         check_log(caplog, "manager.Connection")
         await tts.aclose()
         await all_closed(line.server)
+
+
+async def test_a_session_that_is_closed_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    """P9: the end of a job meets turns under way; that says nothing against the patch."""
+    async with line_to(quick(generation=0.1)) as line:
+        tts = line.tts()
+        await speak(tts, "First.")
+        turn = asyncio.create_task(speak(tts, "Second."))
+        await line.server.wait_for(lambda s: len(s.utterances) == 2)
+        await line.http.close()
+        assert (await turn).error is not None
+        assert [record.levelname for record in caplog.records].count("ERROR") == 0
+        await tts.aclose()
 
 
 @pytest.mark.skipif(HAS_OWN_POOL, reason="such a subclass keeps the plugin's own pool")

@@ -316,6 +316,8 @@ async def _acquire(
         error = failure.error
     except AcquireTimeoutError as late:
         raise APIConnectionError("failed to connect to xAI") from late
+    if pool.is_defunct:
+        raise APIConnectionError("the HTTP session is closed")
     # The plugin calls everything that its connect raises a failure of the network.
     hidden = error.__cause__ or error.__context__
     if isinstance(hidden, Exception) and not isinstance(hidden, NETWORK_ERRORS):

@@ -256,6 +256,11 @@ class Pool(Generic[C]):
     def is_empty(self) -> bool:
         return not (self._entries or self._dials or self._waiters or self._closing)
 
+    @property
+    def is_defunct(self) -> bool:
+        """What it dials with is gone for good."""
+        return self._is_defunct()
+
     # What callers do
 
     async def acquire(self, timeout: float, *, fresh: bool = False) -> Acquired[C]:
@@ -521,7 +526,7 @@ class Pool(Generic[C]):
         self._backoff.failed(self._failure_kind_of(error), self._now())
         if dial.waiter is not None:
             dial.waiter.fail(DialFailedError(error))
-        elif not self._is_defunct():
+        elif not self.is_defunct:
             self.metrics.standby_failed(error, self._backoff.next_attempt - self._now())
         self._settle()
 
@@ -660,7 +665,7 @@ class Pool(Generic[C]):
         missing = self._min_size - self._fresh() - len(self._dials)
         if missing <= 0 or self._now() < self._backoff.next_attempt:
             return
-        if self._is_defunct():
+        if self.is_defunct:
             self.close()
             return
         for _ in range(missing):

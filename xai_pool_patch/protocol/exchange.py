@@ -44,6 +44,9 @@ class Frame(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    def __repr__(self) -> str:
+        return f"<Frame {self.method}>"  # not what is spoken
+
     @property
     def data(self) -> object:
         return self.args[0] if self.args else None
