@@ -44,7 +44,7 @@ from xai_pool_patch.plugin.connector import key_of
 from xai_pool_patch.testing.server import End
 
 CLASSES = (plugin_module.TTS, plugin_module.SynthesizeStream)
-STEPS = 5 if HAS_OWN_POOL else 7
+STEPS = 5 if HAS_OWN_POOL else 8
 """Of uninstall(): so many attributes are patched, and then there are the pools."""
 
 
@@ -520,7 +520,7 @@ async def test_asked_for_pools_while_another_thread_uninstalls() -> None:
         late = registry()
         xai_pool_patch.uninstall()
         tts = line.tts()
-        pool = late.here().use(tts, key_of(tts, tts._opts), lambda: dial)
+        pool = late.here().register(tts, key_of(tts, tts._opts), lambda: dial)
         assert not pool.is_closed
         await asyncio.sleep(0)
         assert pool.is_closed
@@ -655,8 +655,8 @@ def test_a_refusal_at_import_does_not_break_the_import() -> None:
         "import logging, xai_pool_patch, xai_pool_patch.plugin.releases as plugin\n"
         "logging.basicConfig(format='%(name)s %(levelname)s %(message)s %(xai_pool_reason)s')\n"
         "xai_pool_patch.install()\n"
-        "missing = releases._Method('TTS', 'missing')\n"
-        "releases._METHODS.update(dict.fromkeys(releases.Shape, [missing]))\n"
+        "missing = plugin._Method('TTS', 'missing')\n"
+        "plugin._METHODS.update(dict.fromkeys(plugin.Shape, [missing]))\n"
         "from livekit.plugins import xai\n"
         "assert not hasattr(xai.TTS.aclose, '__wrapped__')\n"
         "assert not xai_pool_patch.is_installed()\n"

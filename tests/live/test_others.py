@@ -30,7 +30,7 @@ from tests.kit import (
     speak,
 )
 from tests.live.peer import until
-from xai_pool_patch.plugin.connector import connector_of
+from xai_pool_patch.plugin.connector import Connector
 from xai_pool_patch.plugin.releases import Shape
 from xai_pool_patch.plugin.wrappers import _as_its_pool_does
 
@@ -227,7 +227,7 @@ async def test_without_a_tts_the_plugin_dials_as_ever(patched: None) -> None:
         pools = registry().here()
         connect = vars(xai.TTS)["_connect_ws"]
         connect = _as_its_pool_does if HAS_OWN_POOL else connect.__wrapped__
-        dial = connector_of(connect, tts, tts._opts, shape=SHAPE, heartbeat=pools.heartbeat)
+        dial = Connector(connect, tts, tts._opts, shape=SHAPE, heartbeat=pools.heartbeat)
         del tts
         gc.collect()
         line.metrics.clear()

@@ -172,7 +172,7 @@ def test_the_search_finds_what_is_there(told: Told) -> None:
     from xai_pool_patch.pool.pool import DialFailedError
     from xai_pool_patch.telemetry.log import LogEvent, log_event
 
-    log_event(LogEvent.LOST, reason=API_KEY)
+    log_event(LogEvent.CLOSED, reason=API_KEY)
     hidden = DialFailedError(OSError())
     hidden.args = (API_KEY,)
     shown = agents.APIError("shown")

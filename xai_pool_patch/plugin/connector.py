@@ -13,7 +13,7 @@ import multidict
 import yarl
 from livekit.agents import APIStatusError
 
-from ..manager import Connect, PoolKey
+from ..manager import PoolKey
 from ..protocol.connection import Heartbeat
 from .releases import Shape
 
@@ -34,27 +34,42 @@ def _names_in_url(options_type: Any) -> tuple[str, ...]:
     return tuple(name for name in names if name not in NOT_IN_THE_URL)
 
 
-def connector_of(
-    connect: Callable[..., Any], tts: Any, opts: Any, *, shape: Shape, heartbeat: Heartbeat
-) -> Connect:
-    """Makes what a pool dials with.
+class Connector:
+    """Connects with the plugin's own `_connect_ws`, with one set of options.
 
     Args:
-        connect: the plugin's `TTS._connect_ws`, as a plain function. Where it has a pool of its
-            own, what that calls instead, which takes no options.
+        connect: the plugin's `TTS._connect_ws`, as a plain function. Where the plugin has a pool of
+            its own, what that calls instead, which takes no options.
+        tts: whose connect, key and session; held only while it connects.
+        opts: copied, since the TTS changes them in place.
     """
-    tts_type: Any = type(tts)
-    reference, view_type = weakref.ref(tts), _view_type_of(tts_type)
-    session = _PooledSession(tts._ensure_session(), heartbeat)
-    own = {"_api_key": tts._api_key, "_opts": dataclasses.replace(opts), "_session": session}
 
-    async def dial(timeout: float) -> Any:
-        view = object.__new__(view_type)
-        vars(view).update(own, _viewed=reference())
-        asked_for = (timeout, view._opts) if shape is Shape.TAKES_OPTIONS else (timeout,)
-        return await connect.__get__(view, view_type)(*asked_for)
+    def __init__(
+        self,
+        connect: Callable[..., Any],
+        tts: Any,
+        opts: Any,
+        *,
+        shape: Shape,
+        heartbeat: Heartbeat,
+    ) -> None:
+        tts_type: Any = type(tts)
+        self._connect = connect
+        self._shape = shape
+        self._tts = weakref.ref(tts)
+        self._view_type = _view_type_of(tts_type)
+        self._own = {
+            "_api_key": tts._api_key,
+            "_opts": dataclasses.replace(opts),
+            "_session": _PooledSession(tts._ensure_session(), heartbeat),
+        }
 
-    return dial
+    async def __call__(self, timeout: float) -> Any:
+        view = object.__new__(self._view_type)
+        vars(view).update(self._own, _viewed=self._tts())
+        takes_options = self._shape is Shape.TAKES_OPTIONS
+        arguments = (timeout, view._opts) if takes_options else (timeout,)
+        return await self._connect.__get__(view, self._view_type)(*arguments)
 
 
 @functools.lru_cache(maxsize=64)

@@ -23,7 +23,7 @@ class Patch:
     """One attribute of one class, and what stands in for it.
 
     Args:
-        server: makes it from what there was, and from the switch.
+        make_wrapper: makes it from what there was, and from the switch.
         after: what else there is to undo.
         switch: not empty while what stands in is to be used. wrapt looks at it in each call; a list
             needs no call of ours, which could fail.
@@ -31,7 +31,7 @@ class Patch:
 
     owner: type
     name: str
-    server: Callable[[Any, list[str]], Any]
+    make_wrapper: Callable[[Any, list[str]], Any]
     after: Callable[[], None] = lambda: None
     switch: list[str] = field(default_factory=list)
     _original: Any = _Missing.MISSING
@@ -40,7 +40,7 @@ class Patch:
     def apply(self) -> None:
         self._original = vars(self.owner).get(self.name, _Missing.MISSING)
         inherited = getattr(self.owner, self.name, None)
-        self._ours = self.server(inherited, self.switch)
+        self._ours = self.make_wrapper(inherited, self.switch)
         setattr(self.owner, self.name, self._ours)
         self.switch.append("on")
 

@@ -24,7 +24,7 @@ from ..protocol.exchange import Exchange
 from ..protocol.lease import NETWORK_ERRORS, Lease
 from ..telemetry.log import LogEvent, harmless, in_ms, log_event
 from ..telemetry.usage import UsageStats
-from .connector import connector_of, key_of, with_status
+from .connector import Connector, key_of, with_status
 from .releases import Shape
 
 T = TypeVar("T")
@@ -287,7 +287,7 @@ class ConnectionProvider:
         return self._connect(tts, timeout)
 
     def _connector(self, pools: PoolManager, tts: Any, opts: Any) -> Connect:
-        return connector_of(self._connect, tts, opts, shape=self._shape, heartbeat=pools.heartbeat)
+        return Connector(self._connect, tts, opts, shape=self._shape, heartbeat=pools.heartbeat)
 
 
 def _job() -> Any:

@@ -1,14 +1,11 @@
-"""What runs in place of the plugin's methods. `patch` decides where these are put.
-
-There is no wrapper for `TTS._close_ws`: what it closes is the lease, which goes back to the pool
-when `_run_ws` is left. Only then is it known whether the utterance was finished or cut off.
-"""
+"""What runs in place of the plugin's methods. `installation` decides when these are put in."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -17,7 +14,7 @@ import wrapt
 
 from ..manager import Registry
 from ..pool.pool import Reason
-from ..protocol.lease import NETWORK_ERRORS
+from ..protocol.lease import NETWORK_ERRORS, Lease
 from . import native_pool
 from .patching import Patch
 from .provider import ConnectionProvider, current_turn
@@ -45,6 +42,7 @@ def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> list[Pa
     return [
         *patches,
         patch(tts, "_connect_ws", wrappers.connect_ws),
+        patch(tts, "_close_ws", wrappers.close_ws),
         patch(tts, "prewarm", wrappers.prewarm),
         patch(tts, "update_options", wrappers.update_options),
     ]
@@ -67,10 +65,10 @@ def _wrapped(
         wrapper, provider
     )
 
-    def server(function: Any, switch: list[str]) -> Any:
+    def make_wrapper(function: Any, switch: list[str]) -> Any:
         return wrapt.FunctionWrapper(function, guarded, enabled=switch)  # type: ignore[arg-type]
 
-    return server
+    return make_wrapper
 
 
 def _guarded(wrapper: Callable[..., Any], provider: ConnectionProvider) -> Callable[..., Any]:
@@ -130,8 +128,11 @@ class _Call:
 
 
 class Wrappers:
-    """The wrappers of one installation. Those of `_connect_ws`, `prewarm` and `update_options` are
-    for a plugin without a pool of its own."""
+    """The wrappers of one installation.
+
+    Those of `_connect_ws`, `_close_ws`, `prewarm` and `update_options` are for a plugin without a
+    pool of its own. From 1.6.5 on `native_pool` does what they do.
+    """
 
     def __init__(self, provider: ConnectionProvider) -> None:
         self._provider = provider
@@ -141,16 +142,11 @@ class Wrappers:
         if provider.has_failed:
             return await wrapped(*args, **kwargs)
         turn = provider.attempt("beginning a turn", provider.begin_turn, stream)
-        cut_off: Reason | None = Reason.FAILED
         try:
-            result = await wrapped(*args, **kwargs)
-            cut_off = None
-            return result
-        except asyncio.CancelledError:
-            cut_off = Reason.INTERRUPTED
-            raise
+            return await wrapped(*args, **kwargs)
         finally:
             if turn is not None:
+                cut_off = _cut_off_by(sys.exc_info()[1])
                 provider.attempt("ending a turn", provider.end_turn, turn, cut_off)
                 await provider.attempt_to_wait("closing", turn.closed)
 
@@ -175,6 +171,19 @@ class Wrappers:
         timeout, opts = _asked_for(*args, **kwargs)
         return await self._provider.connect(turn, tts, timeout, opts, plain)
 
+    async def close_ws(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
+        """Hands a lease back to its pool; any other WebSocket is the plugin's to close.
+
+        The plugin closes in a `finally`: the exception under way, if any, cut the utterance off.
+        What never gets here, `run_ws` hands back.
+        """
+        cut_off = _cut_off_by(sys.exc_info()[1])
+        turn = current_turn()
+        closed = await wrapped(*args, **kwargs)
+        if turn is not None and isinstance(_socket(*args, **kwargs), Lease):
+            self._provider.attempt("handing back", turn.end, cut_off)
+        return closed
+
     def prewarm(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
         wrapped(*args, **kwargs)
         self._provider.attempt("prewarm", self._provider.prewarm, tts)
@@ -185,6 +194,18 @@ class Wrappers:
 
     async def aclose(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
         await self._provider.close(tts, lambda: wrapped(*args, **kwargs))
+
+
+def _cut_off_by(error: BaseException | None) -> Reason | None:
+    """What the exception that is under way says of the utterance; None if it was finished."""
+    if error is None:
+        return None
+    return Reason.INTERRUPTED if isinstance(error, asyncio.CancelledError) else Reason.FAILED
+
+
+def _socket(ws: Any) -> Any:
+    """The argument of `_close_ws`."""
+    return ws
 
 
 def _asked_for(timeout: float, opts: Any = None) -> tuple[float, Any]:
