@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Callable, Collection, Coroutine
-from typing import Any
-
-import aiohttp
+from collections.abc import Awaitable, Callable, Collection, Coroutine
+from typing import Any, Protocol
 
 OnFault = Callable[[str, Exception], None]
-"""Gets the operation that failed, and what it failed with."""
+"""Takes the name of the operation that failed, and the exception."""
+
+
+class Socket(Protocol):
+    """What the supervisor needs of a WebSocket."""
+
+    def close(self) -> Awaitable[object]: ...
 
 
 def spawn(coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
@@ -41,7 +45,7 @@ class Supervisor:
     def __init__(self, on_fault: OnFault, close_timeout: float) -> None:
         self.on_fault = on_fault
         self._close_timeout = close_timeout
-        self.sockets: set[aiohttp.ClientWebSocketResponse] = set()
+        self.sockets: set[Socket] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._goodbyes: set[asyncio.Task[None]] = set()
         self.is_stopped = False
@@ -67,7 +71,7 @@ class Supervisor:
         except Exception as fault:
             self.on_fault("timer", fault)
 
-    def stop(self, kept: Collection[aiohttp.ClientWebSocketResponse]) -> None:
+    def stop(self, kept: Collection[Socket]) -> None:
         """Ends all of it after a fault, except for the sockets that somebody still speaks on.
 
         Shares no code with how connections are closed otherwise: that may be what is at fault.
@@ -78,7 +82,7 @@ class Supervisor:
         for ws in self.sockets.difference(kept):
             self.say_goodbye(ws)
 
-    def say_goodbye(self, ws: aiohttp.ClientWebSocketResponse) -> None:
+    def say_goodbye(self, ws: Socket) -> None:
         """Closes a socket in the background, for want of a connection that does."""
         self.sockets.discard(ws)
         goodbye = spawn(_say_goodbye(ws, self._close_timeout), name="xai_pool_patch.goodbye")
@@ -96,7 +100,7 @@ class Supervisor:
             self.on_fault(task.get_name(), fault)
 
 
-async def _say_goodbye(ws: aiohttp.ClientWebSocketResponse, close_timeout: float) -> None:
+async def _say_goodbye(ws: Socket, close_timeout: float) -> None:
     closing = asyncio.ensure_future(ws.close())
     await asyncio.wait([closing], timeout=close_timeout)
     closing.cancel()
