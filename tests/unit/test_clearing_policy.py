@@ -19,15 +19,10 @@ from tests.unit.pool_kit import (
 from tests.unit.pool_kit import play as play_with
 from tests.virtual import block
 from xai_pool_patch.options import PoolOptions
-from xai_pool_patch.pool.pool import (
-    RELIED_ROUND_TRIPS,
-    SHORTEST_CLEAR,
-    SHORTEST_RELIANCE,
-    AcquireTimeoutError,
-    Pool,
-)
+from xai_pool_patch.pool.clearing import CLEAR, RELIANCE
+from xai_pool_patch.pool.pool import AcquireTimeoutError, Pool
 
-RELIED_ON = RELIED_ROUND_TRIPS * ROUND_TRIP
+RELIED_ON = RELIANCE.times * ROUND_TRIP
 VERIFY_AFTER = 300.0
 STOPPED = "clearing stopped"
 
@@ -162,7 +157,7 @@ def test_over_no_distance_a_clear_still_has_a_moment() -> None:
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         wire = await leased(pool)
-        wire.round_trip, wire.cleared_after = 0.0, SHORTEST_RELIANCE - 0.01
+        wire.round_trip, wire.cleared_after = 0.0, RELIANCE.at_least - 0.01
         interrupt(pool, wire)
         assert await leased(pool) is wire
         assert len(network.dialled_at) == 1
@@ -244,7 +239,7 @@ def test_a_caller_that_gives_up_leaves_the_clear_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("round_trip", "bound"), [(0.001, SHORTEST_CLEAR), (0.1, 0.6), (1.0, 1.0), (None, 1.0)]
+    ("round_trip", "bound"), [(0.001, CLEAR.at_least), (0.1, 0.6), (1.0, 1.0), (None, 1.0)]
 )
 def test_a_clear_that_is_not_acknowledged_is_given_up(
     round_trip: float | None, bound: float
