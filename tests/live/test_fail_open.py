@@ -17,7 +17,7 @@ RETRYING = APIConnectOptions(max_retry=1, retry_interval=0.01, timeout=2.0)
 BEFORE_THE_UTTERANCE = [
     "protocol.connection.Connection.attach",
     "manager.Registry.here",
-    "manager.PoolManager.use",
+    "manager.PoolManager.register",
     "plugin.provider.key_of",
     "plugin.provider.Turn.begin",
     "plugin.provider.Turn.acquired",

@@ -27,7 +27,7 @@ VERIFY_AFTER = 300.0
 STOPPED = "clearing stopped"
 
 play = functools.partial(play_with, options=PoolOptions(interruption="clear"))
-play_proving = functools.partial(play_with, options=PoolOptions(verify_after=VERIFY_AFTER))
+play_verifying = functools.partial(play_with, options=PoolOptions(verify_after=VERIFY_AFTER))
 
 
 def interrupt(pool: Pool[Wire], wire: Wire) -> None:
@@ -422,7 +422,7 @@ def test_an_idle_connection_proves_that_it_lives() -> None:
         assert (pool.idle, len(network.dialled_at)) == (1, 1)
         assert pool.metrics.counters.totals["connections_cleared"] == 0
 
-    play_proving(scenario)
+    play_verifying(scenario)
 
 
 def test_one_that_does_not_is_lost_and_replaced() -> None:
@@ -441,7 +441,7 @@ def test_one_that_does_not_is_lost_and_replaced() -> None:
             await asyncio.sleep(VERIFY_AFTER + 5.0)
             assert wire.is_open
 
-    play_proving(scenario)
+    play_verifying(scenario)
 
 
 def test_a_server_that_refuses_is_asked_twice(caplog: pytest.LogCaptureFixture) -> None:
@@ -460,7 +460,7 @@ def test_a_server_that_refuses_is_asked_twice(caplog: pytest.LogCaptureFixture) 
         await asyncio.sleep(3 * VERIFY_AFTER)
         assert (wire.is_open, wire.clears) == (True, 0)
 
-    play_proving(scenario)
+    play_verifying(scenario)
     kept = "verifying stopped"
     assert warnings(caplog) == [(kept, "clears are not acknowledged")]
 
@@ -480,7 +480,7 @@ def test_while_one_proves_it_the_others_serve() -> None:
         assert [wire.clears for wire in wires] == [1, 0]
         pool.release(wires[1])
 
-    play_proving(scenario)
+    play_verifying(scenario)
 
 
 def test_a_caller_takes_the_only_one_as_soon_as_it_has_proven_it() -> None:
@@ -500,7 +500,7 @@ def test_a_caller_takes_the_only_one_as_soon_as_it_has_proven_it() -> None:
         assert acquired.connection is not wire
         assert acquired.waited == pytest.approx(RELIED_ON - 0.1 + HANDSHAKE)
 
-    play_proving(scenario)
+    play_verifying(scenario)
 
 
 def test_a_proof_that_is_not_due_does_not_put_off_rotation() -> None:
