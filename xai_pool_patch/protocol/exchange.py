@@ -333,7 +333,7 @@ class Exchange:
         return True
 
     def _is_exhausted(self, without: Attempt | None = None) -> bool:
-        """No answer is expected from any connection, except perhaps from one left out here."""
+        """No answer is expected from any connection, leaving out one if given."""
         return all(attempt.is_exhausted for attempt in self._attempts if attempt is not without)
 
     def _fail_if_exhausted(self) -> None:
