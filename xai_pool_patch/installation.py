@@ -41,10 +41,10 @@ class Installation:
     patches: list[Patch] = field(default_factory=list)
 
     def apply(self, module: ModuleType) -> None:
-        """Patches the imported plugin, or leaves it as it was.
+        """Patch the imported plugin, or leave it as it was.
 
         Raises:
-            UnsupportedPluginError: it is not a plugin that may be patched.
+            UnsupportedPluginError: this plugin may not be patched.
         """
         from .manager import Registry
         from .plugin.releases import detect
@@ -62,10 +62,10 @@ class Installation:
         log_event(LogEvent.INSTALLED, plugin=self.version, shape=shape.value)
 
     def on_import(self, module: ModuleType) -> None:
-        """Patches the plugin as soon as it has been imported.
+        """Patch the plugin when it has been imported.
 
-        Whatever is wrong must not make that import fail: the application would lose its agent
-        over a speed-up. It is told in the log, and the plugin stays as it is.
+        An exception from here would make the plugin's import fail, and the application would lose
+        its agent over a speed-up. So a problem is logged, and the plugin stays as it is.
         """
         global _installation
         with _lock:
@@ -81,7 +81,7 @@ class Installation:
                 log_event(LogEvent.FAULT, operation="install", error=fault)
 
     def undo(self) -> None:
-        """Backwards, to the end: what one step raises comes out when all have been taken."""
+        """Undo everything, in reverse order. An exception of one step comes after the last step."""
         with contextlib.ExitStack() as steps:
             if self.registry is not None:
                 steps.callback(self.registry.close)
@@ -100,23 +100,23 @@ def install(
     allow_unverified: bool = False,
     on_unsupported: Literal["raise", "skip"] = "raise",
 ) -> None:
-    """Makes every TTS of livekit-plugins-xai in this process draw its connections from a pool.
+    """Make every TTS of livekit-plugins-xai in this process take its connections from a pool.
 
-    May be called before or after the plugin is imported, and does not import it. Calling it again
-    with the same options does nothing. With `XAI_POOL_PATCH=off` in the environment it logs that
-    and does nothing else.
+    Call it before or after the plugin is imported; it does not import the plugin. A second call
+    with the same options does nothing. With `XAI_POOL_PATCH=off` in the environment, `install()`
+    only logs that it is switched off.
 
     Args:
         options: how the pool behaves; the defaults suit one conversation per TTS.
-        allow_unverified: takes a version of the plugin or of livekit-agents that is not among the
-            verified ones, as long as everything that is wrapped or relied on looks the same.
-        on_unsupported: what to do about a plugin or a Python that is not supported: `"raise"`, or
+        allow_unverified: accept a version of the plugin or of livekit-agents that is not among the
+            verified ones, if everything that is wrapped or relied on looks the same.
+        on_unsupported: what to do if the plugin or the Python is not supported: `"raise"`, or
             `"skip"` to log a warning and leave the plugin as it is.
 
     Raises:
         UnsupportedPluginError: the plugin is missing, or it or the Python is not supported.
-        AlreadyInstalledError: it is installed with other options.
-        InvalidOptionError: an argument is not what it should be.
+        AlreadyInstalledError: the patch is installed with other options.
+        InvalidOptionError: an argument has a wrong type or value.
     """
     try:
         _install(options, allow_unverified, on_unsupported)
@@ -146,18 +146,20 @@ def _install(options: PoolOptions | None, allow_unverified: bool, on_unsupported
 
 
 def uninstall() -> None:
-    """Gives the plugin back as it was.
+    """Restore the plugin as it was.
 
-    Utterances under way are spoken to their end; idle connections are closed in the background,
-    the others when their utterance ends. Without an installation it does nothing.
+    Utterances under way are spoken to their end. Idle connections are closed in the background,
+    leased ones when their utterance ends. If nothing is installed, this does nothing.
     """
     global _installation
-    with _lock:  # to its end: nobody installs on top of what is half undone
+    # The lock is held to the end. An install() in another thread would otherwise wrap attributes
+    # that this call is about to restore.
+    with _lock:
         installation, _installation = _installation, None
         if installation is None:
             return
         for patch in installation.patches:
-            patch.switch.clear()  # whatever fails from here on, what is left passes calls through
+            patch.switch.clear()  # a wrapper that cannot be removed then only passes calls on
         try:
             installation.undo()
         except Exception as fault:
@@ -166,7 +168,7 @@ def uninstall() -> None:
 
 
 def is_switched_off() -> bool:
-    """Whether the environment keeps the patch out."""
+    """Whether the environment switches the patch off."""
     return os.environ.get(OFF_SWITCH, "").strip().lower() == "off"
 
 
@@ -178,7 +180,7 @@ def is_installed() -> bool:
 def stats() -> Stats:
     """A snapshot of all pools of this process; all zero while nothing is installed.
 
-    Every key is always there. Times are in milliseconds. May be called from any thread.
+    Every key is always there. Times are in milliseconds. Any thread may call this.
     """
     installation = _installation
     if installation is None or installation.registry is None:
@@ -187,10 +189,10 @@ def stats() -> Stats:
 
 
 def pool_stats() -> list[PoolStats]:
-    """A snapshot of each pool that there is; like `stats()` otherwise.
+    """A snapshot of each pool, otherwise like `stats()`.
 
-    There is one for every event loop, API key, HTTP session and set of options in use. They are
-    told apart by the number that their log records carry, and by nothing that would be secret.
+    There is a pool for every event loop, API key, HTTP session and set of options in use. Each has
+    a number, which its log records carry too. A snapshot holds no secret.
     """
     installation = _installation
     if installation is None or installation.registry is None:
@@ -233,7 +235,8 @@ def _prepare(options: PoolOptions, allow_unverified: bool) -> Installation:
     if imported_plugin() is None:
         check_version(version, allow_unverified=allow_unverified)
         _hook_import(installation.on_import)
-    # Looked at again: another thread's import may have ended before it was hooked.
+    # Again, since another thread's import may have ended after the first look and before the hook
+    # was in place. Nothing would patch that plugin.
     module = imported_plugin()
     if module is not None:
         installation.apply(module)
@@ -241,7 +244,7 @@ def _prepare(options: PoolOptions, allow_unverified: bool) -> Installation:
 
 
 def _hook_import(hook: Callable[[ModuleType], None]) -> None:
-    """Calls it with the plugin's module at the end of its import, be it to come or under way."""
+    """Call a hook with the plugin's module when its import ends. It may be under way already."""
     import wrapt
 
     from .plugin.releases import MODULE
@@ -250,13 +253,13 @@ def _hook_import(hook: Callable[[ModuleType], None]) -> None:
     package, _, name = MODULE.rpartition(".")
     parent = sys.modules.get(package)
     if parent is not None and not hasattr(parent, name):
-        # That import may be past the point where wrapt hears of it. It is not waited for: it may be
-        # this very thread's, or wait for a lock that this one holds.
+        # An import under way may be past the point at which wrapt notices it. Waiting for it could
+        # be for ever: this very thread may run it, or it may need a lock that this thread holds.
         _hook_binding(parent, name, hook)
 
 
 def _hook_binding(parent: ModuleType, name: str, hook: Callable[[ModuleType], None]) -> None:
-    """Calls it with the submodule when that is bound in its parent, as each is when imported."""
+    """Call a hook with a submodule when its import ends, by binding its name in the parent."""
     original: Any = type(parent)
 
     class Watched(original):  # type: ignore[misc]

@@ -32,46 +32,47 @@ STANDBY_TIMEOUT = 10.0
 
 @dataclass(frozen=True)
 class PoolKey:
-    """What makes two connections interchangeable."""
+    """What two connections must have in common to be interchangeable."""
 
     api_key: str = field(repr=False)
     session: aiohttp.ClientSession = field(repr=False)
     options: tuple[tuple[str, object], ...] = field(repr=False)
-    """Of them a voice may be somebody's own."""
+    """Not in the repr: a voice may be a customer's own."""
 
 
 Connect = Callable[[float], Awaitable[aiohttp.ClientWebSocketResponse]]
-"""Dials for one key, within the seconds given, and without holding on to the TTS that asked."""
+"""Dials for one key within the given seconds. Holds no reference to the TTS that asked."""
 
 
 _numbers = itertools.count(1)
-"""For the pools of this process."""
+"""The numbers of this process's pools."""
 
 
 @dataclass(eq=False)
 class _User:
-    """One TTS instance, without a reference to it."""
+    """What a manager knows about one TTS instance. Holds no reference to the instance."""
 
     finalizer: weakref.finalize[..., object] | None = None
     current: PoolKey | None = None
     visited: dict[PoolKey, Connect] = field(default_factory=dict)
-    """With what dials for it, as this TTS would."""
+    """The keys that the TTS has used, each with the connect that dials as this TTS would."""
     usage: UsageStats = field(default_factory=UsageStats)
 
 
 class PoolManager:
-    """The pools of one event loop. Everything here happens in that loop's thread.
+    """The pools of one event loop. All methods run in that loop's thread.
 
     Args:
         options: see `PoolOptions`.
-        on_fault: gets a fault of the pools' own.
+        on_fault: takes a fault of the pools.
 
     Attributes:
-        heartbeat: of all of them, since all dial the same server.
-        first_audio: likewise.
-        supervisor: owns what runs and is open for them.
-        leases: those that the plugin holds.
-        pools: never changed but replaced, since other threads look at it for their statistics.
+        counters: the totals of all pools.
+        heartbeat: shared by all pools, since all dial the same server.
+        first_audio: shared for the same reason.
+        supervisor: owns the tasks, timers and sockets.
+        leases: the leases that the plugin holds.
+        pools: replaced by a new dict at each change, since other threads read it for statistics.
     """
 
     def __init__(self, options: PoolOptions, on_fault: OnFault) -> None:
@@ -96,24 +97,24 @@ class PoolManager:
     def register(
         self, tts: object, key: PoolKey, connector: Callable[[], Connect]
     ) -> Pool[Connection]:
-        """The pool of that key, kept warm for this TTS until it moves on or goes.
+        """The pool of a key, kept warm until this TTS registers for another key or is closed.
 
         Args:
-            connector: makes what the pool dials with for as long as this TTS uses it.
+            connector: makes the connect that the pool dials with while this TTS uses the key.
         """
         pool = self.pool_for(tts, key, connector)
         user = self._users[tts]
         if user.current != key:
-            left, user.current = user.current, key
-            self._keep_if_used(left)
-            self._keep_if_used(key)
+            previous, user.current = user.current, key
+            self._resize(previous)
+            self._resize(key)
             self._forget_empty(user)
         return pool
 
     def pool_for(
         self, tts: object, key: PoolKey, connector: Callable[[], Connect]
     ) -> Pool[Connection]:
-        """The pool of that key, for one utterance with other options than the current."""
+        """The pool of a key, for one utterance whose options are not the TTS's current ones."""
         user = self._users.get(tts) or self._join(tts)
         if key not in user.visited:
             user.visited[key] = connector()
@@ -121,7 +122,7 @@ class PoolManager:
         if pool is None or pool.is_closed:
             pool = self._make(key, user.visited[key])
             self.pools = {**self.pools, key: pool}
-            self._keep_if_used(key)
+            self._resize(key)
         return pool
 
     def is_first_use_by(self, job: object) -> bool:
@@ -130,44 +131,47 @@ class PoolManager:
         return is_first
 
     async def end_with(self, job: object) -> None:
-        """Closes everything before the job closes its HTTP session, and keeps nothing for it then.
+        """Close everything before the job closes its HTTP session.
 
-        Other shutdown callbacks run at the same time, and may yet speak.
+        Other shutdown callbacks run at the same time, and may still speak: see `is_over`.
         """
         self._over.add(job)
         await self.aclose()
 
     def is_over(self, job: object | None) -> bool:
-        """Whether the job is ending: what is opened for it now has to be closed at once."""
+        """Whether the job is ending. A connection opened for it must be closed after its use."""
         return job is not None and job in self._over
 
     def usage(self, tts: object) -> UsageStats:
-        """Of a TTS that uses these pools."""
+        """The usage of a TTS that these pools know."""
         return self._users[tts].usage
 
     def unregister(self, tts: object) -> list[Pool[Connection]]:
-        """The TTS is closed. Ends the pools that nobody else uses, and returns them."""
+        """Forget a TTS that is closed. Ends the pools that no other TTS uses, and returns them."""
         user = self._users.pop(tts, None)
         return self._depart(user) if user is not None else []
 
     def close(self) -> None:
+        """End all pools."""
         self._end(set(self.pools))
         for user in list(self._users.values()):
             self._depart(user)
         self._users.clear()
 
     async def aclose(self) -> None:
-        """Ends them all, and waits until those too that ended before have closed everything."""
+        """End all pools, and wait until they and those that ended before have closed everything."""
         self.close()
         ending, self._ending = self._ending, []
         await asyncio.gather(*(pool.aclose() for pool in ending))
         await self.supervisor.stopped()
 
     def abandon(self) -> None:
-        """After a fault: ends all that runs and closes all that is open, except for what an
-        utterance is being heard over. That goes on without the pools."""
-        kept = {ws for lease in list(self.leases) if (ws := lease.step_aside()) is not None}
-        self.supervisor.stop(kept)
+        """After a fault, end all tasks and close all sockets, except those that the plugin hears.
+
+        The leases go on with those sockets, without the pools.
+        """
+        in_use = {ws for lease in list(self.leases) if (ws := lease.step_aside()) is not None}
+        self.supervisor.stop(in_use)
         for pool in [*self.pools.values(), *self._ending]:
             pool.abandon()
         self.pools = {}
@@ -180,7 +184,8 @@ class PoolManager:
         return user
 
     def _collected(self, user: _User) -> None:
-        # The garbage collector may run in any thread, and in the middle of anything.
+        # The garbage collector may run in any thread, and in the middle of a change to the pools.
+        # Departing at once, it would change them from there.
         with contextlib.suppress(RuntimeError):  # the loop is closed, and its pools with it
             self._loop.call_soon_threadsafe(self.supervisor.run, lambda: self._depart(user))
 
@@ -191,7 +196,7 @@ class PoolManager:
         visited, user.visited, user.current = set(user.visited), {}, None
         still_visited = {key for other in self._users.values() for key in other.visited}
         for key in visited & still_visited:
-            self._keep_if_used(key)
+            self._resize(key)
         return self._end(visited - still_visited)
 
     def _end(self, keys: set[PoolKey]) -> list[Pool[Connection]]:
@@ -203,7 +208,10 @@ class PoolManager:
         return ended
 
     def _forget_empty(self, user: _User) -> None:
-        """An application may go through any number of options in the life of a TTS."""
+        """Forget keys whose pools are empty.
+
+        An application may change the options of one TTS any number of times.
+        """
         in_use = {other.current for other in self._users.values()}
         left = user.visited.keys() - in_use
         empty = {key for key in left if key not in self.pools or self.pools[key].is_empty}
@@ -211,7 +219,7 @@ class PoolManager:
             del user.visited[key]
         self._end(empty)
 
-    def _keep_if_used(self, key: PoolKey | None) -> None:
+    def _resize(self, key: PoolKey | None) -> None:
         if key in self.pools:
             is_used = any(user.current == key for user in self._users.values())
             self.pools[key].resize(self._options.min_size if is_used else 0)
@@ -220,10 +228,13 @@ class PoolManager:
         options = self._options
 
         async def connect(timeout: float) -> Connection:
-            # As a TTS would that is still there: the one that it was made for may have gone.
+            # The TTS that this pool was made for may be closed, and its connect with it. So ask
+            # one that still uses the key.
             dials = (user.visited.get(key) for user in self._users.values())
             ws = await next(filter(None, dials), dial)(timeout)
-            if self.supervisor.is_stopped:  # an old wait_for() may swallow the cancellation
+            if self.supervisor.is_stopped:
+                # Before Python 3.12 wait_for() may swallow the cancellation by `stop`, if it comes
+                # together with the result. Nobody would close this socket.
                 await ws.close()
                 raise PoolClosedError("the pool failed during the dial")
             self.supervisor.sockets.add(ws)
@@ -254,13 +265,13 @@ class PoolManager:
 
 @dataclass(frozen=True)
 class _Loops:
-    """The event loops of one moment: replaced as a whole, so that readers need no lock."""
+    """All event loops with pools. Replaced as a whole at each change, so readers need no lock."""
 
     pools: dict[asyncio.AbstractEventLoop, PoolManager]
     ended: Counters
-    """Of loops that are closed."""
+    """The totals of loops that are closed."""
 
-    def and_also(self, loop: asyncio.AbstractEventLoop, pools: PoolManager) -> _Loops:
+    def with_loop(self, loop: asyncio.AbstractEventLoop, pools: PoolManager) -> _Loops:
         closed = {each for each in self.pools if each.is_closed()}
         ended = sum_of(self.ended, *(self.pools[each].counters for each in closed))
         others = {each: pools for each, pools in self.pools.items() if each not in closed}
@@ -268,13 +279,13 @@ class _Loops:
 
 
 class Registry:
-    """The pools of one installation: those of every event loop in this process.
+    """The pools of one installation, in every event loop of this process.
 
-    Only changes are locked: a signal handler may ask for statistics in the middle of one that its
-    own thread makes.
+    Readers take no lock. A signal handler may ask for statistics while its own thread is in the
+    middle of a change, and would wait for itself.
 
     Attributes:
-        has_failed: the pools are not to be trusted, after a fault of their own.
+        has_failed: a fault has closed the pools; the plugin connects by itself.
     """
 
     def __init__(self, options: PoolOptions) -> None:
@@ -286,7 +297,7 @@ class Registry:
         instruments.observe(self)
 
     def here(self) -> PoolManager:
-        """The pools of the running loop.
+        """The pools of the running loop, made on the first call.
 
         Raises:
             RuntimeError: no loop is running.
@@ -296,13 +307,15 @@ class Registry:
         if pools is None:
             pools = PoolManager(self.options, self.fail)
             with self._lock:
-                self._loops = self._loops.and_also(loop, pools)
-            if self._is_closed:  # meanwhile, in another thread, which has not seen these
+                self._loops = self._loops.with_loop(loop, pools)
+            if self._is_closed:
+                # close() ran in another thread before this loop was added, so it has not closed
+                # these pools.
                 loop.call_soon(pools.supervisor.run, pools.close)
         return pools
 
     def fail(self, operation: str, fault: Exception) -> None:
-        """After a fault of the pools' own: closes them all. The plugin connects by itself then."""
+        """After a fault of the pools, close them all. The plugin then connects by itself."""
         level = logging.DEBUG if self.has_failed else logging.ERROR
         self.has_failed = True
         log_event(LogEvent.FAULT, level=level, operation=operation, error=fault)
@@ -310,14 +323,14 @@ class Registry:
             if is_running(loop):
                 pools.abandon()
             else:
-                with contextlib.suppress(RuntimeError):  # closed in this very moment
+                with contextlib.suppress(RuntimeError):  # the loop is closed
                     loop.call_soon_threadsafe(pools.abandon)
 
     def close(self) -> None:
-        """Ends every pool, each in its own loop. Connections in use end when they come back."""
+        """End every pool, in its own loop. Leased connections are closed when they come back."""
         self._is_closed = True
         for loop, pools in self._loops.pools.items():
-            with contextlib.suppress(RuntimeError):  # it is closed
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(pools.supervisor.run, pools.close)
 
     def stats(self) -> Stats:
@@ -336,7 +349,7 @@ class Registry:
 
 
 def is_running(loop: asyncio.AbstractEventLoop) -> bool:
-    """Whether it is this very code that it runs."""
+    """Whether the caller runs in that loop."""
     try:
         return asyncio.get_running_loop() is loop
     except RuntimeError:
@@ -344,7 +357,7 @@ def is_running(loop: asyncio.AbstractEventLoop) -> bool:
 
 
 def failure_kind_of(error: Exception) -> FailureKind:
-    """What the answer to a handshake says about the next."""
+    """What a failed handshake says about the next one."""
     status = status_of(error)
     if status == 429:
         return FailureKind.RATE_LIMITED

@@ -1,4 +1,4 @@
-"""What can be set, what it is set to, and why."""
+"""The options, their defaults, and the reasons for those."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .errors import InvalidOptionError
 Interruption = Literal["discard", "clear"]
 
 MAX_SESSIONS = 50
-"""Concurrent sessions that xAI allows a team (xAI's documentation)."""
+"""Concurrent sessions that xAI allows a team, as its documentation says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,48 +23,51 @@ class PoolOptions:
     """
 
     min_size: int = 1
-    """Connections kept per voice in use, whether idle, leased or being dialled. One conversation
-    speaks one utterance at a time, so one is what it needs. 0 keeps none: connections are still
-    reused, but a replacement is dialled only when a turn asks for it."""
+    """Connections that the pool keeps per voice in use: idle, leased and connecting ones count. One
+    conversation speaks one utterance at a time, so it needs one. With 0 the pool still reuses
+    connections, but dials only when a turn asks for one."""
 
     max_age: float = 1800.0
-    """Oldest connection that is handed out. xAI was seen to end connections about 2,100 s after
-    they were opened; the 300 s in between are room for an utterance that begins last of all,
-    enough for 25 minutes of speech at the five times real time at which its audio comes."""
+    """Age at which a connection expires: the pool does not hand it out any more. xAI was seen to
+    end connections about 2,100 s after they were opened. An utterance that begins at the last
+    moment has the 300 s in between. Audio comes at five times real time, so that is enough for 25
+    minutes of speech."""
 
     max_idle_time: float = 60.0
-    """Idle time after which a connection above `min_size` is closed. xAI counts it among the
-    team's 50 sessions, so what a burst left behind should not stay for long."""
+    """Idle time after which the pool closes a connection above `min_size`. Each counts among the
+    team's 50 sessions, so connections that a burst of turns needed should not stay for long."""
 
     close_timeout: float = 5.0
-    """Time the server has to answer a Close frame before the socket is aborted. Always spent in
-    the background. Without a Close frame xAI may count the session for up to 600 s more."""
+    """Time the server has to answer a Close frame, in the background; then the pool aborts the
+    socket. Without a Close frame xAI may count the session for up to 600 s more."""
 
     heartbeat: float = 20.0
-    """Interval of WebSocket PINGs. Keeps NATs and load balancers from forgetting the connection
-    and finds a vanished peer within 1.5 times this. A server that never answers one is not held
-    to it."""
+    """Interval of WebSocket PINGs. They keep NATs and load balancers from forgetting a connection,
+    and show within 1.5 times this interval that a peer has vanished. A server that never answers
+    a PING gets no more of them."""
 
     first_audio_timeout: float = 5.0
-    """Time a reused connection has, from the end of an utterance's text, to say anything; after
-    that the utterance is sent again on a new one. An open socket is not a live session: xAI's
-    speech to text was seen to answer PINGs and do nothing else. One that answers PINGs is waited
-    for up to three times this if nothing better comes, since a slow server is not a dead one."""
+    """Time from the end of an utterance's text in which a reused connection has to answer. Then the
+    utterance is replayed on a new connection. An open socket is not a live session: xAI's speech
+    to text was seen to answer PINGs and do nothing else. A slow server is not a dead one either:
+    while the first connection answers PINGs and the replay brings nothing, the utterance fails
+    only after three times this."""
 
     interruption: Interruption = "discard"
-    """What becomes of a connection whose utterance was interrupted. Discarding it needs nothing
-    from the server. `"clear"` asks the server to cancel the utterance (`text.clear`), and uses the
-    connection again once that is acknowledged: one round trip instead of a handshake."""
+    """What the pool does with a connection whose utterance was interrupted. `"discard"` closes it,
+    which needs nothing from the server. `"clear"` asks the server to cancel the utterance
+    (`text.clear`) and reuses the connection once the server has acknowledged that: one round trip
+    instead of a handshake."""
 
     clear_timeout: float = 1.0
-    """Longest time the server has to acknowledge a `text.clear`; less over a short round trip. It
-    is spent in the background, and the connection is of no use meanwhile."""
+    """Longest time the server has to acknowledge a `text.clear`, in the background; less if the
+    round trip is short. Meanwhile no turn can use the connection."""
 
     verify_after: float | None = None
-    """Idle time after which a connection has to acknowledge a `text.clear`. That proves the session
-    behind the socket: xAI's speech to text was seen to answer PINGs after 600 s of idleness and do
-    nothing else, so 300 would be a choice. None: PINGs alone keep it. A server that refuses it
-    twice in a row is not asked again."""
+    """Idle time after which the pool verifies a connection: the server has to acknowledge a
+    `text.clear`. That shows that there is a session behind the socket: xAI's speech to text was
+    seen to answer PINGs after 600 s of idleness and do nothing else, so 300 is a good value. None:
+    the pool relies on PINGs alone. After two failures in a row the pool stops verifying."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

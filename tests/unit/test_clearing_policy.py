@@ -19,20 +19,15 @@ from tests.unit.pool_kit import (
 from tests.unit.pool_kit import play as play_with
 from tests.virtual import block
 from xai_pool_patch.options import PoolOptions
-from xai_pool_patch.pool.pool import (
-    RELIED_ROUND_TRIPS,
-    SHORTEST_CLEAR,
-    SHORTEST_RELIANCE,
-    AcquireTimeoutError,
-    Pool,
-)
+from xai_pool_patch.pool.clearing import CLEAR, RELIANCE
+from xai_pool_patch.pool.pool import AcquireTimeoutError, Pool
 
-RELIED_ON = RELIED_ROUND_TRIPS * ROUND_TRIP
+RELIED_ON = RELIANCE.times * ROUND_TRIP
 VERIFY_AFTER = 300.0
 STOPPED = "clearing stopped"
 
 play = functools.partial(play_with, options=PoolOptions(interruption="clear"))
-play_proving = functools.partial(play_with, options=PoolOptions(verify_after=VERIFY_AFTER))
+play_verifying = functools.partial(play_with, options=PoolOptions(verify_after=VERIFY_AFTER))
 
 
 def interrupt(pool: Pool[Wire], wire: Wire) -> None:
@@ -162,7 +157,7 @@ def test_over_no_distance_a_clear_still_has_a_moment() -> None:
 
     async def scenario(network: Network, pool: Pool[Wire]) -> None:
         wire = await leased(pool)
-        wire.round_trip, wire.cleared_after = 0.0, SHORTEST_RELIANCE - 0.01
+        wire.round_trip, wire.cleared_after = 0.0, RELIANCE.at_least - 0.01
         interrupt(pool, wire)
         assert await leased(pool) is wire
         assert len(network.dialled_at) == 1
@@ -244,7 +239,7 @@ def test_a_caller_that_gives_up_leaves_the_clear_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("round_trip", "bound"), [(0.001, SHORTEST_CLEAR), (0.1, 0.6), (1.0, 1.0), (None, 1.0)]
+    ("round_trip", "bound"), [(0.001, CLEAR.at_least), (0.1, 0.6), (1.0, 1.0), (None, 1.0)]
 )
 def test_a_clear_that_is_not_acknowledged_is_given_up(
     round_trip: float | None, bound: float
@@ -427,7 +422,7 @@ def test_an_idle_connection_proves_that_it_lives() -> None:
         assert (pool.idle, len(network.dialled_at)) == (1, 1)
         assert pool.metrics.counters.totals["connections_cleared"] == 0
 
-    play_proving(scenario)
+    play_verifying(scenario)
 
 
 def test_one_that_does_not_is_lost_and_replaced() -> None:
@@ -446,7 +441,7 @@ def test_one_that_does_not_is_lost_and_replaced() -> None:
             await asyncio.sleep(VERIFY_AFTER + 5.0)
             assert wire.is_open
 
-    play_proving(scenario)
+    play_verifying(scenario)
 
 
 def test_a_server_that_refuses_is_asked_twice(caplog: pytest.LogCaptureFixture) -> None:
@@ -465,7 +460,7 @@ def test_a_server_that_refuses_is_asked_twice(caplog: pytest.LogCaptureFixture) 
         await asyncio.sleep(3 * VERIFY_AFTER)
         assert (wire.is_open, wire.clears) == (True, 0)
 
-    play_proving(scenario)
+    play_verifying(scenario)
     kept = "verifying stopped"
     assert warnings(caplog) == [(kept, "clears are not acknowledged")]
 
@@ -485,7 +480,7 @@ def test_while_one_proves_it_the_others_serve() -> None:
         assert [wire.clears for wire in wires] == [1, 0]
         pool.release(wires[1])
 
-    play_proving(scenario)
+    play_verifying(scenario)
 
 
 def test_a_caller_takes_the_only_one_as_soon_as_it_has_proven_it() -> None:
@@ -505,7 +500,7 @@ def test_a_caller_takes_the_only_one_as_soon_as_it_has_proven_it() -> None:
         assert acquired.connection is not wire
         assert acquired.waited == pytest.approx(RELIED_ON - 0.1 + HANDSHAKE)
 
-    play_proving(scenario)
+    play_verifying(scenario)
 
 
 def test_a_proof_that_is_not_due_does_not_put_off_rotation() -> None:

@@ -24,27 +24,27 @@ def first_audio(*took: float) -> FirstAudio:
 @pytest.mark.parametrize("took", [[], [0.3, 0.3], [TIMEOUT / MARGIN]])
 def test_a_quick_server_has_the_time_that_the_options_say(took: list[float]) -> None:
     """No more, and no less however quick it is."""
-    assert first_audio(*took).patience == TIMEOUT
+    assert first_audio(*took).replay_after == TIMEOUT
     assert first_audio(*took).limit == LIMIT * TIMEOUT
 
 
 def test_slowness_that_turned_out_good_teaches_patience() -> None:
     """The same once more, and half as much again, is waited for."""
-    assert first_audio(6.0).patience == pytest.approx(9.0)
-    assert first_audio(0.3, 8.0, 6.0).patience == pytest.approx(9.0)
+    assert first_audio(6.0).replay_after == pytest.approx(9.0)
+    assert first_audio(0.3, 8.0, 6.0).replay_after == pytest.approx(9.0)
 
 
 def test_what_is_slower_than_the_limit_moves_it() -> None:
     """Nothing is given up sooner than it is sent again."""
     assert first_audio(9.0).limit == LIMIT * TIMEOUT
-    assert first_audio(20.0).limit == first_audio(20.0).patience == pytest.approx(30.0)
+    assert first_audio(20.0).limit == first_audio(20.0).replay_after == pytest.approx(30.0)
 
 
 def test_patience_is_forgotten_by_and_by() -> None:
     """Half of it with each utterance that is quick again."""
-    assert first_audio(20.0, 0.3).patience == pytest.approx(15.0)
-    assert first_audio(20.0, 0.3, 0.3).patience == pytest.approx(7.5)
-    assert first_audio(20.0, 0.3, 0.3, 0.3).patience == TIMEOUT
+    assert first_audio(20.0, 0.3).replay_after == pytest.approx(15.0)
+    assert first_audio(20.0, 0.3, 0.3).replay_after == pytest.approx(7.5)
+    assert first_audio(20.0, 0.3, 0.3, 0.3).replay_after == TIMEOUT
 
 
 def in_virtual_time(scenario: Callable[[FirstAudio], Awaitable[None]]) -> None:

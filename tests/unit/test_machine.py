@@ -327,7 +327,7 @@ class Agents(RuleBasedStateMachine):
     def no_clear_goes_on_for_ever(self) -> None:
         now = self.loop.time()
         for pool in self.pools.pools.values():
-            for clear in pool._clearing.values():
+            for clear in pool._clearing.under_way.values():
                 began = self.clears.setdefault(clear, now)
                 assert now - began <= self.options.clear_timeout
 

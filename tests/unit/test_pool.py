@@ -21,7 +21,7 @@ from tests.virtual import block, run
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool.backoff import FailureKind, RateLimit
 from xai_pool_patch.pool.pool import (
-    DIAL_PATIENCE,
+    DIAL_SOFT_TIMEOUT,
     AcquireTimeoutError,
     DialFailedError,
     Pool,
@@ -307,7 +307,7 @@ def test_a_hanging_standby_holds_a_caller_up_for_a_moment_only() -> None:
         pool.resize(1)
         await asyncio.sleep(0.1)
         acquired = await pool.acquire(10.0)
-        assert acquired.waited == pytest.approx(DIAL_PATIENCE - 0.1 + HANDSHAKE)
+        assert acquired.waited == pytest.approx(DIAL_SOFT_TIMEOUT - 0.1 + HANDSHAKE)
 
     play(scenario)
 

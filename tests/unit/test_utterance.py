@@ -52,10 +52,10 @@ ROUND = [*up(TEXT, TEXT), *down(AUDIO), *up(DONE), *down(AUDIO, AUDIO_DONE)]
         (ROUND + down(NEWS), Stage.CLEAN),
         (up(TEXT) + down(NEWS), Stage.ASKED),
         (ROUND[:-1], Stage.FINISHING),
-        (up(CLEAR), Stage.PROVING),
+        (up(CLEAR), Stage.VERIFYING),
         (up(TEXT, CLEAR), Stage.CLEARING),
         ([*up(TEXT, CLEAR), *down(AUDIO, AUDIO)], Stage.CLEARING),
-        ([*up(TEXT, DONE, CLEAR), *down(AUDIO, AUDIO_DONE)], Stage.PROVING),
+        ([*up(TEXT, DONE, CLEAR), *down(AUDIO, AUDIO_DONE)], Stage.VERIFYING),
         (up(TEXT, CLEAR) + down(NEWS), Stage.CLEARING),
     ],
 )

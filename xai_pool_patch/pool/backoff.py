@@ -1,4 +1,4 @@
-"""When the next background dial may be made. Pure: the time is always an argument."""
+"""When the next background dial may be made. The time is always an argument."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class FailureKind(enum.Enum):
     """What a failed dial says about the next one."""
 
     TRANSIENT = "transient"
-    """The network or the server: try again later."""
+    """The network or the server failed. The pool dials again later."""
     RATE_LIMITED = "rate limited"
-    """Too many sessions or requests: no pool of this API key should add to them."""
+    """There are too many sessions or requests. All pools of this API key pause."""
     PERMANENT = "permanent"
-    """The same request will be refused again: wait until a caller's dial succeeds."""
+    """The server will refuse the same request again. The pool waits for a caller's dial."""
 
 
 class RateLimit:
-    """What the pools of one API key know of its limit."""
+    """What the pools of one API key know about its rate limit. They share one object."""
 
     def __init__(self) -> None:
         self.paused_until = -math.inf
@@ -31,7 +31,7 @@ class RateLimit:
 class Backoff:
     """The delay of one pool's background dials: 0.5 s, doubling up to 30 s, with jitter.
 
-    A caller's dial is never delayed, so it is not asked for here.
+    A caller's dial is never delayed, so it does not ask here.
     """
 
     def __init__(self, rate_limit: RateLimit, jitter: random.Random) -> None:
@@ -42,7 +42,7 @@ class Backoff:
 
     @property
     def next_attempt(self) -> float:
-        """Earliest time of the next background dial; infinite once refused."""
+        """Earliest time of the next background dial; infinite after a permanent failure."""
         return max(self._own, self._rate_limit.paused_until)
 
     def failed(self, failure_kind: FailureKind, now: float) -> None:
@@ -50,7 +50,9 @@ class Backoff:
             self._own = math.inf
         elif failure_kind is FailureKind.RATE_LIMITED and now >= self._rate_limit.paused_until:
             self._rate_limit.paused_until = now + self._next_delay()
-        elif now >= self.next_attempt:  # sooner, it is one more of a burst that has been counted
+        elif now >= self.next_attempt:
+            # A failure before that belongs to dials that began together. Counted one by one, four
+            # dials that fail at once would multiply the delay by sixteen.
             self._own = now + self._next_delay()
 
     def succeeded(self) -> None:
@@ -58,7 +60,7 @@ class Backoff:
         self._own = -math.inf
 
     def _next_delay(self) -> float:
-        # Clamped before doubling: 2**failures outgrows a float in an outage of some days.
+        # The exponent is limited: in an outage of some days 2**failures would overflow a float.
         delay = min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** min(self._failures, 10))
         self._failures += 1
         return delay * self._jitter.uniform(0.8, 1.0)

@@ -1,74 +1,60 @@
 """The policy of one pool: who gets which connection, what to dial, what to close.
 
-Nothing here knows of WebSockets, xAI or LiveKit. Every event (asked, given back, dialled, lost,
-time passed) changes plain state in one synchronous step, `_settle` decides what follows from it,
-and the I/O happens in tasks of its own. No lock is needed, and none is held.
+Nothing here knows WebSockets, xAI or LiveKit. Each event (a caller asks, a connection comes back,
+a dial ends, the peer closes, time passes) changes plain state in one synchronous step. Then
+`_settle` decides what follows, and tasks of their own do the I/O. So no lock is needed.
+
+An event loop may have an eager task factory (Python 3.12). A task then runs inside `spawn()`, up to
+its first real wait, and may change the pool's state before `spawn()` returns.
 """
 
 from __future__ import annotations
 
 import asyncio
 import bisect
-import enum
 import math
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic
 
 from ..errors import XaiPoolPatchError
 from ..options import PoolOptions
 from ..telemetry.pool_metrics import PoolMetrics
 from .backoff import Backoff, FailureKind
+from .clearing import Clearing
+from .entries import Acquired, C, Dial, Poolable, PoolEntry, Reason, Waiter
 from .soft_timeout import SoftTimeout
 from .supervisor import Supervisor
 
-DIAL_PATIENCE = 1.0
-"""Seconds from its start in which callers rely on a dial that somebody else began, before they
-begin their own: about twice the 0.45 to 0.6 s a handshake takes in production (livekit/agents
-issue 6078)."""
+__all__ = [
+    "AcquireTimeoutError",
+    "Acquired",
+    "DialFailedError",
+    "Pool",
+    "PoolClosedError",
+    "Poolable",
+    "Reason",
+]
+
+DIAL_SOFT_TIMEOUT = 1.0
+"""Seconds from its start in which callers rely on a dial that somebody else began. Then the pool
+dials for them. A handshake takes 0.45 to 0.6 s in production (livekit/agents issue 6078)."""
 
 ROTATION_LEAD = 0.05
-"""Part of `max_age` before its end in which an idle connection is replaced: 90 s of 1,800 s, time
-for several attempts while the old connection still serves."""
-
-CLEAR_ROUND_TRIPS = 6
-SHORTEST_CLEAR = 0.5
-"""Seconds. A clear that is not acknowledged for six round trips, half a second at least and
-`clear_timeout` at most, has failed. Generous, since the acknowledgement comes behind all audio
-under way, of which a slow line holds back more than its round trip tells: audio is sent five
-times faster than it is played. No caller waits for it that long (`RELIED_ROUND_TRIPS`)."""
-
-RELIED_ROUND_TRIPS = 2
-SHORTEST_RELIANCE = 0.05
-"""Seconds. For two round trips, and this at least, a caller relies on a clear under way; then it
-dials. On time the connection is there sooner than any dial could bring one."""
-
-REFUSALS = 2
-"""Clears in a row that fail before no more are tried."""
+"""The pool replaces an idle connection this part of `max_age` before it expires: 90 s of 1,800 s.
+That leaves time for several attempts while the old connection still serves."""
 
 SHORT_LIFE = 30.0
-"""Seconds. A server that ends a connection sooner, unused, is dialled again with backoff only."""
-
-
-class Reason(enum.Enum):
-    """Why a connection was taken out of the pool."""
-
-    INTERRUPTED = "interrupted"
-    LOST = "lost"
-    FAILED = "failed"
-    EXPIRED = "expired"
-    SURPLUS = "surplus"
-    SHUTDOWN = "shutdown"
+"""Seconds. If a server ends an unused connection sooner, the pool dials again with backoff only."""
 
 
 class PoolClosedError(XaiPoolPatchError):
-    """The pool has ended; it hands out nothing any more."""
+    """The pool has ended and hands out nothing any more."""
 
 
 class DialFailedError(XaiPoolPatchError):
-    """The caller's own dial failed. `error` is what it failed with."""
+    """The caller's own dial failed. `error` is the exception of the dial."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(f"dial failed: {type(error).__name__}")
@@ -79,114 +65,19 @@ class AcquireTimeoutError(XaiPoolPatchError):
     """No connection came within the caller's timeout."""
 
 
-class Poolable(Protocol):
-    """What the pool asks of a connection."""
-
-    on_lost: Callable[[], None] | None
-    """Called once, when the peer ends the connection."""
-
-    @property
-    def is_reusable(self) -> bool: ...
-
-    round_trip: float | None
-    """Seconds that an answer takes; None if that is not known."""
-
-    sent_stale_audio: bool
-    """It was restored, and yet was not clean."""
-
-    on_stale_audio: Callable[[], None] | None
-    """Called when that shows, though no harm was done."""
-
-    async def clear(self) -> None:
-        """Makes it reusable again, or proves that it still is; ends when that is known."""
-
-    def close(self) -> asyncio.Task[None] | None: ...
-
-
-C = TypeVar("C", bound=Poolable)
-
-
-@dataclass(frozen=True)
-class Acquired(Generic[C]):
-    connection: C
-    waited: float
-    """Seconds; 0.0 for a connection that was there when asked for."""
-    reused: bool
-    """It was there when asked for."""
-    fresh: bool
-    """It was dialled meanwhile, and nobody has used it before."""
-
-
-@dataclass(eq=False)
-class PoolEntry(Generic[C]):
-    connection: C
-    rotate_at: float
-    """From here on it is replaced when idle, and serves only until the replacement is there."""
-    expires_at: float
-    """From here on it is not handed out."""
-    made_at: float
-    idle_since: float
-    verified_at: float
-    """When it was last known to be alive, its session included."""
-    lease_count: int = 0
-
-
-@dataclass(eq=False)
-class _Waiter(Generic[C]):
-    deadline: float
-    wants_fresh: bool
-    future: asyncio.Future[PoolEntry[C]] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
-
-    def accept(self, entry: PoolEntry[C]) -> bool:
-        """Whether it still wanted one, and this one."""
-        if self.future.done() or (self.wants_fresh and entry.lease_count):
-            return False
-        self.future.set_result(entry)
-        return True
-
-    def fail(self, error: Exception) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
-
-    @property
-    def unclaimed(self) -> PoolEntry[C] | None:
-        """What it was handed, if it vanished in that very moment."""
-        if self.future.cancelled() or not self.future.done() or self.future.exception():
-            return None
-        return self.future.result()
-
-
-@dataclass(eq=False)
-class _Dial(Generic[C]):
-    began: float
-    patience: SoftTimeout
-    waiter: _Waiter[C] | None
-    """Who asked for it; nobody, for a standby."""
-    task: asyncio.Task[None] | None = None
-
-
-@dataclass(eq=False)
-class _Clear:
-    failing: Reason
-    """What the connection is discarded for if it fails."""
-    patience: SoftTimeout
-    task: asyncio.Task[None] | None = None
-
-
 class Pool(Generic[C]):
     """The connections of one key in one event loop.
 
     Args:
-        connect: makes a connection within the seconds given.
+        connect: makes a connection within the given seconds.
         options: see `PoolOptions`.
         supervisor: owns the tasks and timers.
         standby_timeout: seconds a background dial may take.
-        backoff: when background dials may be made.
-        metrics: is told what happens.
-        failure_kind_of: what the error of a dial means for the next ones.
-        is_defunct: whether what it dials with is gone for good, so that it should end quietly.
+        backoff: decides when background dials may be made.
+        metrics: gets the events.
+        failure_kind_of: what the error of a dial means for the next dials.
+        is_defunct: whether `connect` can never succeed again, so that the pool should end quietly.
+        jitter: spreads the ages at which connections expire.
     """
 
     def __init__(
@@ -214,16 +105,19 @@ class Pool(Generic[C]):
         self._loop = asyncio.get_running_loop()
         self._entries: dict[C, PoolEntry[C]] = {}
         self._idle: list[PoolEntry[C]] = []  # by the time they became idle: last in, first out
-        self._clearing: dict[PoolEntry[C], _Clear] = {}
-        self._dials: set[_Dial[C]] = set()
-        self._waiters: deque[_Waiter[C]] = deque()
+        self._clearing = Clearing[C](
+            options,
+            supervisor=supervisor,
+            backoff=backoff,
+            metrics=metrics,
+            on_ended=self._cleared,
+            on_overdue=self._settle,
+        )
+        self._dials: set[Dial[C]] = set()
+        self._waiters: deque[Waiter[C]] = deque()
         self._closing: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._min_size = 0
-        self._clears_interrupted = options.interruption == "clear"
-        self._refused = {Reason.INTERRUPTED: 0, Reason.LOST: 0}
-        """Clears in a row that failed: of interrupted connections, and of idle ones."""
-        self._verify_after = math.inf if options.verify_after is None else options.verify_after
         self.is_closed = False
 
     def __repr__(self) -> str:
@@ -240,12 +134,13 @@ class Pool(Generic[C]):
 
     @property
     def leased(self) -> int:
-        # Another thread may ask between two changes that belong together.
+        # Statistics may be read in another thread, between two changes that belong together. The
+        # entry is gone from `_entries` then and still in `_idle`: the difference would be -1.
         return max(0, len(self._entries) - len(self._idle) - len(self._clearing))
 
     @property
     def clearing(self) -> int:
-        """Neither idle nor leased: a clear is under way."""
+        """Connections that are neither idle nor leased, since a clear is under way."""
         return len(self._clearing)
 
     @property
@@ -261,19 +156,19 @@ class Pool(Generic[C]):
         """What it dials with is gone for good."""
         return self._is_defunct()
 
-    # What callers do
+    # For callers
 
     async def acquire(self, timeout: float, *, fresh: bool = False) -> Acquired[C]:
-        """An idle connection at once, else the first that comes.
+        """Take an idle connection at once, else the first that comes.
 
         Args:
             timeout: seconds the whole wait may take.
-            fresh: take none that has been used or has lain idle. It replaces one of an utterance
-                under way, which is spoken to its end though the pool may have ended.
+            fresh: take only a connection that nobody has used and that has not been idle. It is for
+                the replay of an utterance under way, so a pool that has ended dials it too.
 
         Raises:
             DialFailedError: the dial made for this caller failed.
-            AcquireTimeoutError: nothing came in time.
+            AcquireTimeoutError: no connection came in time.
             PoolClosedError: the pool has ended.
         """
         if self.is_closed and not fresh:
@@ -283,16 +178,16 @@ class Pool(Generic[C]):
             self.metrics.reused()
             return Acquired(entry.connection, waited=0.0, reused=True, fresh=False)
         asked = self._now()
-        entry = await self._wait(_Waiter(asked + timeout, fresh))
+        entry = await self._wait(Waiter(asked + timeout, fresh))
         waited = self._now() - asked
         self.metrics.waited(waited)
         return Acquired(entry.connection, waited, reused=False, fresh=entry.lease_count == 1)
 
     def release(self, connection: C) -> None:
-        """Gives back a connection of which nothing more is expected."""
+        """Give a connection back after an utterance that was answered in full."""
         entry = self._entries.get(connection)
         if entry is None:
-            return
+            return  # the peer ended it, or the pool gave up on it, while it was leased
         if self.is_closed:
             self._remove(entry, Reason.SHUTDOWN)
         elif not connection.is_reusable:
@@ -303,30 +198,33 @@ class Pool(Generic[C]):
         self._settle()
 
     def release_cut_off(self, connection: C) -> None:
-        """Takes back one whose use was cut off: as it is, made clean again, or not at all."""
+        """Give a connection back after an utterance that was interrupted.
+
+        The pool keeps it as it is if the server owes nothing, else clears it or closes it.
+        """
         entry = self._entries.get(connection)
         if entry is None:
             return
         entry.idle_since = self._now()
-        if self.is_closed or not self._clears_interrupted:
+        if self.is_closed or not self._clearing.clears_interrupted:
             self._remove(entry, Reason.INTERRUPTED)
         elif connection.is_reusable:
-            self._offer(entry)  # nothing is owed
+            self._offer(entry)
         else:
-            self._clear(entry, Reason.INTERRUPTED)
+            self._clearing.begin(entry, Reason.INTERRUPTED)
         self._settle()
 
     def discard(self, connection: C, reason: Reason) -> None:
-        """Takes a connection out for good and closes it in the background."""
+        """Close a connection in the background, and forget it."""
         entry = self._entries.get(connection)
         if entry is not None:
             self._remove(entry, reason)
             self._settle()
 
     def evict(self, connection: C) -> None:
-        """Discards one that failed, and the idle ones of its age or older with it.
+        """Discard a connection that failed, and all idle ones that are as old or older.
 
-        What ended it, a restart of the server or a network that forgot, most likely ended them.
+        A restart of the server or a network that forgot the connection most likely ended those too.
         """
         failed = self._entries.get(connection)
         if failed is None:
@@ -336,67 +234,71 @@ class Pool(Generic[C]):
         self._remove(failed, Reason.LOST)
         self._settle()
 
-    # What owners do
+    # For owners
 
     def resize(self, min_size: int) -> None:
-        """How many connections to keep from now on, whatever they do.
-
-        What is missing is dialled in the next turn of the event loop: a caller who asks in this
-        one dials for itself, and learns from its own dial what went wrong.
-        """
+        """Keep this many connections from now on, idle or not."""
         self._min_size = min_size
+        # A TTS registers and asks for a connection in one step of the event loop. Dialled at once,
+        # the standby would serve that caller, who would then learn of a failed dial only after a
+        # second one. A step later the caller has a dial of its own, and that one counts.
         self._supervisor.call_at(self._now(), self._settle)
 
     def prewarm(self) -> None:
-        """Dials one in the background if there is none."""
+        """Dial one connection in the background if there is none."""
         if not self._entries and not self._dials and not self.is_closed:
             self._dial(None, self._standby_timeout)
 
     def close(self) -> None:
-        """Ends the pool: leased connections when they come back, the others now.
+        """End the pool: close leased connections when they come back, and the others now.
 
-        Whoever waits for a dial still gets it: no turn falls silent because its pool ends.
+        A caller that waits for a dial still gets a connection: no turn falls silent because its
+        pool ends.
         """
         self.is_closed = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        for entry in [*self._idle, *self._clearing]:
+        for entry in [*self._idle, *self._clearing.under_way]:
             self._remove(entry, Reason.SHUTDOWN)
+        # A caller may have relied on a clear that has just been dropped. Nothing else would dial
+        # for it now.
         self._settle()
 
     def abandon(self) -> None:
-        """Ends the pool after a fault: whoever waits goes on without it, at once.
+        """End the pool after a fault: callers that wait go on without it, at once.
 
-        What it had open is the supervisor's to close.
+        The supervisor closes what the pool had open.
         """
         self.is_closed = True
         for waiter in self._waiters:
-            if not waiter.future.done():
-                waiter.future.set_exception(PoolClosedError("the pool failed"))
-        for held in (self._entries, self._idle, self._clearing, self._dials):
+            waiter.fail(PoolClosedError("the pool failed"))
+        for held in (self._entries, self._idle, self._clearing.under_way, self._dials):
             held.clear()
 
     async def aclose(self) -> None:
-        """Ends the pool and waits for its dials and closes, `close_timeout` at most."""
+        """End the pool, and wait up to `close_timeout` for its dials and closes."""
         self.close()
         deadline = self._now() + self._options.close_timeout
+        # Dials first: one that succeeds now is closed at once, which adds to `_closing`.
         await self._finish({dial.task for dial in self._dials if dial.task}, deadline)
         await self._finish(set(self._closing), deadline)
 
     async def _finish(self, tasks: set[asyncio.Task[None]], deadline: float) -> None:
-        """Waits for them until then, and cancels those that are late."""
+        """Wait for tasks until the deadline, and cancel those that are late."""
         if not tasks:
             return
         _, late = await asyncio.wait(tasks, timeout=max(0.0, deadline - self._now()))
         for task in late:
             task.cancel()
         if late:
+            # A cancelled task needs steps of its own to let go of its socket. Without this wait
+            # the caller may close the HTTP session, or the loop, in between.
             await asyncio.wait(late)
 
     # Waiting
 
-    async def _wait(self, waiter: _Waiter[C]) -> PoolEntry[C]:
+    async def _wait(self, waiter: Waiter[C]) -> PoolEntry[C]:
         self._waiters.append(waiter)
         self._settle()
         expiry = self._supervisor.call_at(
@@ -405,7 +307,8 @@ class Pool(Generic[C]):
         try:
             return await waiter.future
         except asyncio.CancelledError:
-            # Cancelled in the moment it was handed one: the next in line gets it.
+            # The caller was cancelled after accept() and before its task ran again. Without this
+            # the connection would stay leased for ever, to nobody.
             entry = waiter.unclaimed
             if entry is not None:
                 self.release(entry.connection)
@@ -419,6 +322,8 @@ class Pool(Generic[C]):
         now = self._now()
         while self._idle:
             entry = self._idle[-1]
+            # On a loop that was blocked, a caller may run before the timer that closes what has
+            # expired.
             if now < entry.expires_at and entry.connection.is_reusable:
                 self._idle.pop()
                 self._lend(entry)
@@ -427,62 +332,76 @@ class Pool(Generic[C]):
         return None
 
     def _lend(self, entry: PoolEntry[C]) -> None:
+        # A standby resets the backoff only when somebody uses it. A server may accept handshakes
+        # and then end the connections: reset by the dial, the pool would dial without a pause.
+        # After a permanent refusal only a caller's dial resets it (`_dial_succeeded`).
         if not entry.lease_count and self._backoff.next_attempt < math.inf:
             self._backoff.succeeded()
         entry.lease_count += 1
 
     def _offer(self, entry: PoolEntry[C]) -> None:
-        """To whoever asked first, else to the idle ones; unless its time is over."""
+        """Hand a clean connection to the first caller that accepts it; else it becomes idle."""
         entry.verified_at = self._now()
         if entry.verified_at >= entry.expires_at:
             self._remove(entry, Reason.EXPIRED)
             return
         for waiter in self._waiters:
             if waiter.accept(entry):
+                # The waiter's task runs later. Still in the queue, it would be counted until then
+                # in `repr()` and `is_empty`.
                 self._waiters.remove(waiter)
                 self._lend(entry)
                 return
         if self.is_closed:
             self._remove(entry, Reason.SHUTDOWN)
             return
+        # A cleared connection is sorted in where it belongs, not last: `idle_since` is when its
+        # utterance ended, and `_trim` looks only at the first one.
         bisect.insort(self._idle, entry, key=lambda each: each.idle_since)
 
     # Dialling
 
     def _dial_for_waiters(self) -> None:
-        # Asked anew after each: an eager task may have served somebody before spawn() returned.
+        # Looked up again after each dial: an eager dial may have served or failed a waiter before
+        # spawn() returned. A list made beforehand would dial for that waiter all the same.
         while (waiter := self._next_to_dial_for()) is not None:
             self._dial(waiter, waiter.deadline - self._now())
 
-    def _next_to_dial_for(self) -> _Waiter[C] | None:
-        """One dial under way for each waiter, whoever began it, or one clear.
+    def _next_to_dial_for(self) -> Waiter[C] | None:
+        """The caller to dial for, if fewer connections are on their way than callers wait.
 
-        From the last in line: those before it have dials of their own, or were content with
-        somebody else's. What takes longer than it should is not relied on.
+        Dials count, whoever began them, and so do clears, unless they take longer than they should.
+        The last caller in line is next: those before it have dials of their own, or rely on a
+        dial or clear that somebody else began.
         """
-        # One that was served, failed or cancelled leaves the line only when its task wakes up.
+        # A waiter that was served, failed or cancelled leaves the queue when its task runs again.
+        # Counted until then, it would get a dial that nobody waits for.
         waiting = [waiter for waiter in self._waiters if not waiter.future.done()]
-        dialled = sum(not dial.patience.is_over for dial in self._dials)
-        restored = sum(not clear.patience.is_over for clear in self._clearing.values())
-        restored = min(restored, sum(not waiter.wants_fresh for waiter in waiting))
-        if dialled + restored >= len(waiting):
+        dialled = sum(not dial.soft_timeout.is_over for dial in self._dials)
+        cleared = self._clearing.relied_on
+        cleared = min(cleared, sum(not waiter.wants_fresh for waiter in waiting))
+        if dialled + cleared >= len(waiting):
             return None
         have_dials = {dial.waiter for dial in self._dials}
         return next((waiter for waiter in reversed(waiting) if waiter not in have_dials), None)
 
-    def _dial(self, waiter: _Waiter[C] | None, timeout: float) -> None:
-        patience = SoftTimeout(self._supervisor, DIAL_PATIENCE, self._settle)
-        dial = _Dial(self._now(), patience, waiter)
-        self._dials.add(dial)  # first: an eager task may end before spawn() returns
+    def _dial(self, waiter: Waiter[C] | None, timeout: float) -> None:
+        soft_timeout = SoftTimeout(self._supervisor, DIAL_SOFT_TIMEOUT, self._settle)
+        dial = Dial(self._now(), soft_timeout, waiter)
+        # Before spawn(): an eager dial may end before spawn() returns. Added afterwards, it would
+        # stay in `_dials` for ever, and callers would rely on it.
+        self._dials.add(dial)
         run = self._run_dial(dial, timeout)
         dial.task = self._supervisor.spawn(run, name="xai_pool_patch.dial")
 
-    async def _run_dial(self, dial: _Dial[C], timeout: float) -> None:
+    async def _run_dial(self, dial: Dial[C], timeout: float) -> None:
         outcome: C | Exception
         try:
             outcome = await self._connect(timeout)
         except asyncio.CancelledError:
-            # By aclose() or by the end of the loop: either way nobody should dial again.
+            # aclose() cancelled the dial, or the loop is ending. The waiter must fail, or its
+            # caller waits until its deadline. And the pool must end: open, it would dial anew for
+            # what is missing, on a loop about to close.
             self._dials.discard(dial)
             if dial.waiter is not None:
                 dial.waiter.fail(PoolClosedError("the pool ended during the dial"))
@@ -491,15 +410,15 @@ class Pool(Generic[C]):
         except Exception as error:
             outcome = error
         finally:
-            dial.patience.stop()
-        # Not within the try: what fails from here on is a fault, and no failure of the dial.
+            dial.soft_timeout.stop()
+        # Outside the try: an exception from here on is a fault of the pool, not a failed dial.
         self._dials.discard(dial)
         if isinstance(outcome, Exception):
             self._dial_failed(dial, outcome)
         else:
             self._dial_succeeded(dial, outcome)
 
-    def _dial_succeeded(self, dial: _Dial[C], connection: C) -> None:
+    def _dial_succeeded(self, dial: Dial[C], connection: C) -> None:
         now = self._now()
         self.metrics.connected(now - dial.began)
         if dial.waiter is not None:
@@ -515,14 +434,15 @@ class Pool(Generic[C]):
         )
         self._entries[connection] = entry
         connection.on_lost = lambda: self._lost(entry)
-        connection.on_stale_audio = self._distrust_clears
+        connection.on_stale_audio = self._clearing.stop_clearing
         self._offer(entry)
         if not connection.is_reusable:
-            # An eager task factory lets its reader run before anybody can be told of its end.
+            # The reader of an eager loop runs while the connection is made, and may meet its end
+            # before `on_lost` is set. Nobody would take the dead connection out again.
             self._lost(entry)
         self._settle()
 
-    def _dial_failed(self, dial: _Dial[C], error: Exception) -> None:
+    def _dial_failed(self, dial: Dial[C], error: Exception) -> None:
         self._backoff.failed(self._failure_kind_of(error), self._now())
         if dial.waiter is not None:
             dial.waiter.fail(DialFailedError(error))
@@ -530,94 +450,27 @@ class Pool(Generic[C]):
             self.metrics.standby_failed(error, self._backoff.next_attempt - self._now())
         self._settle()
 
-    # Restoring
+    # Losing and closing
 
-    def _clear(self, entry: PoolEntry[C], failing: Reason) -> None:
-        round_trip = entry.connection.round_trip
-        timeout, relied_for = self._options.clear_timeout, 0.0
-        if round_trip is not None:
-            timeout = min(timeout, max(SHORTEST_CLEAR, CLEAR_ROUND_TRIPS * round_trip))
-            relied_for = max(SHORTEST_RELIANCE, RELIED_ROUND_TRIPS * round_trip)
-        patience = SoftTimeout(self._supervisor, relied_for, self._settle)
-        clear = self._clearing[entry] = _Clear(failing, patience)
-        run = self._run_clear(entry, timeout, patience)
-        clear.task = self._supervisor.spawn(run, name="xai_pool_patch.clear_timeout")
-
-    async def _run_clear(self, entry: PoolEntry[C], timeout: float, patience: SoftTimeout) -> None:
-        clearing = self._supervisor.spawn(entry.connection.clear(), name="xai_pool_patch.clear")
-        try:
-            await asyncio.wait([clearing], timeout=timeout)
-        finally:
-            patience.stop()
-            if not self._loop.is_closed():
-                clearing.cancel()
-        await asyncio.wait([clearing])  # until it has let go of the connection
-        self._cleared(entry)
-
-    def _cleared(self, entry: PoolEntry[C]) -> None:
-        clear = self._clearing.pop(entry, None)
-        if clear is None:
-            return
-        is_clean = entry.connection.is_reusable
-        self._learn(clear.failing, is_clean)
-        if is_clean:
+    def _cleared(self, entry: PoolEntry[C], failure: Reason | None) -> None:
+        if failure is None:
             self._offer(entry)
         else:
-            self._remove(entry, clear.failing)
+            self._remove(entry, failure)
         self._settle()
-
-    def _learn(self, failing: Reason, is_clean: bool) -> None:
-        """What one clear says about the next of its kind."""
-        self._refused[failing] = 0 if is_clean else self._refused[failing] + 1
-        is_hopeless = self._refused[failing] >= REFUSALS
-        if failing is Reason.INTERRUPTED:
-            if is_clean:
-                self.metrics.cleared()
-            elif is_hopeless:
-                self._stop_clearing("clears are not acknowledged")
-        elif not is_clean:
-            self._backoff.failed(FailureKind.TRANSIENT, self._now())
-            if is_hopeless:
-                self._stop_verifying("clears are not acknowledged")
-
-    def _stop_clearing(self, reason: str) -> None:
-        if self._clears_interrupted:
-            self._clears_interrupted = False
-            self.metrics.clearing_stopped(reason)
-
-    def _distrust_clears(self) -> None:
-        self._stop_clearing("audio came after the acknowledgement of a clear")
-
-    def _stop_verifying(self, reason: str) -> None:
-        self._verify_after = math.inf
-        self.metrics.verifying_stopped(reason)
-
-    def _verify(self) -> None:
-        """Has an idle connection prove that it lives. One at a time: callers may need the rest."""
-        if self._clearing:
-            return
-        now = self._now()
-        for entry in self._idle:
-            if entry.verified_at + self._verify_after <= now:
-                self._idle.remove(entry)
-                self._clear(entry, Reason.LOST)
-                return
-
-    # Losing and closing
 
     def _lost(self, entry: PoolEntry[C]) -> None:
         if entry.connection.sent_stale_audio:
-            self._distrust_clears()
-        if entry in self._clearing:
-            self._cleared(entry)
+            self._clearing.stop_clearing()
+        if entry in self._clearing.under_way:
+            # At once, though the task of the clear would find out a step later: until then callers
+            # would rely on this clear.
+            self._clearing.ended(entry)
         if entry.connection not in self._entries:
-            return
+            return  # ended() has closed it, or its lease was discarded before
         if not entry.lease_count and self._now() - entry.made_at < SHORT_LIFE:
             self._backoff.failed(FailureKind.TRANSIENT, self._now())
-        if entry in self._idle:
-            self._remove(entry, Reason.LOST)
-        else:
-            self._remove(entry, Reason.FAILED)
+        self._remove(entry, Reason.LOST if entry in self._idle else Reason.FAILED)
         self._settle()
 
     def _remove(self, entry: PoolEntry[C], reason: Reason) -> None:
@@ -626,11 +479,11 @@ class Pool(Generic[C]):
             self._idle.remove(entry)
             idle_for = now - entry.idle_since
         del self._entries[entry.connection]
-        clear = self._clearing.pop(entry, None)
+        self._clearing.drop(entry)
         self.metrics.closed(reason.value, now - entry.made_at, idle_for)
+        # A lease may be collected after its loop was closed. Nothing can be sent then, and the
+        # task of a close would never run.
         if not self._loop.is_closed():
-            if clear is not None and clear.task is not None:
-                clear.task.cancel()
             task = entry.connection.close()
             if task is not None:
                 self._closing.add(task)
@@ -639,51 +492,82 @@ class Pool(Generic[C]):
     # What follows from the state
 
     def _settle(self) -> None:
-        """Does whatever the state calls for. To be called after every change of it."""
+        """Do whatever the state calls for. Every change of the state must be followed by this.
+
+        Each rule that depends on time returns when it has to run again if nothing else happens.
+        """
         self._dial_for_waiters()
         if not self.is_closed:
-            self._retire_aged()
-            self._trim()
-            self._verify()
-            self._top_up()
-        self._arm()
+            rules = (self._retire_aged, self._trim, self._verify, self._top_up)
+            self._arm(min([rule() for rule in rules]))
 
-    def _retire_aged(self) -> None:
-        now = self._now()
-        for entry in [m for m in self._idle if m.rotate_at <= now]:
-            if 0 < self._min_size <= self._fresh() or now >= entry.expires_at or not self._min_size:
+    def _retire_aged(self) -> float:
+        """Close idle connections that are replaced or expired."""
+        now, due = self._now(), math.inf
+        for entry in list(self._idle):
+            if now < entry.rotate_at:
+                due = min(due, entry.rotate_at)
+            elif now >= entry.expires_at or self._fresh() >= self._min_size:
                 self._remove(entry, Reason.EXPIRED)
+            else:
+                due = min(due, entry.expires_at)
+        return due
 
-    def _trim(self) -> None:
-        now = self._now()
+    def _trim(self) -> float:
+        """Close connections above `min_size` that have been idle for `max_idle_time`."""
         while self._idle and self._fresh() + len(self._dials) > self._min_size:
-            if self._idle[0].idle_since + self._options.max_idle_time > now:
-                return
+            due = self._idle[0].idle_since + self._options.max_idle_time
+            if self._now() < due:
+                return due
             self._remove(self._idle[0], Reason.SURPLUS)
+        return math.inf
 
-    def _top_up(self) -> None:
+    def _verify(self) -> float:
+        """Verify an idle connection. One at a time: callers may need the others."""
+        due = math.inf
+        if self._clearing.under_way:
+            return due  # `_cleared` settles when it has ended
+        for entry in self._idle:
+            verify_at = self._clearing.verify_at(entry)
+            if verify_at <= self._now():
+                self._idle.remove(entry)
+                self._clearing.begin(entry, Reason.LOST)
+                return math.inf
+            due = min(due, verify_at)
+        return due
+
+    def _top_up(self) -> float:
+        """Dial what is missing to `min_size`, unless background dials have to pause."""
         missing = self._min_size - self._fresh() - len(self._dials)
+<<<<<<< HEAD
         if missing <= 0 or self._now() < self._backoff.next_attempt:
             return
         if self.is_defunct:
+=======
+        if missing <= 0:
+            return math.inf
+        if self._now() < self._backoff.next_attempt:
+            return self._backoff.next_attempt
+        if self.is_defunct:
+>>>>>>> h-prose
             self.close()
-            return
+            return math.inf
         for _ in range(missing):
             self._dial(None, self._standby_timeout)
+        return math.inf
 
     def _fresh(self) -> int:
         """Connections that are not about to be replaced."""
         now = self._now()
         return len(self._entries) - sum(1 for m in self._idle if m.rotate_at <= now)
 
-    def _arm(self) -> None:
-        """Sets the timer to the next moment at which time alone changes something.
-
-        One that is set too early is left: it costs a look at the state, which sets it anew.
-        """
-        due = self._next_due()
+    def _arm(self, due: float) -> None:
+        """Settle again at that time, if nothing happens before."""
+        # A rule may have ended the pool (`_top_up`), and a dial that an eager loop ran inside it
+        # may have settled and set the timer already. A timer that is early is left alone: it costs
+        # one more `_settle`, which sets the next one.
         is_set = self._timer is not None and self._timer.when() <= due
-        if due == math.inf or is_set or self._loop.is_closed():
+        if self.is_closed or due == math.inf or is_set or self._loop.is_closed():
             return
         if self._timer is not None:
             self._timer.cancel()
@@ -692,20 +576,6 @@ class Pool(Generic[C]):
     def _on_timer(self) -> None:
         self._timer = None
         self._settle()
-
-    def _next_due(self) -> float:
-        if self.is_closed:
-            return math.inf
-        now = self._now()
-        moments = [m.expires_at if m.rotate_at <= now else m.rotate_at for m in self._idle]
-        if not self._clearing:
-            moments += [m.verified_at + self._verify_after for m in self._idle]
-        surplus = self._fresh() + len(self._dials) - self._min_size
-        if surplus > 0 and self._idle:
-            moments.append(self._idle[0].idle_since + self._options.max_idle_time)
-        if surplus < 0:
-            moments.append(self._backoff.next_attempt)
-        return min(moments, default=math.inf)
 
     def _now(self) -> float:
         return self._loop.time()

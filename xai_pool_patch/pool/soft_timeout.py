@@ -1,4 +1,4 @@
-"""How long something is waited for, on an event loop that may be blocked."""
+"""A timeout for an event loop that may be blocked."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Callable
 from .supervisor import Supervisor
 
 TICKS = 10
-"""Parts of a patience. A blocked loop costs it one of them at most."""
+"""Parts of a timeout. However long the loop is blocked, one part of the time passes at most."""
 
 
 class SoftTimeout:
-    """A time that passes only while the event loop runs.
+    """A timeout whose time passes only while the event loop runs.
 
-    What is waited for cannot get on while the loop is blocked, whatever the clock says. The first
-    `AgentSession` of a process blocks it for a quarter of a second on a quiet machine, just behind
-    the dial of its `prewarm()`, and on a busy one for longer than any handshake should take.
+    While the loop is blocked, a dial or an answer cannot progress, whatever the clock says. The
+    first `AgentSession` of a process blocks the loop for a quarter of a second on a quiet machine,
+    just after the dial of `prewarm()`; on a busy machine, for longer than a handshake should take.
 
     Args:
         supervisor: owns the timers.
-        seconds: 0.0 for a patience that is over from the start.
-        on_end: called once, unless it is over from the start or stopped before.
+        seconds: 0.0 for a timeout that is over from the start.
+        on_end: called once when the time is over; not if it was over from the start.
     """
 
     def __init__(self, supervisor: Supervisor, seconds: float, on_end: Callable[[], None]) -> None:
@@ -38,7 +38,7 @@ class SoftTimeout:
         return self._left == 0
 
     def stop(self) -> None:
-        """It goes no further: what was waited for is there, or will not come."""
+        """Never call `on_end`: what the timeout was for has happened, or cannot happen."""
         if self._timer is not None:
             self._timer.cancel()
 
@@ -51,8 +51,9 @@ class SoftTimeout:
             self._left -= 1
             self._wait(self._tick, self._pass)
         else:
-            # A loop that was blocked in the last tick rings before it reads what has long arrived:
-            # the timer of the next pass through the loop comes after that.
+            # After a block in the last tick, the loop runs this timer before it reads what arrived
+            # during the block. A timer that is due at once runs in the loop's next pass, after the
+            # sockets were read. Without it, an answer that is there would count as missing.
             self._wait(0.0, self._end)
 
     def _end(self) -> None:

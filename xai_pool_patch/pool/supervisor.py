@@ -1,24 +1,28 @@
-"""All that runs and is open for the pools of one event loop, so that a fault can end all of it."""
+"""The tasks, timers and sockets of one event loop's pools, so that a fault can end all of them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Callable, Collection, Coroutine
-from typing import Any
-
-import aiohttp
+from collections.abc import Awaitable, Callable, Collection, Coroutine
+from typing import Any, Protocol
 
 OnFault = Callable[[str, Exception], None]
-"""Gets the operation that failed, and what it failed with."""
+"""Takes the name of the operation that failed, and the exception."""
+
+
+class Socket(Protocol):
+    """What the supervisor needs of a WebSocket."""
+
+    def close(self) -> Awaitable[object]: ...
 
 
 def spawn(coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-    """Starts a task that belongs to the pool, not to the turn that happened to start it.
+    """Start a task that belongs to the pool, not to the turn that happens to start it.
 
-    An empty context keeps the turn's trace span, stream and TTS from living as long as the
-    connection. A loop that is closed without cancelling its tasks takes this one with it in
-    silence: its socket is gone then, and there is nobody to be warned.
+    The task has an empty context. Otherwise the turn's trace span, stream and TTS would live as
+    long as the connection. If a loop is closed without cancelling its tasks, asyncio does not warn
+    about this one: its socket is gone with the loop, and there is nothing to do about it.
     """
     loop = asyncio.get_running_loop()
     task = contextvars.Context().run(loop.create_task, coroutine, name=name)
@@ -30,36 +34,36 @@ class Supervisor:
     """Owns the tasks, timers and sockets of one event loop.
 
     Args:
-        on_fault: gets what a task or a timer raised. None of them is supposed to raise.
+        on_fault: takes what a task or a timer raised. None of them should raise.
         close_timeout: seconds a peer has to answer a Close frame.
 
     Attributes:
         sockets: every WebSocket that was opened for the pools and has not ended.
-        is_stopped: after a fault.
+        is_stopped: a fault has stopped everything.
     """
 
     def __init__(self, on_fault: OnFault, close_timeout: float) -> None:
         self.on_fault = on_fault
         self._close_timeout = close_timeout
-        self.sockets: set[aiohttp.ClientWebSocketResponse] = set()
+        self.sockets: set[Socket] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._goodbyes: set[asyncio.Task[None]] = set()
         self.is_stopped = False
 
     def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        """Starts a task whose exception is a fault."""
+        """Start a task whose exception is a fault."""
         task = spawn(coroutine, name)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return task
 
     def call_at(self, when: float, callback: Callable[[], object]) -> asyncio.TimerHandle:
-        """`loop.call_at` in an empty context, for the reason that `spawn` has."""
+        """Call `loop.call_at` in an empty context, for the same reason as `spawn`."""
         loop = asyncio.get_running_loop()
         return loop.call_at(when, self.run, callback, context=contextvars.Context())
 
     def run(self, callback: Callable[[], object]) -> None:
-        """Calls it on behalf of the event loop."""
+        """Call a function for the event loop: its exception is a fault."""
         if self.is_stopped:
             return
         try:
@@ -67,26 +71,26 @@ class Supervisor:
         except Exception as fault:
             self.on_fault("timer", fault)
 
-    def stop(self, kept: Collection[aiohttp.ClientWebSocketResponse]) -> None:
-        """Ends all of it after a fault, except for the sockets that somebody still speaks on.
+    def stop(self, in_use: Collection[Socket]) -> None:
+        """End everything after a fault, except for sockets that an utterance goes on over.
 
-        Shares no code with how connections are closed otherwise: that may be what is at fault.
+        This shares no code with how connections are closed otherwise, which may be what failed.
         """
         self.is_stopped = True
         for task in list(self._tasks):
             task.cancel()
-        for ws in self.sockets.difference(kept):
+        for ws in self.sockets.difference(in_use):
             self.say_goodbye(ws)
 
-    def say_goodbye(self, ws: aiohttp.ClientWebSocketResponse) -> None:
-        """Closes a socket in the background, for want of a connection that does."""
+    def say_goodbye(self, ws: Socket) -> None:
+        """Close a socket in the background, if no connection does so."""
         self.sockets.discard(ws)
         goodbye = spawn(_say_goodbye(ws, self._close_timeout), name="xai_pool_patch.goodbye")
         self._goodbyes.add(goodbye)
         goodbye.add_done_callback(self._goodbyes.discard)
 
     async def stopped(self) -> None:
-        """Waits for the Close frames that `stop` sent to be answered."""
+        """Wait until the Close frames that `stop` sent are answered, or too late."""
         if self._goodbyes:
             await asyncio.wait(self._goodbyes)
 
@@ -96,13 +100,13 @@ class Supervisor:
             self.on_fault(task.get_name(), fault)
 
 
-async def _say_goodbye(ws: aiohttp.ClientWebSocketResponse, close_timeout: float) -> None:
+async def _say_goodbye(ws: Socket, close_timeout: float) -> None:
     closing = asyncio.ensure_future(ws.close())
     await asyncio.wait([closing], timeout=close_timeout)
     closing.cancel()
     await asyncio.wait([closing])
     if not closing.cancelled():
-        closing.exception()  # of a socket that is gone already: nobody needs to hear of it
+        closing.exception()  # the socket was gone already: asyncio must not log that
     response = getattr(ws, "_response", None)
     if response is not None:
         response.close()

@@ -22,20 +22,21 @@ ENDINGS = (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR
 CLOSED_MESSAGE = aiohttp.WSMessage(WSMsgType.CLOSED, None, None)
 
 SUSPICIOUS = 2
-"""Connections in a row that end without a PONG before none is expected: one may have vanished."""
+"""The heartbeat stops after so many connections in a row that ended without a PONG. One alone may
+belong to a peer that vanished."""
 
 TEXT_CLEAR = '{"type":"text.clear"}'
 
 Sink = Callable[[aiohttp.WSMessage, str], None]
-"""Takes what the reader read: the message, and the type that its JSON names."""
+"""Takes a message that the reader has read, and the type that its JSON names."""
 
 
 class State(enum.Enum):
     OPEN = "open"
     LOST = "lost"
-    """The peer ended it, or said something that it was not asked for."""
+    """The peer ended the connection, or sent something that nobody asked for."""
     CLOSING = "closing"
-    """By our own wish."""
+    """The pool closes the connection."""
 
 
 @dataclass(eq=False)
@@ -43,26 +44,26 @@ class _Fence:
     """See `Connection.ping_as_fence`."""
 
     token: bytes
-    patience: SoftTimeout
+    soft_timeout: SoftTimeout
     is_overdue: bool = False
-    """The PONG took too long to tell anything."""
+    """The PONG took so long that it proves nothing any more."""
     held: list[tuple[aiohttp.WSMessage, str]] = field(default_factory=list)
-    """Audio that came before the PONG, and its type."""
+    """Audio that came before the PONG, with its type."""
 
 
 class Heartbeat:
-    """The PINGs by which aiohttp finds a peer that has vanished: it ends who does not answer.
+    """The PINGs by which aiohttp finds a peer that has vanished: it ends the connection.
 
-    A server that answers none at all is not held to them. Its connections would go on ending, each
-    without a Close frame, and so be counted as sessions long after. The PONG of any connection
-    ends that suspicion.
+    If a server answers no PING at all, new connections send none. Otherwise aiohttp would end one
+    connection after the other without a Close frame, and the server would count each as a session
+    long after. A PONG on any connection starts the heartbeat again.
 
     Args:
         interval: see `PoolOptions.heartbeat`.
 
     Attributes:
-        are_late: a PONG came after the answer to a text that its PING had left ahead of, or not at
-            all. It tells nothing about which utterance an answer is for.
+        are_late: a PING left ahead of a text, and its PONG came after the answer to that text, or
+            never. PONGs of this server do not show which utterance an answer is for.
     """
 
     def __init__(self, interval: float) -> None:
@@ -72,14 +73,15 @@ class Heartbeat:
 
     @property
     def interval(self) -> float | None:
-        """Seconds, for the next connection; None for no PINGs."""
+        """Seconds between the PINGs of the next connection; None for no PINGs."""
         return self._interval if self._unanswered < SUSPICIOUS else None
 
     def answered(self) -> None:
+        """A PONG came."""
         self._unanswered = 0
 
     def unanswered(self) -> None:
-        """A connection ended that was never answered a PING in all its life."""
+        """A connection ended that never got a PONG."""
         self._unanswered += 1
         if self._unanswered == SUSPICIOUS:
             log_event(LogEvent.PINGS_UNANSWERED)
@@ -88,22 +90,23 @@ class Heartbeat:
 class Connection:
     """A WebSocket with one reader for its whole life.
 
-    The reader answers PINGs and notices a peer that goes away, also while nobody uses the
-    connection. What it reads goes to whoever leases it. The WebSocket must have been opened with
+    The reader answers PINGs and notices a peer that goes away, also while the connection is idle.
+    The sink of the lease gets everything else. The WebSocket must have been opened with
     `autoping=False`, so that PINGs and PONGs reach the reader.
 
     Args:
-        supervisor: owns its tasks.
+        supervisor: owns the tasks.
         heartbeat: learns whether PINGs are answered.
         close_timeout: seconds the peer has to answer a Close frame.
 
     Attributes:
-        sink: takes what is read; None while nobody uses the connection.
+        sink: takes what the reader reads; None while the connection is idle.
         reader: the task that reads.
-        unhandled: what it has read and not passed on yet.
-        last_heard: when anything came last, a PONG included; time of the event loop.
+        unhandled: the message that the reader has read and not passed on yet.
+        last_heard: when the last message came, a PONG included; time of the event loop.
         round_trip: seconds that the last PONG took; None while none has come.
-        sent_stale_audio: it acknowledged a `text.clear`, and more came of what was cleared.
+        sent_stale_audio: the server acknowledged a clear, and yet sent more of the cleared
+            utterance.
     """
 
     def __init__(
@@ -144,19 +147,20 @@ class Connection:
 
     @property
     def is_over(self) -> bool:
-        """Nothing more will be read."""
+        """The reader has ended."""
         return self.reader.done()
 
     def attach(self, sink: Sink) -> None:
-        """From here on the sink gets what is read, and nothing that was read before."""
+        """Pass everything that is read from now on to a sink."""
         self.sink = sink
 
     def detach(self) -> None:
+        """Pass nothing on any more."""
         self.sink = None
         self._lift_fence()
 
     async def ping(self) -> None:
-        """Asks for a sign of life; the PONG sets `last_heard` and `round_trip`."""
+        """Ask for a sign of life. The PONG sets `last_heard` and `round_trip`."""
         await self.ws.ping(self._new_token())
 
     def _new_token(self) -> bytes:
@@ -165,32 +169,37 @@ class Connection:
         self._pinged_at = {token: now}
         return token
 
-    async def ping_as_fence(self, patience: float) -> None:
-        """A PING ahead of an utterance's first text tells old audio from new.
+    async def ping_as_fence(self, timeout: float) -> None:
+        """Send a PING ahead of an utterance's first text, to tell old audio from new.
 
-        Audio that comes before its PONG left the server before that knew of the text: it is held,
-        and dropped once the PONG is there. A PONG that takes longer than `patience` tells nothing;
-        then what was held is heard, and no PING of this server is taken for a fence again. Nor is
-        one if audio comes first where none can be old.
+        Audio that comes before the PONG left the server before the text arrived there. The
+        connection holds such audio, and drops it when the PONG comes. If no PONG comes within
+        `timeout`, the plugin hears the held audio, and PINGs to this server are not used as fences
+        any more. The same follows if audio comes before the PONG of a connection's first utterance,
+        where no audio can be old.
 
-        Not after a cleared utterance, though. That nothing of it comes any more is the server's
-        word alone; without a PONG to check it by, no audio of that connection is heard.
+        After a clear the connection is stricter: it passes on no audio without a PONG. Only the
+        acknowledgement says that nothing more comes of the cleared utterance, and the PONG is the
+        only check of that.
         """
         token = self._new_token()
         if self._trusts_pongs or self.utterance.was_cleared:
             on_end = self._fence_timed_out
-            self._fence = _Fence(token, SoftTimeout(self._supervisor, patience, on_end))
+            self._fence = _Fence(token, SoftTimeout(self._supervisor, timeout, on_end))
         await self.ws.ping(token)
 
     def sending(self, frame: object) -> None:
-        """Must be called before the frame is sent: a send that is cancelled may have left."""
+        """Follow a frame that is about to be sent.
+
+        Call this before the send: a send that is cancelled may have left all the same.
+        """
         self.utterance.sent(frame)
 
     async def clear(self) -> None:
-        """Has the server cancel what it owes, or prove that it owes nothing, by `text.clear`.
+        """Send a `text.clear`: the server cancels the utterance under way, or owes nothing already.
 
-        Ends with the acknowledgement, or as soon as none can come any more; `is_reusable` tells
-        which. For a connection that nobody uses.
+        Returns when the acknowledgement has come, or cannot come any more. `is_reusable` says
+        which. The connection must not be leased.
         """
         over = self._loop.create_future()
 
@@ -203,19 +212,20 @@ class Connection:
             self.sending(TEXT_CLEAR)
             await self.ws.send_str(TEXT_CLEAR)
             if self.utterance.awaits_clear:
-                # What was read together with the acknowledgement is seen before this goes on: the
-                # reader does not pause in between.
+                # The reader does not pause between messages that arrived together. So audio that
+                # came right behind the acknowledgement is judged before this task runs again, and
+                # such a connection is not handed out.
                 await over
         except OSError:
-            pass  # its reader hears of its end
+            pass  # the reader reports the end
         finally:
             self.detach()
 
     def close(self) -> asyncio.Task[None] | None:
-        """Closes in the background: a Close frame, `close_timeout` for the answer, then abort.
+        """Send a Close frame in the background, wait up to `close_timeout`, then abort.
 
         Returns:
-            The task that does it; None if the peer has closed it already.
+            The task that does so; None if the peer has closed the socket already.
         """
         if self.state is State.OPEN:
             self.state = State.CLOSING
@@ -226,7 +236,8 @@ class Connection:
         return self._closer
 
     async def _shut(self) -> None:
-        # Not wait_for(): before Python 3.12 it makes a task that a closing loop complains of.
+        # Not wait_for(): before Python 3.12 it makes a task of its own, and a loop that is closed
+        # in the meantime complains about that task.
         closing = self._supervisor.spawn(self._send_close(), name="xai_pool_patch.close_frame")
         try:
             await asyncio.wait([closing], timeout=self._close_timeout)
@@ -239,20 +250,20 @@ class Connection:
     async def _send_close(self) -> None:
         try:
             await self.ws.close()
-        except Exception as error:  # whatever it is, the socket goes
+        except Exception as error:  # whatever it is, `_abort` follows
             log_event(LogEvent.CLOSE_FAILED, error=error)
 
     def _abort(self) -> None:
-        # A peer that answered has nothing more to say, and one that did not would keep the TLS
-        # layer waiting for its goodbye.
+        # A peer that answered the Close frame sends nothing more. For one that did not, the TLS
+        # layer would wait for the end of its own handshake.
         if self._transport is not None:
-            # Closed twice, a TLS transport has nothing left to abort. Python 3.11.2 raises there.
+            # A TLS transport that is closed already has nothing to abort. Python 3.11.2 raises.
             with contextlib.suppress(AttributeError):
                 self._transport.abort()
 
     async def _read(self) -> None:
         try:
-            await self.ping()  # so that the round trip is known before it matters
+            await self.ping()  # so that the round trip is known before the first probe
             while self.state is State.OPEN:
                 self.unhandled = await self.ws.receive()
                 await self._handle(self.unhandled)
@@ -261,9 +272,10 @@ class Connection:
             self._lose()
         except Exception as fault:
             self._supervisor.on_fault("reading", fault)
-            return  # the socket stays with the supervisor: an utterance may go on over it
+            return  # the supervisor keeps the socket: an utterance may go on over it
         finally:
-            # Cancelled, the loop is ending: `on_lost` would dial a new connection.
+            # No `on_lost` here. If the reader was cancelled, the loop is ending, and the pool would
+            # dial a new connection on it.
             if self.state is State.OPEN:
                 self.state = State.LOST
             self._deliver(CLOSED_MESSAGE)
@@ -314,7 +326,7 @@ class Connection:
         elif not may_be_heard or is_idle_and_dirty:
             self._lose()
         elif self.sink is None:
-            # What the server writes there is not known, and may be anything.
+            # The type comes from the server and may be anything, so only plain words are logged.
             kind = type_ if IDENTIFIER.fullmatch(type_) else "?"
             log_event(LogEvent.IGNORED, message_type=kind)
         else:
@@ -326,7 +338,7 @@ class Connection:
 
     @property
     def _awaits_early_pong(self) -> bool:
-        """There has been no PONG yet to a PING that left ahead of the utterance."""
+        """A PING left ahead of the utterance, and its PONG has not come yet."""
         return self._fence is not None or self.round_trip is None
 
     def _fence_timed_out(self) -> None:
@@ -345,7 +357,7 @@ class Connection:
 
     def _lift_fence(self) -> None:
         if self._fence is not None:
-            self._fence.patience.stop()
+            self._fence.soft_timeout.stop()
             self._fence = None
 
     def _dropped_stale_audio(self) -> None:
@@ -354,7 +366,7 @@ class Connection:
             self.on_stale_audio()
 
     def _distrust(self) -> None:
-        """More came of an utterance that was cleared, or may have come."""
+        """Give the connection up: audio of a cleared utterance came, or may have come."""
         self.sent_stale_audio = True
         self._lose()
 
@@ -371,6 +383,6 @@ class Connection:
 
 
 def _transport_of(ws: aiohttp.ClientWebSocketResponse) -> asyncio.WriteTransport | None:
-    """aiohttp has no public way to it, and none to abort a connection."""
+    """The transport, which is needed to abort: aiohttp has no public way to do either."""
     connection = getattr(getattr(ws, "_response", None), "connection", None)
     return getattr(connection, "transport", None)

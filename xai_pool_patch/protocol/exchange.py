@@ -1,9 +1,9 @@
 """One utterance on its way: which connections carry it, and what to do when one fails.
 
-A connection that lay idle may be dead without anybody knowing. As long as it has given nothing for
-this utterance, its failure is not the utterance's: a fresh one is dialled, what was sent is sent
-again, and whichever gives something first is the one that is heard. Once. What a fresh connection
-says, and everything after the first audio, goes to the plugin as it is.
+An idle connection may be dead without anybody knowing. If a reused connection fails before it has
+answered, the exchange dials a fresh one and replays the utterance on it, once. The plugin hears
+whichever connection answers first. From then on, and on a fresh connection from the start,
+everything goes to the plugin as it is, failures included.
 """
 
 from __future__ import annotations
@@ -19,26 +19,25 @@ import aiohttp
 from aiohttp import WSMsgType
 
 from ..pool.pool import Acquired, Pool, Reason
+from ..pool.round_trips import RoundTrips
 from ..pool.soft_timeout import SoftTimeout
 from ..pool.supervisor import Supervisor
 from .connection import ENDINGS, Connection
 from .first_audio import FirstAudio
 from .utterance import UNREADABLE, Stage
 
-PROBE_ROUND_TRIPS = 4
-SHORTEST_PROBE = 0.25
-LONGEST_PROBE = 1.5
-"""Seconds. A PING leaves just ahead of an utterance's first text; nothing heard for four round
-trips, between these bounds, is no sign of life. The dial of a replacement begins after half of
-that: most of a handshake is over by the time it is known whether it is needed."""
+PROBE = RoundTrips(4, at_least=0.25, at_most=1.5)
+"""Time for a sign of life after the PING that leaves just ahead of an utterance's first text. The
+exchange begins to dial a replacement after half of it, so that most of a handshake is over by the
+time it is known whether it is needed."""
 
 LOOKS = 10
-"""Per `first_audio_timeout`: how often an utterance that waits for its first audio for longer than
-it should looks whether it may be sent again, and whether it should be given up."""
+"""How often per `first_audio_timeout` an exchange whose first audio is late checks whether it may
+replay the utterance, and whether it should give up."""
 
 
 class Frame(NamedTuple):
-    """One frame that the plugin sent: the method of the WebSocket, and its arguments."""
+    """A frame that the plugin sent: the method of the WebSocket, and its arguments."""
 
     method: str
     args: tuple[Any, ...]
@@ -56,7 +55,7 @@ class Frame(NamedTuple):
 
 
 class Failure(enum.Enum):
-    """Why the first connection was not left to carry the utterance alone."""
+    """Why an exchange replayed its utterance. Log and metrics use these values."""
 
     NOT_SENT = "send failed"
     ENDED = "ended by the peer"
@@ -69,29 +68,29 @@ class Failure(enum.Enum):
 
 @dataclass(eq=False)
 class Attempt:
-    """One connection that carries the utterance."""
+    """A connection that carries the utterance."""
 
     connection: Connection
     is_fresh: bool
     waited: float
-    """Seconds that the utterance waited for it."""
+    """Seconds that the utterance waited for this connection."""
     replaces: Failure | None = None
-    """Why it replaces the first one, if it does."""
+    """What was wrong with the first connection, if this one replaces it."""
     sent: int = 0
-    """How many of the utterance's frames have been sent on it."""
+    """How many of the utterance's frames have been sent on this connection."""
     is_sending: bool = False
     silent_since: float | None = None
-    """Since then it has given no sign of life, unless it has given one after all."""
+    """When an unanswered probe began. The connection is silent if it sent nothing since."""
     asked_at: float | None = None
-    """When it had the whole text; time of the event loop."""
+    """When the whole text had been sent; time of the event loop."""
     doubted_at: float | None = None
-    """Since when its answer takes longer than it should."""
+    """When the answer began to take longer than it should."""
     is_overdue: bool = False
-    """It had the time that it gets for an answer. It may still give one, but nothing waits for it
-    alone."""
+    """The time for an answer is over. One may still come, but nothing waits for it alone."""
 
     @property
     def is_exhausted(self) -> bool:
+        """No answer is expected from this connection any more."""
         is_silent = (
             self.silent_since is not None and self.connection.last_heard <= self.silent_since
         )
@@ -103,13 +102,13 @@ class Exchange:
 
     Args:
         acquired: the connection to begin with.
-        pool: where it came from, and goes back to.
+        pool: the pool that the connections come from and go back to.
         frames: what the plugin sends; grows by one before each `send`.
         supervisor: owns the tasks and timers.
         redial: waits for a fresh connection.
-        first_audio: how long a reused connection may take to answer.
-        on_replaced: called with the seconds waited, and for what reason, when a replacement is the
-            one that is heard.
+        first_audio: decides how long a reused connection may take to answer.
+        on_replaced: called when a replacement is the connection that is heard, with the seconds
+            waited for it and the reason.
     """
 
     def __init__(
@@ -132,16 +131,16 @@ class Exchange:
         self._on_replaced = on_replaced
         self._attempts: list[Attempt] = []
         self._committed: Attempt | None = None
-        """The one that is heard; while there is none, a failure can still be mended."""
+        """The attempt that is heard. While there is none, the utterance can be replayed."""
         self._has_spoken = False
         self._redialling: asyncio.Task[None] | None = None
         self._has_redialled = False
-        """The dial is over; its connection may be sending yet."""
+        """The dial is over; its connection may still be sending."""
         self._replays_unanswered = False
-        """It holds the right to be sent again for being slow; see `FirstAudio`."""
+        """`FirstAudio` has allowed this exchange to replay an utterance that was not answered."""
         self._redial_error: Exception | None = None
-        """Why there is no replacement, though one was called for."""
-        self._patience: list[SoftTimeout] = []
+        """Why there is no replacement, though the exchange needed one."""
+        self._soft_timeouts: list[SoftTimeout] = []
         first = self._begin(Attempt(acquired.connection, acquired.fresh, acquired.waited))
         self.connection = first.connection
         if first.is_fresh:
@@ -159,14 +158,14 @@ class Exchange:
 
     @property
     def heard(self) -> Attempt | None:
-        """Who has given the audio that came so far."""
+        """The attempt whose audio the plugin has heard; None before the first audio."""
         return self._committed if self._has_spoken else None
 
     async def send(self) -> None:
-        """Sends the frames that have not been sent yet.
+        """Send the frames that have not been sent yet.
 
         Raises:
-            OSError: as the WebSocket does, if there is no other way to send it.
+            OSError: the WebSocket raised it, and no other connection can carry the utterance.
         """
         for attempt in list(self._attempts):
             try:
@@ -176,7 +175,7 @@ class Exchange:
                     raise
 
     def end(self, cut_off: Reason | None) -> None:
-        """Gives back what it holds. Never waits."""
+        """Give the connections back to the pool. Never waits."""
         self._stop_watching()
         self._stop_redialling()
         self._end_replay(helped=False)
@@ -201,8 +200,10 @@ class Exchange:
         return attempt
 
     async def _catch_up(self, attempt: Attempt) -> None:
-        """Sends what is not sent yet, in order, whoever calls it while it runs."""
+        """Send what has not been sent on this connection yet, in order."""
         if attempt.is_sending:
+            # The plugin's send() and the replay may both be here. The one that came first also
+            # sends what is added meanwhile; two senders would mix up the order of the frames.
             return
         attempt.is_sending = True
         try:
@@ -213,20 +214,21 @@ class Exchange:
                 attempt.connection.sending(frame.data)
                 self._watch(attempt)
                 sending = frame.send(attempt.connection.ws)
-                attempt.sent += 1  # with nothing in between: it tells what has left
+                # Before the await: a send that is cancelled may have left, and must not be sent
+                # twice over the same socket by a lease that steps aside.
+                attempt.sent += 1
                 await sending
         finally:
             attempt.is_sending = False
 
     async def _probe(self, attempt: Attempt) -> None:
-        """Asks a reused connection for a sign of life, and sees to it if there is none."""
+        """Ask a reused connection for a sign of life, and replay if none comes in time."""
         connection = attempt.connection
+        timeout = PROBE.seconds(connection.round_trip)
         if connection.round_trip is None:
-            await connection.ping_as_fence(LONGEST_PROBE)
+            await connection.ping_as_fence(timeout)
             return
         began = _now()
-        patience = PROBE_ROUND_TRIPS * connection.round_trip
-        patience = min(LONGEST_PROBE, max(SHORTEST_PROBE, patience))
 
         def is_silent() -> bool:
             return connection.last_heard <= began
@@ -239,24 +241,24 @@ class Exchange:
             attempt.silent_since = began
             self._fail_if_exhausted()
 
-        self._wait(patience / 2, doubt)
-        self._wait(patience, give_up)
-        await connection.ping_as_fence(patience)
+        self._wait(timeout / 2, doubt)
+        self._wait(timeout, give_up)
+        await connection.ping_as_fence(timeout)
 
     def _watch(self, attempt: Attempt) -> None:
-        """From the end of its text on, a reused connection that gave nothing has to answer."""
+        """Once the whole text is sent, limit the time until a reused connection answers."""
         if attempt.connection.utterance.stage not in (Stage.AWAITING, Stage.EMPTY):
             return
         attempt.asked_at = _now()
         if self._committed is None and not attempt.is_fresh:
-            self._wait(self._first_audio.patience, lambda: self._doubt(attempt))
+            self._wait(self._first_audio.replay_after, lambda: self._doubt(attempt))
 
     def _wait(self, seconds: float, then: Callable[[], None]) -> None:
-        """Calls it unless something is heard first."""
-        self._patience.append(SoftTimeout(self._supervisor, seconds, then))
+        """Call a function after that time, unless the plugin hears something first."""
+        self._soft_timeouts.append(SoftTimeout(self._supervisor, seconds, then))
 
     def _doubt(self, attempt: Attempt) -> None:
-        """The answer takes longer than it should: is the session dead, or the server slow?"""
+        """Decide about a late answer: the session may be dead, or the server slow."""
         if attempt not in self._attempts or attempt.asked_at is None:
             return
         if attempt.doubted_at is None:
@@ -267,14 +269,14 @@ class Exchange:
         if waited >= self._first_audio.limit or _is_mute(attempt):
             self._give_up_waiting(attempt)
             return
-        if waited >= self._first_audio.patience and self._redialling is None:
+        if waited >= self._first_audio.replay_after and self._redialling is None:
             self._replays_unanswered = self._first_audio.begin_replay()
             if self._replays_unanswered:
                 self._replace(lambda: True, Failure.NO_ANSWER)
         self._wait(self._first_audio.timeout / LOOKS, lambda: self._doubt(attempt))
 
     async def _ask_for_life(self, connection: Connection) -> None:
-        with contextlib.suppress(OSError):  # then its reader has heard of its end
+        with contextlib.suppress(OSError):  # the connection's reader reports its end
             await connection.ping()
 
     def _give_up_waiting(self, attempt: Attempt) -> None:
@@ -296,7 +298,8 @@ class Exchange:
         if self._committed in (attempt, None):
             if is_audio and not self._has_spoken:
                 self._begin_to_speak(attempt)
-            # Last: what is in the inbox is heard, whatever else should fail.
+            # Last: if anything above raises, the lease steps aside and finds this message with the
+            # connection (`Connection.unhandled`). In the inbox too, it would be heard twice.
             self.inbox.put_nowait(message)
 
     def _begin_to_speak(self, attempt: Attempt) -> None:
@@ -318,9 +321,9 @@ class Exchange:
             self._stop_redialling()
 
     def _go_on_without(self, attempt: Attempt, failure: Failure) -> bool:
-        """Whether something else will carry the utterance; else its failure is the plugin's."""
+        """Drop a failed attempt. False if nothing is left: the caller must report the failure."""
         if attempt not in self._attempts:
-            return True  # it was dropped while it was sending
+            return True  # another call dropped the attempt while this one was sending
         if self._committed is not None:
             return False
         if self._is_exhausted(without=attempt) and (attempt.is_fresh or self._has_redialled):
@@ -332,11 +335,14 @@ class Exchange:
         return True
 
     def _is_exhausted(self, without: Attempt | None = None) -> bool:
-        """There is no connection left of which an answer is to be expected."""
+        """No answer is expected from any connection, leaving out one if given."""
         return all(attempt.is_exhausted for attempt in self._attempts if attempt is not without)
 
     def _fail_if_exhausted(self) -> None:
-        """An error is better than to wait for ever for a connection that had its time."""
+        """Report why there is no replacement, if no connection will answer.
+
+        Otherwise the plugin would wait for ever.
+        """
         if self._redial_error is not None and self._is_exhausted():
             self.inbox.put_nowait(self._redial_error)
 
@@ -351,12 +357,12 @@ class Exchange:
     # Replacing
 
     def _replace(self, is_wanted: Callable[[], bool], failure: Failure) -> None:
-        """Begins to dial a replacement, if none has been dialled for this utterance."""
+        """Begin to dial a replacement, if none has been dialled for this utterance."""
         if self._redialling is None:
-            redial = self._send_again(is_wanted, failure)
+            redial = self._replay(is_wanted, failure)
             self._redialling = self._supervisor.spawn(redial, name="xai_pool_patch.redial")
 
-    async def _send_again(self, is_wanted: Callable[[], bool], failure: Failure) -> None:
+    async def _replay(self, is_wanted: Callable[[], bool], failure: Failure) -> None:
         try:
             acquired = await self._redial()
         except Exception as error:
@@ -366,13 +372,14 @@ class Exchange:
             self._fail_if_exhausted()
             return
         if not self._is_exhausted() and not is_wanted():
-            # The first connection has shown life meanwhile.
+            # The first connection has sent something during the dial. A replay would make the
+            # server generate the same audio twice.
             self._redialling = None
             self._pool.release(acquired.connection)
             return
         self._has_redialled = True
         attempt = self._begin(Attempt(acquired.connection, True, acquired.waited, failure))
-        with contextlib.suppress(OSError):  # then its reader has heard of its end
+        with contextlib.suppress(OSError):  # the connection's reader reports its end
             await self._catch_up(attempt)
 
     def _end_replay(self, *, helped: bool) -> None:
@@ -381,9 +388,9 @@ class Exchange:
             self._first_audio.end_replay(helped=helped)
 
     def _stop_watching(self) -> None:
-        for patience in self._patience:
-            patience.stop()
-        self._patience.clear()
+        for soft_timeout in self._soft_timeouts:
+            soft_timeout.stop()
+        self._soft_timeouts.clear()
 
     def _stop_redialling(self) -> None:
         if self._redialling is not None:
@@ -395,7 +402,7 @@ def _failure_in(attempt: Attempt, message: aiohttp.WSMessage, type_: str) -> Fai
         return Failure.ENDED
     utterance = attempt.connection.utterance
     if utterance.stage is Stage.DIRTY and type_ in ("audio.done", "audio.clear"):
-        # Before any audio of an utterance with words: an answer to something else.
+        # The utterance has words and has had no audio: this answers something else.
         return Failure.OUT_OF_TURN
     if type_ == "error" and (utterance.has_words or attempt.asked_at is None):
         return Failure.ERROR
@@ -405,11 +412,11 @@ def _failure_in(attempt: Attempt, message: aiohttp.WSMessage, type_: str) -> Fai
 
 
 def _is_mute(attempt: Attempt) -> bool:
-    """It is in doubt, and does not answer the PING that asks for a sign of life either."""
+    """The answer is late, and the PING that asked for a sign of life is not answered either."""
     connection = attempt.connection
     if attempt.doubted_at is None or connection.round_trip is None:
         return False
-    return connection.last_heard < attempt.doubted_at < _now() - LONGEST_PROBE
+    return connection.last_heard < attempt.doubted_at < _now() - PROBE.at_most
 
 
 def _now() -> float:

@@ -1,4 +1,4 @@
-"""How long a server may take to begin to speak, as far as the last utterances tell."""
+"""How long a server may take until the first audio, judged by the last utterances."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import asyncio
 import math
 
 LIMIT = 3
-"""An utterance is given up after so many times `first_audio_timeout`: whatever answers the PINGs,
-nobody speaks behind it."""
+"""An utterance fails after so many times `first_audio_timeout`. Something may still answer the
+PINGs, but no session is behind it."""
 
 MARGIN = 1.5
-"""A server that was slow and spoke may take half as long again the next time."""
+"""A server that was slow may take half as long again the next time."""
 
 
 class FirstAudio:
     """Tells a slow server from a dead session, for the utterances of one event loop.
 
-    A server that takes longer than `first_audio_timeout` would have to generate everything twice
-    if each utterance were sent again then. So slowness that turned out good teaches patience, and
-    of several that wait one is sent again at a time, until that has helped.
+    If each utterance were replayed after `first_audio_timeout`, a slow server would have to
+    generate everything twice. So an utterance that was slow and was heard gives the next ones more
+    time. Of several utterances that wait, one is replayed at a time, until a replay has helped.
 
     Args:
         timeout: see `PoolOptions.first_audio_timeout`.
@@ -31,28 +31,28 @@ class FirstAudio:
         self._helped_at = -math.inf
 
     @property
-    def patience(self) -> float:
-        """Seconds from the end of a text after which it is sent again over another connection."""
+    def replay_after(self) -> float:
+        """Seconds after the end of a text at which it may be replayed."""
         return max(self.timeout, MARGIN * self._slowest)
 
     @property
     def limit(self) -> float:
-        """Seconds after which nothing is expected any more."""
-        return max(LIMIT * self.timeout, self.patience)
+        """Seconds after the end of a text at which the utterance fails."""
+        return max(LIMIT * self.timeout, self.replay_after)
 
     def took(self, seconds: float) -> None:
-        """So long it was from the end of a text to its first audio."""
+        """Learn the time from the end of a text to its first audio."""
         self._slowest = max(seconds, self._slowest / 2)
 
     def begin_replay(self) -> bool:
-        """Whether an utterance that waited for so long may be sent again now."""
+        """Begin to replay an utterance that waited `replay_after`. False if it must wait longer."""
         if self._is_replaying and _now() - self._helped_at > self.timeout:
             return False
         self._is_replaying = True
         return True
 
     def end_replay(self, *, helped: bool) -> None:
-        """One that was sent again has ended, or was heard: over the other connection, it helped."""
+        """A replay is over. It helped if its connection was the one that was heard."""
         self._is_replaying = False
         if helped:
             self._helped_at = _now()

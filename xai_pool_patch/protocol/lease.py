@@ -1,4 +1,4 @@
-"""What the plugin sees as its WebSocket, for one utterance."""
+"""The lease: what the plugin sees as its WebSocket, for one utterance."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from .exchange import Attempt, Exchange, Frame
 Method = TypeVar("Method", bound=Callable[..., Coroutine[Any, Any, Any]])
 
 NETWORK_ERRORS = (aiohttp.ClientError, APIError, OSError, asyncio.TimeoutError)
-"""What the plugin's connect and WebSocket raise when the network or the server is at fault."""
+"""What the plugin's connect and its WebSocket raise when the network or the server fails."""
 
 DATA = (WSMsgType.TEXT, WSMsgType.BINARY)
 
 
 class _SteppedAsideError(Exception):
-    """Wakes whoever waits for a message when the lease steps aside."""
+    """Wakes a `receive()` that waits when the lease steps aside."""
 
 
 class _MisuseError(RuntimeError):
-    """As aiohttp has it, of a call that its WebSocket refuses too."""
+    """Raised for a call that aiohttp's own WebSocket refuses, too."""
 
 
 def _fails_open(method: Method) -> Method:
-    """After a fault of the patch the plugin's own WebSocket does what the method should have."""
+    """After a fault of the patch, do the operation on the plugin's own WebSocket instead."""
     name = method.__name__
 
     @functools.wraps(method)
@@ -60,13 +60,13 @@ class Lease(aiohttp.ClientWebSocketResponse):
     Only what touches the socket is overridden. The rest of the class (`receive_str`, `send_json`,
     iteration, `async with` …) is built on these and works as it is.
 
-    After a fault of the patch the lease steps aside: what was said so far goes on over the very
-    socket that is being heard, or is said again over one that the plugin's own connect opens. From
-    then on nothing but aiohttp is between the plugin and its server.
+    After a fault of the patch the lease steps aside. If the plugin has heard audio, the utterance
+    goes on over the same socket; otherwise it is sent anew over a socket that the plugin's own
+    connect opens. From then on only aiohttp is between the plugin and the server.
 
     Args:
         exchange: carries the utterance.
-        supervisor: hears of faults, and closes what is left open after one.
+        supervisor: takes faults, and closes what is left open after one.
         connect: the plugin's own connect.
     """
 
@@ -76,7 +76,7 @@ class Lease(aiohttp.ClientWebSocketResponse):
         supervisor: Supervisor,
         connect: Callable[[], Awaitable[aiohttp.ClientWebSocketResponse]],
     ) -> None:
-        # The base class would take over the socket, which has a reader already.
+        # No super().__init__(): the base class would take over a socket that has a reader already.
         self.frames = exchange.frames
         self.supervisor = supervisor
         self.is_aside = False
@@ -92,11 +92,10 @@ class Lease(aiohttp.ClientWebSocketResponse):
         return f"<Lease {'ended' if self._is_ended else 'held'} {self._exchange!r}>"
 
     def end(self, cut_off: Reason | None) -> None:
-        """Ends the loan. Once; never waits.
+        """Give the connection back. Only the first call counts; never waits.
 
         Args:
-            cut_off: what kept the plugin from finishing the utterance, None if nothing did. Only
-                then, and if the protocol agrees, is the connection fit for another.
+            cut_off: what kept the plugin from finishing the utterance; None if it has finished.
         """
         if self._is_ended:
             return
@@ -156,7 +155,7 @@ class Lease(aiohttp.ClientWebSocketResponse):
 
     @_fails_open
     async def close(self, *, code: int = 1000, message: bytes = b"") -> bool:
-        """Ends the use of the socket. Whether the socket itself goes is decided by `end`."""
+        """Mark the lease as closed. `end` decides whether the socket is closed."""
         was_open = not self._is_closed
         self._mark_closed()
         return was_open
@@ -202,19 +201,20 @@ class Lease(aiohttp.ClientWebSocketResponse):
             self._is_closed = True
             self._exchange.inbox.put_nowait(CLOSED_MESSAGE)
 
-    # After a fault. What is called here is called nowhere else: it works whatever is at fault.
+    # After a fault. Nothing below shares code with the rest, which may be what failed.
 
     def step_aside(self) -> aiohttp.ClientWebSocketResponse | None:
-        """From here on the plugin speaks without the patch. Once; never waits.
+        """Take the patch out of the way. Only the first call counts; never waits.
 
         Returns:
-            The socket that it goes on with; None if it needs another.
+            The socket that the plugin goes on with; None if the plugin needs another.
         """
         if not self.is_aside:
             self.is_aside = True
             attempt, inbox = self._exchange.heard, self._exchange.inbox
             if attempt is None:
-                self._exchange.inbox = asyncio.Queue()  # nothing of it is the plugin's yet
+                # The plugin has heard nothing yet, and will hear the answer to what is sent anew.
+                self._exchange.inbox = asyncio.Queue()
             else:
                 connection = attempt.connection
                 connection.sink = None
@@ -227,14 +227,15 @@ class Lease(aiohttp.ClientWebSocketResponse):
         return self._bare.ws if self._bare is not None else None
 
     async def go_on(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Does it on the plugin's own WebSocket."""
+        """Call a method of the plugin's own WebSocket."""
         if self._bare is None:
             if method == "close":
                 return True
             if self._opening is None:
                 self._opening = spawn(self._open(), name="xai_pool_patch.open")
                 self._opening.add_done_callback(_retrieve)
-            # Sender and receiver wait for the same socket; either may be cancelled.
+            # Sender and receiver wait for the same socket. Without the shield, cancelling one of
+            # them would cancel the dial of both.
             await asyncio.shield(self._opening)
         assert self._bare is not None
         if method.startswith("send_"):
@@ -245,7 +246,9 @@ class Lease(aiohttp.ClientWebSocketResponse):
 
     async def _open(self) -> None:
         ws = await self._connect()
-        if self._is_ended:  # an old wait_for() may swallow the cancellation
+        if self._is_ended:
+            # Before Python 3.12 wait_for() may swallow a cancellation that comes together with its
+            # result. Nobody would close this socket.
             await ws.close()
             return
         self.supervisor.sockets.add(ws)
@@ -261,16 +264,16 @@ class _Progress:
 
 @dataclass(eq=False)
 class _Bare:
-    """A WebSocket of aiohttp, and what has passed over it so far."""
+    """A WebSocket of aiohttp, and how far the utterance has got on it."""
 
     ws: aiohttp.ClientWebSocketResponse
     frames: list[Frame]
     progress: _Progress | Attempt
-    """Shared with a send that may still be under way."""
+    """Shared with a send that may still be under way, so that no frame is sent twice."""
     received: asyncio.Queue[aiohttp.WSMessage | Exception] | None = None
-    """What came before, and is to be received first."""
+    """Messages that came before, for the plugin to receive first."""
     reader: asyncio.Task[None] | None = None
-    """Who has been receiving so far, and is about to stop."""
+    """The connection's reader, which is about to stop."""
 
     async def send(self) -> None:
         while self.progress.sent < len(self.frames):
@@ -279,17 +282,18 @@ class _Bare:
             await getattr(self.ws, method)(*args, **kwargs)
 
     async def receive(self, timeout: float | None = None) -> aiohttp.WSMessage:
-        await self.send()  # whoever sent before may have been stopped in the middle of it
+        await self.send()  # the fault may have stopped a replay halfway
         while self.received is not None and not self.received.empty():
             message = self.received.get_nowait()
             if not isinstance(message, Exception):
                 return message
         if self.reader is not None:
-            await asyncio.wait([self.reader])  # aiohttp lets one receive at a time
+            # aiohttp raises if two tasks receive at the same time.
+            await asyncio.wait([self.reader])
         return await self.ws.receive(timeout)
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:
-    """Whoever waited for it has its exception; if nobody did, nobody needs to hear of it."""
+    """Keep asyncio from logging an exception that nobody waited for."""
     if not task.cancelled():
         task.exception()

@@ -1,8 +1,8 @@
-"""Where a connection stands in xAI's protocol. Pure: frames in, a stage out.
+"""Where a connection stands in xAI's protocol. This module does no I/O: frames in, a stage out.
 
-xAI's audio carries no utterance id. The only proofs that nothing more will come for an utterance
-are its `audio.done`, received after its `text.done` was sent, and the `audio.clear` that answers a
-`text.clear`.
+xAI's audio carries no utterance id. Only two frames prove that nothing more will come for an
+utterance: its `audio.done`, received after its `text.done` was sent, and the `audio.clear` that
+answers a `text.clear`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ class Stage(enum.Enum):
     """What the server still owes this connection."""
 
     CLEAN = "clean"
-    """Nothing: all that was asked for has been answered in full."""
+    """Nothing: every utterance has been answered in full, or cleared."""
     ASKED = "asked"
-    """Audio for the text sent so far, of which none has come; more text may follow."""
+    """Audio for the text sent so far. None has come yet, and more text may follow."""
     SPEAKING = "speaking"
-    """More of the audio that has begun to come; more text may follow."""
+    """More audio; some has come, and more text may follow."""
     AWAITING = "awaiting"
     """All of the audio and its `audio.done`."""
     FINISHING = "finishing"
@@ -29,15 +29,15 @@ class Stage(enum.Enum):
     EMPTY = "empty"
     """An `audio.done` for an utterance without text."""
     CLEARING = "clearing"
-    """The acknowledgement of a `text.clear`. Until it comes, so may what was under way."""
-    PROVING = "proving"
+    """The acknowledgement of a `text.clear`. Audio of the utterance may come before it."""
+    VERIFYING = "verifying"
     """The acknowledgement of a `text.clear` and nothing else: no utterance is under way."""
     DIRTY = "dirty"
-    """Nobody can tell any more. Such a connection never serves another utterance."""
+    """Nobody can say. Such a connection never serves another utterance."""
 
 
-# What is not listed here is not part of one utterance after another: it spoils the connection.
-# So does whatever is sent before a clear is acknowledged: there is never more than one of those.
+# A frame that is not listed for a stage makes the connection dirty. So does every frame that is
+# sent before a clear is acknowledged: there is never more than one clear under way.
 _AFTER_SENDING = {
     (Stage.CLEAN, "text.delta"): Stage.ASKED,
     (Stage.CLEAN, "text.done"): Stage.EMPTY,
@@ -45,7 +45,7 @@ _AFTER_SENDING = {
     (Stage.ASKED, "text.done"): Stage.AWAITING,
     (Stage.SPEAKING, "text.delta"): Stage.SPEAKING,
     (Stage.SPEAKING, "text.done"): Stage.FINISHING,
-    (Stage.CLEAN, "text.clear"): Stage.PROVING,
+    (Stage.CLEAN, "text.clear"): Stage.VERIFYING,
     (Stage.ASKED, "text.clear"): Stage.CLEARING,
     (Stage.SPEAKING, "text.clear"): Stage.CLEARING,
     (Stage.AWAITING, "text.clear"): Stage.CLEARING,
@@ -61,14 +61,14 @@ _AFTER_RECEIVING = {
     (Stage.EMPTY, "audio.delta"): Stage.FINISHING,
     (Stage.EMPTY, "audio.done"): Stage.CLEAN,
     (Stage.CLEARING, "audio.delta"): Stage.CLEARING,
-    (Stage.CLEARING, "audio.done"): Stage.PROVING,
+    (Stage.CLEARING, "audio.done"): Stage.VERIFYING,
     (Stage.CLEARING, "audio.clear"): Stage.CLEAN,
-    (Stage.PROVING, "audio.clear"): Stage.CLEAN,
+    (Stage.VERIFYING, "audio.clear"): Stage.CLEAN,
 }
 
 _AUDIO_DELTA = re.compile(r'\{\s*"type"\s*:\s*"audio\.delta"\s*,')
-"""Spares the most frequent and longest frame a second parsing. If it is malformed further on, the
-plugin's parsing raises, and the connection is discarded all the same."""
+"""Recognises the longest and most frequent frame without parsing it. If the rest of the frame is
+malformed, the plugin's parsing raises, and the pool discards the connection all the same."""
 
 UNREADABLE = "unreadable"
 """The type of a frame that is not a JSON object with a type."""
@@ -78,12 +78,12 @@ class UtteranceTracker:
     """Follows one connection from utterance to utterance.
 
     Attributes:
-        was_cleared: an utterance was cut off by `text.clear`. That nothing of it comes any more
-            is from then on the server's word.
-        has_words: the utterance has something to be spoken. Blanks and punctuation may be answered
-            by silence, by `audio.done` alone or by an error: nobody has said which.
-        is_told_apart: what comes from here on is known to answer this utterance.
-        is_first: no utterance came before this one: what comes can only answer it.
+        was_cleared: a `text.clear` interrupted an utterance on this connection. Only the server's
+            acknowledgement says that nothing more comes of it.
+        has_words: the utterance has something to speak. xAI does not document whether it answers
+            blanks and punctuation by silence, by `audio.done` alone or by an error.
+        is_told_apart: everything from now on is known to answer this utterance.
+        is_first: no utterance came before this one, so everything answers this one.
     """
 
     def __init__(self) -> None:
@@ -103,18 +103,21 @@ class UtteranceTracker:
 
     @property
     def awaits_clear(self) -> bool:
-        return self.stage in (Stage.CLEARING, Stage.PROVING)
+        return self.stage in (Stage.CLEARING, Stage.VERIFYING)
 
     @property
     def _may_stay_silent(self) -> bool:
-        """Whether `audio.done` without audio would be this utterance's.
+        """Whether an `audio.done` without audio would belong to this utterance.
 
-        Else it is taken for another's: a text with words is answered by a voice.
+        Words are answered by audio, so after words it must belong to another utterance.
         """
         return self.stage is Stage.AWAITING and (self.is_told_apart or not self.has_words)
 
     def sent(self, frame: object) -> None:
-        """Must be called before the frame leaves: a send that is cancelled may have left."""
+        """Follow a frame to the server.
+
+        Call this before the send: a send that is cancelled may have left all the same.
+        """
         message = _parsed(frame)
         type_ = _type_in(message)
         if self.is_clean:
@@ -126,7 +129,7 @@ class UtteranceTracker:
         self.was_cleared |= self.stage is Stage.CLEARING
 
     def received(self, type_: str) -> bool:
-        """Whether a frame of this type may be heard: audio that nobody asked for must not."""
+        """Follow a frame from the server. False for audio that nobody asked for."""
         is_answer = type_.startswith("audio.")
         may_be_heard = not (is_answer and self._is_unasked(type_))
         if type_ == "audio.done" and self._may_stay_silent:
@@ -142,14 +145,14 @@ class UtteranceTracker:
 
 
 def type_of(frame: object) -> str:
-    """The type of a text frame, `UNREADABLE` if it has none."""
+    """The type of a text frame; `UNREADABLE` if there is none."""
     if isinstance(frame, str) and _AUDIO_DELTA.match(frame):
         return "audio.delta"
     return _type_in(_parsed(frame))
 
 
 def _parsed(frame: object) -> dict[str, Any]:
-    """Empty if it is not a JSON object."""
+    """The JSON object in a frame; empty if there is none."""
     if not isinstance(frame, str):
         return {}
     try:

@@ -1,5 +1,8 @@
-"""What the pool tells about itself: log records, statistics, OpenTelemetry metrics.
+"""What the package reports: log records, statistics, OpenTelemetry metrics.
 
-`metrics` is what a pool tells everything to, in one call an event; the other modules are where
-that goes. `log` and `stats` import nothing that takes long, `metrics` imports OpenTelemetry.
+A pool reports each event with one call of `pool_metrics`, which passes it on to `log`, `usage` and
+`instruments`. `log` and `usage` are quick to import; `instruments` imports OpenTelemetry.
+
+The modules import only the root leaves. Messages, levels, field names, statistics keys and metric
+names are public: applications rely on them, so a change of one needs a line in the changelog.
 """

@@ -1,8 +1,8 @@
-"""OpenTelemetry instruments, on the application's meter provider: livekit-agents uses the same.
+"""OpenTelemetry instruments, on the meter provider that livekit-agents uses: the application's.
 
-Named after the semantic conventions for the connection pools of database clients,
-`db.client.connection.*`. Made once, when the plugin is patched for the first time; a provider that
-is set later is used from then on.
+Their names follow the semantic conventions for the connection pools of database clients,
+`db.client.connection.*`. Importing this module makes them. They use a meter provider that the
+application sets later, too.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .usage import Counts
 STATES = ("idle", "leased", "clearing", "connecting")
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
-"""Histogram buckets: those of the semantic conventions for HTTP requests. Without them the SDK
-takes buckets that are made for milliseconds."""
+"""Histogram buckets, from the semantic conventions for HTTP requests. The SDK's own default suits
+milliseconds."""
 
 
 class Source(Protocol):
-    """What the observed counts are taken from."""
+    """Where the observed counts come from."""
 
     def stats(self) -> Counts: ...
 
@@ -34,7 +34,7 @@ _source: weakref.ref[Source] | None = None
 
 
 def observe(source: Source) -> None:
-    """From here on `connection.count` is this one's, for as long as it exists."""
+    """Let `connection.count` report this source from now on, for as long as it exists."""
     global _source
     _source = weakref.ref(source)
 
@@ -51,7 +51,7 @@ connection_count = _meter.create_observable_up_down_counter(
     "xai_pool_patch.connection.count",
     [_count],
     unit="{connection}",
-    description="Connections by state: idle, leased, clearing, dialling",
+    description="Connections by state: idle, leased, clearing, connecting",
 )
 create_time = _meter.create_histogram(
     "xai_pool_patch.connection.create_time",
@@ -78,5 +78,5 @@ standby_failures = _meter.create_counter(
 replays = _meter.create_counter(
     "xai_pool_patch.utterance.replays",
     unit="{utterance}",
-    description="Utterances sent again over another connection, by what was wrong with the first",
+    description="Utterances replayed over another connection, by what was wrong with the first",
 )

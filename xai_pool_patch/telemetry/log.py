@@ -1,4 +1,4 @@
-"""Log records: what each is called, and its way into the standard `logging` tree."""
+"""The log events, and how they get into the standard `logging` tree."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import structlog
 
 FIELD_PREFIX = "xai_pool_"
-"""Of every field. `logging` refuses a record whose field the application's record factory has set
-already, so no field may have a name that somebody else would think of."""
+"""The prefix of every field. `logging` refuses a record if the application's record factory has set
+a field of the same name already, so no other code may use the names of ours."""
 
 Report = TypeVar("Report", bound=Callable[..., None])
 
@@ -23,8 +23,11 @@ _has_complained = False
 
 
 def harmless(report: Report) -> Report:
-    """What reports something never fails it: not by an application's log handler that raises, not
-    by a meter, a span or a fault of ours. The first such failure is logged, if that is possible."""
+    """Keep a function that reports something from raising.
+
+    An application's log handler may raise, or a meter, or code of ours: the reported operation must
+    not fail for that. The first such failure is logged, if that is possible.
+    """
 
     @functools.wraps(report)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -40,7 +43,7 @@ def harmless(report: Report) -> Report:
 
 
 class LogEvent(enum.Enum):
-    """What is told: the message, and its level. Applications may rely on both."""
+    """The message and the level of each log event. Applications may rely on both."""
 
     INSTALLED = ("installed", INFO)
     UNINSTALLED = ("uninstalled", INFO)
@@ -76,14 +79,14 @@ class LogEvent(enum.Enum):
 
 @harmless
 def log_event(event: LogEvent, *, level: int | None = None, **fields: Any) -> None:
-    """Logs an event; the fields become attributes of the log record, behind `FIELD_PREFIX`.
+    """Log an event. The fields become attributes of the log record, with `FIELD_PREFIX`.
 
     Args:
-        level: if it is not the usual one.
-        fields: of an exception only what `describe` says is logged.
+        level: replaces the event's usual level.
+        fields: an exception is logged as `describe` puts it.
     """
     level = event.level if level is None else level
-    if _logger.isEnabledFor(level):  # by far the cheapest way to say nothing
+    if _logger.isEnabledFor(level):  # much cheaper than to let structlog find out
         record = {
             f"{FIELD_PREFIX}{name}": describe(value) if isinstance(value, Exception) else value
             for name, value in fields.items()
@@ -95,8 +98,9 @@ def log_event(event: LogEvent, *, level: int | None = None, **fields: Any) -> No
 def _structured() -> structlog.stdlib.BoundLogger:
     """The structlog logger that ends in the standard logger `xai_pool_patch`.
 
-    Its processors are its own, so the application's structlog configuration is neither used nor
-    changed. structlog is imported at the first use: it takes longer than all else here.
+    It has processors of its own, and neither uses nor changes the application's structlog
+    configuration. structlog is imported at the first use, since that takes longer than everything
+    else in this package's import.
     """
     import structlog
 
@@ -135,5 +139,5 @@ def status_of(error: BaseException) -> int | None:
 
 
 def in_ms(seconds: float) -> float:
-    """As log records have it."""
+    """Milliseconds, rounded as in log records."""
     return round(seconds * 1e3, 1)

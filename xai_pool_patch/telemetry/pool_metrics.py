@@ -1,6 +1,6 @@
-"""What one pool tells: one call an event, for the log, the statistics and the instruments.
+"""What one pool reports: one call an event, for the log, the statistics and the instruments.
 
-None of it raises into what it tells of.
+No call raises.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ NOT_REUSED = {"reused": False}
 
 
 class PoolMetrics:
-    """Of one pool.
+    """Reports the events of one pool.
 
     Args:
-        pool: the number that its log records carry.
-        into: counters that count what this pool's count.
+        pool: the number that the pool's log records carry.
+        into: counters that also count everything that this pool's counters count.
     """
 
     def __init__(self, pool: int, into: Counters | None = None) -> None:
@@ -51,7 +51,7 @@ class PoolMetrics:
 
     @harmless
     def standby_failed(self, error: Exception, retry_in: float) -> None:
-        """`retry_in` is infinite if nothing is tried before a caller's dial has succeeded."""
+        """`retry_in` is infinite if the pool waits until a caller's dial succeeds."""
         self.counters.count("standby_failures")
         kind = str(status_of(error) or type(error).__name__)
         instruments.standby_failures.add(1, {"error.type": kind})

@@ -10,16 +10,16 @@ from .log import in_ms
 
 
 class Totals(TypedDict):
-    """What has happened so far. Times in milliseconds, the rest are counts."""
+    """What has happened so far. Times are in milliseconds; the rest are counts."""
 
     connections_made: int
     connections_reused: int
-    """Handed out without a wait. Those that then had to be replaced are in `replays` too."""
+    """Idle connections handed out. If the utterance was replayed, `replays` counts it too."""
     connections_cleared: int
-    """Interrupted, made clean by `text.clear`, and kept."""
+    """Interrupted connections that a `text.clear` made clean, so that the pool kept them."""
     closed_interrupted: int
     closed_lost: int
-    """Ended by the peer while idle, or found dead when an utterance began."""
+    """The peer ended an idle connection, or one was found dead when an utterance began."""
     closed_failed: int
     closed_expired: int
     closed_surplus: int
@@ -27,14 +27,14 @@ class Totals(TypedDict):
     standby_failures: int
     replays: int
     acquire_wait_ms_total: float
-    """Waits for replacements included."""
+    """Includes the waits for replays."""
     acquire_wait_ms_max: float
     connect_ms_total: float
     connect_ms_max: float
 
 
 class Counts(Totals):
-    """The totals, and what there is at the moment."""
+    """The totals, and the connections at the moment by their state."""
 
     idle: int
     leased: int
@@ -44,7 +44,7 @@ class Counts(Totals):
 
 
 class Stats(Counts):
-    """A snapshot of all pools of this process, those that have ended included in the totals."""
+    """A snapshot of all pools of this process. The totals include pools that have ended."""
 
     pools: int
 
@@ -53,14 +53,14 @@ class PoolStats(Counts):
     """A snapshot of one pool."""
 
     pool: int
-    """Its number, which its log records carry too. Numbers are not used again."""
+    """The pool's number, which its log records carry too. No number is used twice."""
 
 
 class Counters:
-    """Totals that are kept, of one pool or of several.
+    """The running totals of one pool, or of several.
 
     Args:
-        into: is told the same.
+        into: other counters that count the same as well.
     """
 
     def __init__(self, into: Counters | None = None) -> None:
@@ -74,7 +74,7 @@ class Counters:
             self._into.count(name)
 
     def time(self, name: str, seconds: float) -> None:
-        """Adds to `name_ms_total`, and to `name_ms_max` if it is longer."""
+        """Add a time to `name_ms_total`, and keep the longest in `name_ms_max`."""
         totals, milliseconds = cast(dict[str, float], self.totals), seconds * 1e3
         totals[f"{name}_ms_total"] += milliseconds
         totals[f"{name}_ms_max"] = max(totals[f"{name}_ms_max"], milliseconds)
@@ -96,15 +96,14 @@ def sum_of(*several: Counters) -> Counters:
 
 @dataclass
 class UsageStats:
-    """What the pools did for one TTS."""
+    """What the pools did for one TTS. Times are in seconds."""
 
     utterances: int = 0
     reused: int = 0
-    """Begun without a wait, those included that were replaced."""
+    """Utterances that began on an idle connection. If it was replayed, `replays` counts it too."""
     replays: int = 0
     wait_total: float = 0.0
     wait_max: float = 0.0
-    """Seconds."""
 
     def begun(self, waited: float, *, reused: bool) -> None:
         self.utterances += 1
@@ -130,7 +129,7 @@ class UsageStats:
 
 
 class Countable(Protocol):
-    """What a snapshot asks of a pool."""
+    """What a snapshot needs of a pool."""
 
     @property
     def idle(self) -> int: ...

@@ -1,0 +1,137 @@
+"""The packages form floors: each module imports from lower floors only, and no imports circle."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import xai_pool_patch
+
+ROOT = Path(xai_pool_patch.__file__).parent
+NAME = xai_pool_patch.__name__
+
+FLOORS = (
+    {"__main__", "demo"},
+    {"__init__"},
+    {"installation"},
+    {"plugin"},
+    {"manager"},
+    {"protocol"},
+    {"pool"},
+    {"telemetry"},
+    {"errors", "options", "python", "_version"},
+)
+"""From top to bottom."""
+
+LEAVES = len(FLOORS) - 1
+
+APART = "testing"
+"""Imports nothing of the package; of the package only the commands import it."""
+
+BENCH = "demo.bench"
+"""These modules import each other in a circle until they leave the package."""
+
+
+def module_name(path: Path) -> str:
+    """`pool.pool` for a module, `pool.__init__` for a package."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+MODULES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def part_of(module: str) -> str:
+    """The package or root module that a module belongs to."""
+    return module.partition(".")[0]
+
+
+def floor_of(module: str) -> int:
+    """Counted from the top."""
+    [floor] = [number for number, parts in enumerate(FLOORS) if part_of(module) in parts]
+    return floor
+
+
+def absolute_names(module: str, code: str) -> Iterator[str]:
+    """Everything that the code of a module imports, wherever the import stands."""
+    package = [NAME, *module.split(".")[:-1]]
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            origin = [*start, *([node.module] if node.module else [])]
+            yield from (".".join([*origin, alias.name]) for alias in node.names)
+
+
+def own_modules(module: str, code: str) -> set[str]:
+    """The modules of this package that the code of a module imports."""
+    found = set()
+    for name in absolute_names(module, code):
+        top, *parts = name.split(".")
+        if top != NAME:
+            continue
+        candidates = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+        candidates = [each for name in candidates for each in (name, f"{name}.__init__")]
+        found.add(next((each for each in candidates if each in MODULES), "__init__"))
+    return found - {module}
+
+
+IMPORTS = {name: own_modules(name, path.read_text()) for name, path in MODULES.items()}
+
+
+def test_what_counts_as_an_import() -> None:
+    """Relative, absolute, of a package, inside a function, for type checking only: each counts."""
+    code = """
+import xai_pool_patch
+from . import backoff
+from .supervisor import spawn
+from .. import telemetry
+if TYPE_CHECKING:
+    from ..manager import Registry
+def late():
+    from xai_pool_patch.protocol import lease
+    import aiohttp.web
+"""
+    assert own_modules("pool.pool", code) == {
+        "__init__",
+        "pool.backoff",
+        "pool.supervisor",
+        "telemetry.__init__",
+        "manager",
+        "protocol.lease",
+    }
+    assert "aiohttp.web" in set(absolute_names("pool.pool", code))
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if part_of(name) != APART])
+def test_imports_go_downwards(module: str) -> None:
+    """A module imports from its own package and from lower floors."""
+    for imported in IMPORTS[module]:
+        if part_of(imported) == APART:
+            assert floor_of(module) == 0, imported
+        elif part_of(imported) != part_of(module):
+            is_beside = floor_of(module) in (0, LEAVES) and floor_of(module) == floor_of(imported)
+            assert is_beside or floor_of(imported) > floor_of(module), imported
+
+
+def test_nothing_of_the_package_is_needed_for_testing() -> None:
+    """The fake server and the slow network work without the patch."""
+    for module in [name for name in MODULES if part_of(name) == APART]:
+        assert {part_of(imported) for imported in IMPORTS[module]} <= {APART}, module
+
+
+def test_no_imports_in_a_circle() -> None:
+    """Any module can be read, and loaded, before those that import it."""
+    graph = {name: found for name, found in IMPORTS.items() if not name.startswith(BENCH)}
+    graphlib.TopologicalSorter(graph).prepare()  # raises if there is a circle
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if part_of(name) == "pool"])
+def test_the_policy_knows_no_websocket(module: str) -> None:
+    """`pool` can be read and tested without aiohttp, LiveKit or what is built on them."""
+    names = set(absolute_names(module, MODULES[module].read_text()))
+    assert {name.partition(".")[0] for name in names}.isdisjoint({"aiohttp", "livekit"})

@@ -1,0 +1,138 @@
+"""What a pool holds: its connections, the callers that wait, and the dials under way."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+from .soft_timeout import SoftTimeout
+
+
+class Reason(enum.Enum):
+    """Why the pool closed a connection. Log, statistics and metrics use these values."""
+
+    INTERRUPTED = "interrupted"
+    LOST = "lost"
+    FAILED = "failed"
+    EXPIRED = "expired"
+    SURPLUS = "surplus"
+    SHUTDOWN = "shutdown"
+
+
+class Poolable(Protocol):
+    """What the pool needs of a connection."""
+
+    on_lost: Callable[[], None] | None
+    """The connection calls this once, when the peer ends it."""
+
+    @property
+    def is_reusable(self) -> bool: ...
+
+    round_trip: float | None
+    """Seconds between a PING and its PONG; None while that is not known."""
+
+    sent_stale_audio: bool
+    """The server acknowledged a clear, and yet sent more of the cleared utterance."""
+
+    on_stale_audio: Callable[[], None] | None
+    """The connection calls this if it dropped such audio before anybody heard it."""
+
+    async def clear(self) -> None:
+        """Make the connection reusable, or verify that it is; return when the outcome is known."""
+
+    def close(self) -> asyncio.Task[None] | None:
+        """Close in the background. Returns the task that does so, if there is anything to do."""
+
+
+C = TypeVar("C", bound=Poolable)
+
+
+@dataclass(frozen=True)
+class Acquired(Generic[C]):
+    """A connection that a caller was handed."""
+
+    connection: C
+    waited: float
+    """Seconds; 0.0 if the connection was idle when the caller asked."""
+    reused: bool
+    """The connection was idle when the caller asked."""
+    fresh: bool
+    """The pool dialled it while the caller waited, and nobody has used it before."""
+
+
+@dataclass(eq=False)
+class PoolEntry(Generic[C]):
+    """A connection, and what the pool knows about it. Times are those of the event loop."""
+
+    connection: C
+    rotate_at: float
+    """From then on the pool replaces it when idle, and uses it only until that has happened."""
+    expires_at: float
+    """From then on the pool does not hand it out."""
+    made_at: float
+    idle_since: float
+    verified_at: float
+    """When the connection, its session included, was last known to be alive."""
+    lease_count: int = 0
+
+
+@dataclass(eq=False)
+class Waiter(Generic[C]):
+    """A caller that waits for a connection."""
+
+    deadline: float
+    wants_fresh: bool
+    future: asyncio.Future[PoolEntry[C]] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+    def accept(self, entry: PoolEntry[C]) -> bool:
+        """Take the connection. False if the caller does not want one any more, or not this one."""
+        # A waiter leaves the pool's queue only when its task runs again. Until then its future may
+        # be done: served, failed, or cancelled with the caller. set_result() would raise here,
+        # in the middle of somebody else's release().
+        if self.future.done() or (self.wants_fresh and entry.lease_count):
+            return False
+        self.future.set_result(entry)
+        return True
+
+    def fail(self, error: Exception) -> None:
+        """Make the caller's `acquire()` raise, unless the waiter is done already."""
+        if not self.future.done():
+            self.future.set_exception(error)
+
+    @property
+    def unclaimed(self) -> PoolEntry[C] | None:
+        """The connection that it accepted, for a caller who was cancelled before waking up."""
+        if self.future.cancelled() or not self.future.done() or self.future.exception():
+            return None
+        return self.future.result()
+
+
+@dataclass(eq=False)
+class Dial(Generic[C]):
+    """A connection being made."""
+
+    began: float
+    soft_timeout: SoftTimeout
+    """Once over, callers do not rely on this dial any more."""
+    waiter: Waiter[C] | None
+    """The caller that asked for it; None for a standby."""
+    task: asyncio.Task[None] | None = None
+
+
+@dataclass(eq=False)
+class Clear:
+    """A `text.clear` on its way, or the acknowledgement."""
+
+    failure: Reason
+    """Why the pool closes the connection if the clear fails."""
+    soft_timeout: SoftTimeout
+    """Once over, callers do not rely on this clear any more."""
+    task: asyncio.Task[None] | None = None
+    """Waits for the outcome, up to the timeout."""
+    operation: asyncio.Task[None] | None = None
+    """The connection's `clear()`."""
