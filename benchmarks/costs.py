@@ -32,14 +32,13 @@ from livekit.agents import APIConnectOptions
 from livekit.plugins import xai
 
 import xai_pool_patch
-
-from ..manager import Registry
-from ..options import PoolOptions
-from ..plugin.provider import ConnectionProvider
-from ..plugin.releases import MODULE, Shape, detect, installed_version
-from ..plugin.wrappers import connect_of
-from ..testing.network import HOST
-from ..testing.server import PATH, SERVER_NAME, Behaviour, FakeServer
+from xai_pool_patch.manager import Registry
+from xai_pool_patch.options import PoolOptions
+from xai_pool_patch.plugin.provider import ConnectionProvider
+from xai_pool_patch.plugin.releases import MODULE, Shape, detect, installed_version
+from xai_pool_patch.plugin.wrappers import connect_of
+from xai_pool_patch.testing.network import HOST
+from xai_pool_patch.testing.server import PATH, SERVER_NAME, Behaviour, FakeServer
 
 TURNS = 2000
 
