@@ -1,6 +1,6 @@
-"""What the pool itself costs, against a stand-in without delay.
+"""What the pool itself costs, against a fake server without delay.
 
-The stand-in runs in a process of its own, so that its work is not counted: a thread would share
+The fake server runs in a process of its own, so that its work is not counted: a thread would share
 the interpreter's lock and its garbage collector with the client, and each would pay for what the
 other does. What is counted is `time.process_time()`, the CPU that the client's process has used,
 or `time.perf_counter()` where nothing is waited for. All times are in seconds.
@@ -53,7 +53,7 @@ RECEIVE_ROUNDS = 8
 
 STREAMS = 200
 STREAMS_PER_SERVER = 10
-"""A stand-in wakes everybody on it at every change: twice as many cost it four times as much."""
+"""A fake server wakes everybody on it at every change: twice as many cost it four times as much."""
 SPOKEN_TEXT = "Your order left the warehouse last night."
 PAIRS = 5
 SPOKEN_AGAIN = 2
@@ -116,7 +116,7 @@ async def _serve(servers: list[FakeServer], opened: queue.Queue[Address]) -> Non
         for server in servers:
             await stack.enter_async_context(server)
         authorities = b"".join(servers[0].ssl_context.get_ca_certs(binary_form=True))
-        opened.put(Address(tuple(server.link.port for server in servers), authorities))
+        opened.put(Address(tuple(server.network.port for server in servers), authorities))
         await asyncio.Event().wait()
 
 

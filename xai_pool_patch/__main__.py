@@ -99,7 +99,9 @@ def demo(
     rtt: Annotated[
         float,
         typer.Option(
-            metavar="MS", help="Round trip to the stand-in, in ms.", callback=arguments.milliseconds
+            metavar="MS",
+            help="Round trip to the fake server, in ms.",
+            callback=arguments.milliseconds,
         ),
     ] = 150.0,
     interrupt: Annotated[
@@ -123,7 +125,7 @@ def demo(
 ) -> None:
     """Hold the same conversation with the plugin as it is and patched, and compare.
 
-    The agent and the plugin are real; the server is a stand-in, unless --live is given.
+    The agent and the plugin are real; the server is a fake one, unless --live is given.
     """
     api_key = _api_key() if live else None
     _check_plugin()
@@ -132,7 +134,7 @@ def demo(
     pause = conversation.sufficient_pause(rtt / 1e3)
     plan = conversation.Plan(turns=turns, interrupted_share=interrupt, pause=pause)
     if api_key is None:
-        line = functools.partial(conversation.line_to_stand_in, rtt / 1e3)
+        line = functools.partial(conversation.line_to_fake_server, rtt / 1e3)
         _compare(conversation.Setting(plan, rtt / 1e3), line, as_json=as_json, svg=svg)
     else:
         line = functools.partial(conversation.line_to_xai, api_key)

@@ -232,7 +232,7 @@ async def test_nothing_is_reclaimed_that_was_being_replaced() -> None:
         await asyncio.wait([turn])
         assert xai_pool_patch.stats()["clearing"] == 0
         assert xai_pool_patch.stats()["closed_interrupted"] == 2
-        line.server.link.unfreeze()
+        line.server.network.unfreeze()
         line.server.behaviour.mute = False
         await hear_whole(line, tts, "Heard.")
         assert clears(line) == 0

@@ -150,7 +150,7 @@ def test_a_loop_that_just_stops(
             line.server.behaviour.pace = 1.0
             await interrupted(line, tts)
         else:
-            await line.server.wait_for(lambda s: s.link.accepted == 1)
+            await line.server.wait_for(lambda s: s.network.accepted == 1)
         return context, line
 
     async def end(context: Any, line: Line) -> None:

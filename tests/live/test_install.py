@@ -502,7 +502,7 @@ async def test_uninstalled_during_a_dial() -> None:
         tts = line.tts()
         xai_pool_patch.install()
         turn = asyncio.create_task(speak(tts, "Hello."))
-        await line.server.wait_for(lambda s: s.link.accepted == 1)
+        await line.server.wait_for(lambda s: s.network.accepted == 1)
         xai_pool_patch.uninstall()
         heard = await turn
         assert heard.samples == {line.server.utterance_for("Hello.").number}

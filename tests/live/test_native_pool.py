@@ -126,7 +126,7 @@ async def test_what_the_plugins_pool_was_dialling_is_closed() -> None:
     async with line_to(round_trip=0.02) as line:
         tts = line.tts()
         tts.prewarm()
-        await line.server.wait_for(lambda s: s.link.accepted == 1)
+        await line.server.wait_for(lambda s: s.network.accepted == 1)
         xai_pool_patch.install()
         await speak(tts, "Hello.")
         await line.server.wait_for(lambda s: s.open_count == 1)

@@ -139,6 +139,6 @@ async def _conversation(seed: int, turns: int) -> None:
         assert conversation.silent == []
         # An utterance on a connection that still owed another one.
         assert all(not connection.violations for connection in line.server.connections)
-        line.server.link.unfreeze()
+        line.server.network.unfreeze()
         await tts.aclose()
         await all_closed(line.server)

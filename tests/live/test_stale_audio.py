@@ -1,7 +1,7 @@
 """Audio that comes after the server's own `audio.done` is heard in no other turn.
 
-The stand-in's pieces of audio are odd in length: one that got into a turn would not only be heard
-there, but turn all that follows it into noise.
+The fake server's pieces of audio are odd in length: one that got into a turn would not only be
+heard there, but turn all that follows it into noise.
 """
 
 from __future__ import annotations

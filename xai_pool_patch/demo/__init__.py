@@ -1,1 +1,1 @@
-"""A stand-in for xAI's TTS service and the network in front of it, both on this machine."""
+"""A fake server for xAI's TTS service and the network in front of it, both on this machine."""

@@ -1,7 +1,7 @@
-"""A stand-in for xAI's streaming TTS: the real wire protocol, made-up audio, faults on demand.
+"""A fake of xAI's streaming TTS: the real wire protocol, made-up audio, faults on demand.
 
 Clients reach it as `wss://api.x.ai/v1/tts` through `FakeServer.client_session()`, over real sockets
-and real TLS, by way of the simulated network of `link`. Everything runs on 127.0.0.1 and in the
+and real TLS, by way of a `SlowNetwork`. Everything runs on 127.0.0.1 and in the
 event loop of the caller, who may look at the records at any time. All times are loop times.
 """
 
@@ -25,7 +25,7 @@ import trustme
 from aiohttp import WSMsgType, web
 from aiohttp.abc import AbstractResolver, ResolveResult
 
-from .network import HOST, Line, Link, reset_transport
+from .network import HOST, Route, SlowNetwork, reset_transport
 
 SERVER_NAME = "api.x.ai"
 PATH = "/v1/tts"
@@ -46,7 +46,7 @@ class End(enum.Enum):
     SERVER_RESET = "the server reset it"
     SERVER_SILENT = "the server is gone and the client was not told"
     PING_TIMEOUT = "the client did not answer a PING, and was reset"
-    SHUTDOWN = "the stand-in stopped"
+    SHUTDOWN = "the fake server stopped"
 
 
 class Ending(enum.Enum):
@@ -100,7 +100,7 @@ class Behaviour:
     chunk: float = 0.1
     """Seconds of audio per audio.delta, at most; rounded to an odd number of bytes."""
 
-    api_key: str = field(default="stand-in-key", repr=False)
+    api_key: str = field(default="fake-api-key", repr=False)
     """The key that is accepted; any other gets 401."""
     voices: set[str] | None = None
     """The voices that are accepted, any other gets 400; None accepts all."""
@@ -197,13 +197,13 @@ class Utterance:
 
 
 @dataclass(eq=False)
-class Connection:
-    """One accepted WebSocket. `line` is its way through the link, for faults of the network."""
+class ServedConnection:
+    """One accepted WebSocket. `route` is its way through the network: freeze or reset it there."""
 
     number: int
     opened_at: float
     query: dict[str, str]
-    line: Line = field(repr=False)
+    route: Route = field(repr=False)
     utterances: list[Utterance] = field(default_factory=list, repr=False)
     ended: End | None = None
     ended_at: float | None = None
@@ -223,27 +223,27 @@ class Connection:
 
 
 class FakeServer:
-    """The server, with its link in front; an async context manager.
+    """The server, with a slow network in front; an async context manager.
 
     Args:
-        round_trip: seconds of the link; `link.round_trip` changes it later.
+        round_trip: seconds of the network; `network.round_trip` changes it later.
         behaviour: what the server does, `Behaviour()` by default.
 
     Attributes:
         behaviour: change its fields to change what the server does.
-        link: the network in front of the server.
+        network: the network in front of the server.
         handshakes: every attempt to connect, in order.
         connections: every connection that was accepted, in order.
         utterances: every utterance of all connections, in order.
         peak_open: the highest number of connections open at a time.
     """
 
-    link: Link
+    network: SlowNetwork
 
     def __init__(self, *, round_trip: float = 0.0, behaviour: Behaviour | None = None) -> None:
         self.behaviour = behaviour if behaviour is not None else Behaviour()
         self.handshakes: list[Handshake] = []
-        self.connections: list[Connection] = []
+        self.connections: list[ServedConnection] = []
         self.utterances: list[Utterance] = []
         self.peak_open = 0
         self._round_trip = round_trip
@@ -264,10 +264,10 @@ class FakeServer:
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
         await web.TCPSite(self._runner, HOST, 0, ssl_context=_server_context()).start()
-        self.link = Link(
+        self.network = SlowNetwork(
             self._runner.addresses[0][1], round_trip=self._round_trip, on_change=self.note_change
         )
-        await self.link.open()
+        await self.network.open()
         return self
 
     async def __aexit__(
@@ -282,7 +282,7 @@ class FakeServer:
         for handler in handlers:
             handler.cancel()
         await asyncio.gather(*handlers, return_exceptions=True)
-        await self.link.close()
+        await self.network.close()
         await self._runner.cleanup()
         self.behaviour._on_change = None
 
@@ -293,7 +293,7 @@ class FakeServer:
 
     @property
     def ssl_context(self) -> ssl.SSLContext:
-        """A client's context that trusts the stand-in's certificate."""
+        """A client's context that trusts the fake server's certificate."""
         context = ssl.create_default_context()
         _authority().configure_trust(context)
         return context
@@ -305,7 +305,9 @@ class FakeServer:
 
     def client_session(self, **kwargs: Any) -> aiohttp.ClientSession:
         """An HTTP session for which every host name leads here; the caller closes it."""
-        connector = aiohttp.TCPConnector(resolver=_Resolver(self.link.port), ssl=self.ssl_context)
+        connector = aiohttp.TCPConnector(
+            resolver=_Resolver(self.network.port), ssl=self.ssl_context
+        )
         return aiohttp.ClientSession(connector=connector, **kwargs)
 
     def utterance_for(self, text: str) -> Utterance:
@@ -351,7 +353,7 @@ class FakeServer:
 
     def freeze_all(self) -> None:
         """Makes every connection half-open: neither side hears of the other any more."""
-        self.link.freeze()
+        self.network.freeze()
 
     async def broadcast(self, frame: str) -> None:
         """Sends a text frame on every open connection."""
@@ -383,8 +385,8 @@ class FakeServer:
         self.note_change()
         await asyncio.sleep(self.behaviour.handshake_delay)
         transport = request.transport
-        line = self._line_of(transport) if transport is not None else None
-        if transport is None or line is None:  # the client has left meanwhile
+        route = self._route_of(transport) if transport is not None else None
+        if transport is None or route is None:  # the client has left meanwhile
             return web.Response(status=400)
         handshake.status = self._judge(request)
         self.note_change()
@@ -392,12 +394,12 @@ class FakeServer:
             return web.Response(status=handshake.status)
         ws = web.WebSocketResponse(timeout=CLOSE_TIMEOUT, autoping=False, autoclose=False)
         await ws.prepare(request)
-        connection = Connection(len(self.connections) + 1, _now(), dict(request.query), line)
+        connection = ServedConnection(len(self.connections) + 1, _now(), dict(request.query), route)
         await self._serve(_Session(self, ws, transport, connection), connection)
         return ws
 
-    def _line_of(self, transport: asyncio.Transport) -> Line | None:
-        return self.link.line_from(transport.get_extra_info("peername")[1])
+    def _route_of(self, transport: asyncio.Transport) -> Route | None:
+        return self.network.route_from(transport.get_extra_info("peername")[1])
 
     def _judge(self, request: web.Request) -> int:
         """The HTTP status that answers a handshake."""
@@ -414,7 +416,7 @@ class FakeServer:
             return 429
         return SWITCHING_PROTOCOLS
 
-    async def _serve(self, session: _Session, connection: Connection) -> None:
+    async def _serve(self, session: _Session, connection: ServedConnection) -> None:
         self._sessions.add(session)
         self.connections.append(connection)
         self.peak_open = max(self.peak_open, self.open_count)
@@ -433,7 +435,7 @@ class _Session:
         server: FakeServer,
         ws: web.WebSocketResponse,
         transport: asyncio.Transport,
-        connection: Connection,
+        connection: ServedConnection,
     ) -> None:
         self._server = server
         self._ws = ws
@@ -478,7 +480,7 @@ class _Session:
             self._reader.cancel()
             return
         if end is End.SERVER_SILENT:
-            self._connection.line.half_open_at_end()
+            self._connection.route.half_open_at_end()
         reset_transport(self._transport)
 
     async def send(self, frame: str | bytes) -> None:
@@ -551,8 +553,8 @@ class _Session:
         self._connection.close_code = code
         self._server.note_change()
         if not self._server.behaviour.answer_close:
-            # After a Close aiohttp reads no more; the link knows when the client drops it.
-            await self._connection.line.client_left.wait()
+            # After a Close aiohttp reads no more; the network knows when the client drops it.
+            await self._connection.route.client_left.wait()
         self._note_end(End.CLIENT_CLOSE)
         await self._ws.close(code=code or 1000)
 
