@@ -1,8 +1,8 @@
 """A fake of xAI's streaming TTS: the real wire protocol, made-up audio, faults on demand.
 
 Clients reach it as `wss://api.x.ai/v1/tts` through `FakeServer.client_session()`, over real sockets
-and real TLS, by way of a `SlowNetwork`. Everything runs on 127.0.0.1 and in the
-event loop of the caller, who may look at the records at any time. All times are loop times.
+and real TLS, by way of a `SlowNetwork`. Everything runs on 127.0.0.1 and in the event loop of the
+caller, who may look at the records at any time. All times are loop times, in seconds.
 """
 
 from __future__ import annotations
@@ -223,7 +223,9 @@ class ServedConnection:
 
 
 class FakeServer:
-    """The server, with a slow network in front; an async context manager.
+    """A fake xAI server, with a slow network in front; an async context manager.
+
+    Use it and its client sessions in one event loop, that of the test.
 
     Args:
         round_trip: seconds of the network; `network.round_trip` changes it later.
@@ -304,7 +306,11 @@ class FakeServer:
         return sum(connection.is_open for connection in self.connections)
 
     def client_session(self, **kwargs: Any) -> aiohttp.ClientSession:
-        """An HTTP session for which every host name leads here; the caller closes it."""
+        """An HTTP session for which every host name leads here; the caller closes it.
+
+        Give it to the plugin: `xai.TTS(http_session=...)`. `kwargs` are those of aiohttp's
+        `ClientSession`.
+        """
         connector = aiohttp.TCPConnector(
             resolver=_Resolver(self.network.port), ssl=self.ssl_context
         )
@@ -363,7 +369,8 @@ class FakeServer:
     def note_change(self) -> None:
         """Wakes everybody who waits for a change of the records or of the behaviour."""
         self._next_change.set_result(None)
-        self._next_change = asyncio.get_running_loop().create_future()
+        # Not the running loop: a synchronous fixture may set a field while none runs.
+        self._next_change = self._next_change.get_loop().create_future()
 
     async def wait_for_change(self, until: float | None = None) -> None:
         """Waits for the next change, at the longest until the loop time `until`."""
