@@ -28,7 +28,7 @@ from xai_pool_patch.installation import OFF_SWITCH
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool.pool import ROTATION_LEAD
 from xai_pool_patch.telemetry.log import describe
-from xai_pool_patch.testing.server import Behaviour, FakeServer
+from xai_pool_patch.testing import Behaviour, FakeServer
 
 SENTENCE = "Your order is on its way."
 

@@ -37,8 +37,9 @@ from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.plugin.provider import ConnectionProvider
 from xai_pool_patch.plugin.releases import MODULE, Shape, detect, installed_version
 from xai_pool_patch.plugin.wrappers import connect_of
+from xai_pool_patch.testing import Behaviour, FakeServer
 from xai_pool_patch.testing.network import HOST
-from xai_pool_patch.testing.server import PATH, SERVER_NAME, Behaviour, FakeServer
+from xai_pool_patch.testing.server import PATH, SERVER_NAME
 
 TURNS = 2000
 

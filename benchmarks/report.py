@@ -14,7 +14,7 @@ from rich.text import Text
 
 from xai_pool_patch.demo.report import BAD, GOOD, PATCHED, UNPATCHED, percentile
 from xai_pool_patch.plugin.releases import DISTRIBUTION
-from xai_pool_patch.testing.server import Behaviour
+from xai_pool_patch.testing import Behaviour
 
 from .cases import Case, Figures
 from .runs import Bench, CaseResult, CostResult

@@ -15,7 +15,7 @@ from livekit.plugins import xai
 from xai_pool_patch import installation
 from xai_pool_patch.manager import Registry
 from xai_pool_patch.plugin import releases
-from xai_pool_patch.testing.server import Behaviour, FakeServer, ServedConnection
+from xai_pool_patch.testing import Behaviour, FakeServer, ServedConnection
 
 API_KEY = Behaviour.api_key
 VERSION = releases.installed_version()

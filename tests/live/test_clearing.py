@@ -13,7 +13,7 @@ from livekit.plugins import xai
 import xai_pool_patch
 from tests.kit import ONCE, Heard, Line, all_closed, interrupted, line_to, quick, speak
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.testing.server import Behaviour, Clearing, End, Outcome
+from xai_pool_patch.testing import Behaviour, Clearing, End, Outcome
 
 CLEAR = PoolOptions(interruption="clear", close_timeout=2.0)
 IMPATIENT = PoolOptions(interruption="clear", close_timeout=2.0, clear_timeout=0.1)

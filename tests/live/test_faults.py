@@ -18,7 +18,7 @@ import xai_pool_patch
 from tests.kit import Heard, Line, all_closed, line_to, quick, registry, speak
 from tests.live.peer import until
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.testing.server import Ending, FakeServer, Utterance
+from xai_pool_patch.testing import Ending, FakeServer, Utterance
 
 ROUND_TRIP = 0.02
 SECONDS_PER_CHARACTER = 0.02

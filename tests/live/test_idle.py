@@ -10,7 +10,7 @@ import pytest
 import xai_pool_patch
 from tests.kit import Line, all_closed, interrupted, line_to, quick, speak
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.testing.server import Clearing, End, Ending
+from xai_pool_patch.testing import Clearing, End, Ending
 
 
 async def test_pings_are_answered_while_idle(patched: None) -> None:

@@ -41,7 +41,7 @@ from xai_pool_patch import (
 )
 from xai_pool_patch.plugin import patching, releases
 from xai_pool_patch.plugin.connector import key_of
-from xai_pool_patch.testing.server import End
+from xai_pool_patch.testing import End
 
 CLASSES = (plugin_module.TTS, plugin_module.SynthesizeStream)
 STEPS = 5 if HAS_OWN_POOL else 7

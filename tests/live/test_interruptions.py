@@ -11,7 +11,7 @@ from livekit.plugins import xai
 
 import xai_pool_patch
 from tests.kit import ONCE, Heard, Line, all_closed, interrupted, line_to, quick, speak
-from xai_pool_patch.testing.server import End
+from xai_pool_patch.testing import End
 
 TURNS = 300
 """Where the soak is whole; elsewhere fewer."""

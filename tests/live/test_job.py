@@ -21,7 +21,7 @@ from livekit.protocol import agent
 import xai_pool_patch
 from tests.kit import API_KEY, Heard, line_to, quick, speak
 from xai_pool_patch.pool.pool import Pool
-from xai_pool_patch.testing.server import End, FakeServer
+from xai_pool_patch.testing import End, FakeServer
 
 Entrypoint = Callable[[JobContext], Awaitable[None]]
 

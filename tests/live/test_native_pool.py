@@ -13,7 +13,7 @@ from livekit.plugins import xai
 import xai_pool_patch
 from tests.kit import API_KEY, HAS_OWN_POOL, ONCE, all_closed, line_to, quick, registry, speak
 from xai_pool_patch.plugin.native_pool import PooledConnections
-from xai_pool_patch.testing.server import End
+from xai_pool_patch.testing import End
 
 pytestmark = pytest.mark.skipif(not HAS_OWN_POOL, reason="this plugin has no pool of its own")
 

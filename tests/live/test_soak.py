@@ -18,7 +18,7 @@ from livekit.plugins import xai
 import xai_pool_patch
 from tests.kit import Heard, Line, all_closed, line_to, quick, speak
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.testing.server import Clearing, Ending
+from xai_pool_patch.testing import Clearing, Ending
 
 CONVERSATIONS = 4
 OPTIONS = PoolOptions(

@@ -16,7 +16,7 @@ import xai_pool_patch
 from tests.kit import Heard, Line, interrupted, line_to, quick, registry, speak
 from tests.live.peer import until
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.testing.server import End
+from xai_pool_patch.testing import End
 
 ROUND_TRIP = 0.1
 TURNS = 6

@@ -23,7 +23,7 @@ import xai_pool_patch
 from tests.kit import HAS_OWN_POOL, Line, all_closed, line_to, quick
 from tests.session.test_session import session_of
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.testing.server import SAMPLE_RATE, End, Ending, FakeServer, Outcome, Utterance
+from xai_pool_patch.testing import SAMPLE_RATE, End, Ending, FakeServer, Outcome, Utterance
 
 SECONDS_PER_CHARACTER = 0.01
 OTHER_KEY = "other-key"

@@ -16,14 +16,14 @@ import aiohttp
 import pytest
 from aiohttp import WSMsgType
 
-from xai_pool_patch.testing.network import SlowNetwork
-from xai_pool_patch.testing.server import (
+from xai_pool_patch.testing import (
     Behaviour,
     Clearing,
     End,
     Ending,
     FakeServer,
     Outcome,
+    SlowNetwork,
     Wordless,
 )
 

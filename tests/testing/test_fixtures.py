@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import aiohttp
 import pytest
 
@@ -35,3 +38,12 @@ def test_all_that_is_exported_exists_and_is_documented() -> None:
     for name in xai_pool_patch.testing.__all__:
         exported = getattr(xai_pool_patch.testing, name)
         assert isinstance(exported, int) or exported.__doc__
+
+
+def test_without_its_extra_it_says_how_to_install_it() -> None:
+    """The application's own tests import it, and most likely without having read about extras."""
+    program = "import sys; sys.modules['trustme'] = None; import xai_pool_patch.testing"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, encoding="utf-8", timeout=60
+    )
+    assert done.stderr.splitlines()[-1].endswith('pip install "xai_pool_patch[testing]"')

@@ -25,7 +25,7 @@ from livekit.plugins import xai
 
 import xai_pool_patch
 
-from ..testing.server import Behaviour, FakeServer
+from ..testing import Behaviour, FakeServer
 
 SENTENCES = (
     "Good morning, how can I help you today?",

@@ -21,11 +21,17 @@ from types import TracebackType
 from typing import Any
 
 import aiohttp
-import trustme
 from aiohttp import WSMsgType, web
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from .network import HOST, Route, SlowNetwork, reset_transport
+
+try:
+    import trustme
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        'the fake server needs trustme: pip install "xai_pool_patch[testing]"', name="trustme"
+    ) from error
 
 SERVER_NAME = "api.x.ai"
 PATH = "/v1/tts"
