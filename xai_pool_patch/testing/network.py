@@ -30,7 +30,7 @@ def reset_transport(transport: asyncio.Transport) -> None:
 
 
 class _End(asyncio.Protocol):
-    """The network's own socket towards one side. What it hears goes into the lane to the other.
+    """The network's own socket towards one side. What it receives goes into the lane to the other.
 
     asyncio sets TCP_NODELAY on it.
     """
@@ -128,7 +128,7 @@ class Route:
 
     @property
     def is_flowing(self) -> bool:
-        """True when bytes pass: the server's side is there, and the route is not frozen."""
+        """True when bytes pass: the server is connected, and the route is not frozen."""
         return self._server.transport is not None and not self._frozen
 
     @property
@@ -138,9 +138,9 @@ class Route:
         return transport.get_extra_info("sockname")[1] if transport is not None else None
 
     def freeze(self) -> None:
-        """Makes the route half-open: nothing passes in either direction, and nobody is told.
+        """Makes the route half-open: nothing passes in either direction, and neither side notices.
 
-        What is on its way stays there, as does what follows, an end of either side included.
+        What is on its way stays there, and so does what follows, even the end of a side.
         """
         self._frozen = True
 
@@ -151,7 +151,7 @@ class Route:
         self._down.pump()
 
     def half_open_at_end(self) -> None:
-        """When the server's side ends, the route freezes there and the client is not told."""
+        """Freezes the route when the server ends its side, so that the client does not notice."""
         self._half_open_at_end = True
 
     def reset(self) -> None:
@@ -240,6 +240,9 @@ class Route:
 class SlowNetwork:
     """Forwards TCP connections from a port of its own to a server on this machine.
 
+    A `FakeServer` has one, open, as `server.network`. A TCP connection through it is a `Route`;
+    what is done here to all of them can be done there to one.
+
     Args:
         target_port: the server's port on 127.0.0.1.
         round_trip: seconds from one side to the other and back. Every byte is delayed by half of
@@ -247,9 +250,10 @@ class SlowNetwork:
         on_change: called when a connection comes.
 
     Attributes:
-        refuse: a new connection is reset at once.
-        stall_new: a new connection is accepted, then nothing passes: it is born frozen.
-        accepted: connections that have come so far, whatever became of them.
+        refuse: if true, every new connection is reset at once.
+        stall_new: if true, every new connection is accepted and then nothing passes: it is frozen
+            from the start.
+        accepted: how many connections have come so far, whatever became of them.
     """
 
     def __init__(
@@ -270,7 +274,7 @@ class SlowNetwork:
 
     @property
     def port(self) -> int:
-        """The port of the network on 127.0.0.1."""
+        """The port on 127.0.0.1 that clients connect to."""
         if self._server is None:
             raise RuntimeError("the network is not open")
         port: int = self._server.sockets[0].getsockname()[1]
@@ -300,22 +304,22 @@ class SlowNetwork:
             await self._server.wait_closed()
 
     def freeze(self) -> None:
-        """Makes all existing connections half-open."""
+        """Makes all existing connections half-open; see `Route.freeze`."""
         for route in self.routes:
             route.freeze()
 
     def unfreeze(self) -> None:
-        """Lets all frozen connections go on."""
+        """Lets all frozen connections go on; see `Route.unfreeze`."""
         for route in self.routes:
             route.unfreeze()
 
     def reset(self) -> None:
-        """Resets all existing connections."""
+        """Resets all existing connections; see `Route.reset`."""
         for route in self.routes:
             route.reset()
 
     def admit(self, route: Route) -> bool:
-        """Counts a new connection; False if it is to be refused."""
+        """Counts a new connection. False if it has to be refused."""
         self.accepted += 1
         if not self.refuse:
             self._routes.append(route)

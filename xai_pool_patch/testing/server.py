@@ -50,13 +50,13 @@ class End(enum.Enum):
     CLIENT_DROPPED = "EOF or reset by the client, without a Close frame"
     SERVER_CLOSE = "the server sent a Close frame"
     SERVER_RESET = "the server reset it"
-    SERVER_SILENT = "the server is gone and the client was not told"
+    SERVER_SILENT = "the server is gone and the client did not notice"
     PING_TIMEOUT = "the client did not answer a PING, and was reset"
     SHUTDOWN = "the fake server stopped"
 
 
 class Ending(enum.Enum):
-    """How the server is to end a connection."""
+    """How the server ends a connection, where `Behaviour` can choose."""
 
     CLOSE = End.SERVER_CLOSE
     RESET = End.SERVER_RESET
@@ -95,7 +95,10 @@ class Wordless(enum.Enum):
 
 @dataclass
 class Behaviour:
-    """How the server behaves; every field may be changed while it runs, with effect at once."""
+    """How the server behaves. Every field may be changed while it runs, with effect at once.
+
+    The defaults are a server that works, at about the speed of xAI's.
+    """
 
     generation: float = 0.31
     """Seconds from an utterance's first message to its first audio.delta."""
@@ -107,7 +110,7 @@ class Behaviour:
     """Seconds of audio per audio.delta, at most; rounded to an odd number of bytes."""
 
     api_key: str = field(default="fake-api-key", repr=False)
-    """The key that is accepted; any other gets 401."""
+    """The only key that is accepted; any other gets 401."""
     voices: set[str] | None = None
     """The voices that are accepted, any other gets 400; None accepts all."""
     max_sessions: int | None = None
@@ -132,10 +135,10 @@ class Behaviour:
     ending: Ending = Ending.CLOSE
     """How `idle_limit` ends a connection."""
     deadline: float | None = None
-    """Seconds after connecting when an error frame comes; texts are read but not answered then."""
+    """Seconds after connecting when an error frame comes. From then on texts are not answered."""
 
     mute: bool = False
-    """Utterances that begin now are read but not answered, and neither is text.clear."""
+    """If true, utterances that begin now are read but not answered, and neither is text.clear."""
     error_on_text: str | None = None
     """The error message that answers an utterance's first text."""
     wordless: Wordless = Wordless.SPOKEN
@@ -168,8 +171,12 @@ class Behaviour:
 class Handshake:
     """One attempt to connect, refused ones included.
 
-    `status` is the HTTP status of the answer, 101 if accepted; None while there is none, or
-    when the client left before.
+    Attributes:
+        number: its place in `FakeServer.handshakes`, from 1.
+        at: when the request came, in loop time.
+        query: of its URL: voice, language, codec and so on.
+        status: the HTTP status of the answer, 101 if accepted. None before the answer, and when the
+            client left before it.
     """
 
     number: int
@@ -180,7 +187,18 @@ class Handshake:
 
 @dataclass(eq=False)
 class Utterance:
-    """One round: text up, audio down. Every sample of its audio has the value `number`."""
+    """One text, and its audio. Every sample of the audio has the value `number`.
+
+    Attributes:
+        number: its place in `FakeServer.utterances`, from 1.
+        connection: the number of the connection that it came on.
+        first_text_at: when its first message came, in loop time.
+        text: what has come of it so far.
+        text_done: whether text.done has come.
+        first_audio_at: when its first audio.delta was sent, in loop time.
+        outcome: what became of it.
+        audio_bytes: how much audio was sent.
+    """
 
     number: int
     connection: int
@@ -204,7 +222,21 @@ class Utterance:
 
 @dataclass(eq=False)
 class ServedConnection:
-    """One accepted WebSocket. `route` is its way through the network: freeze or reset it there."""
+    """One accepted WebSocket.
+
+    Attributes:
+        number: its place in `FakeServer.connections`, from 1.
+        opened_at: when it was accepted, in loop time.
+        query: of its URL: voice, language, codec and so on.
+        route: its way through the network. Freeze or reset it there.
+        utterances: those that came on it, in order.
+        ended: how it ended; None while it is open.
+        ended_at: when it ended, in loop time.
+        close_code: that of the first Close frame.
+        pings_received: PINGs of the client.
+        pongs_received: answers of the client to the server's PINGs.
+        violations: what the client sent against the protocol, a sentence each.
+    """
 
     number: int
     opened_at: float
@@ -359,12 +391,12 @@ class FakeServer:
             session.end(End.SERVER_RESET)
 
     def mute_all(self) -> None:
-        """The sessions that are open now answer PINGs from here on, and nothing else."""
+        """Every open connection answers PINGs from here on, and nothing else."""
         for session in self._sessions:
             session.is_dead = True
 
     def freeze_all(self) -> None:
-        """Makes every connection half-open: neither side hears of the other any more."""
+        """Makes every connection half-open: neither side receives anything from the other."""
         self.network.freeze()
 
     async def broadcast(self, frame: str) -> None:
