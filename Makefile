@@ -26,7 +26,7 @@ sessions: $(VENV)/ready
 		'import json, sys; print(json.dumps([run["session"] for run in json.load(sys.stdin)]))'
 
 bench: $(VENV)/ready
-	$(BIN)/xai-pool-patch bench
+	$(BIN)/python -m benchmarks
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -15,9 +15,9 @@ from livekit.plugins import xai
 from xai_pool_patch import installation
 from xai_pool_patch.manager import Registry
 from xai_pool_patch.plugin import releases
-from xai_pool_patch.testing.server import Behaviour, Connection, FakeServer
+from xai_pool_patch.testing import Behaviour, FakeServer, ServedConnection
 
-API_KEY = "stand-in-key"
+API_KEY = Behaviour.api_key
 VERSION = releases.installed_version()
 [SHAPE] = [release.shape for release in releases.RELEASES if VERSION in release.versions]
 HAS_OWN_POOL = SHAPE is releases.Shape.OWN_POOL
@@ -64,7 +64,7 @@ async def speak(
 
 async def interrupted(
     line: Line, tts: xai.TTS, text: str = "This is a long sentence."
-) -> Connection:
+) -> ServedConnection:
     """A turn that is closed in the middle of its audio; the connection it spoke on."""
     async with tts.stream() as stream:
         stream.push_text(text)
@@ -75,7 +75,7 @@ async def interrupted(
 
 @dataclass
 class Line:
-    """A stand-in, the HTTP session that leads to it, and what the TTS instances reported."""
+    """A fake server, the HTTP session that leads to it, and what the TTS instances reported."""
 
     server: FakeServer
     http: aiohttp.ClientSession

@@ -22,12 +22,20 @@ def test_it_is_the_wheel_that_is_tested() -> None:
 
 
 def test_it_holds_the_package_and_nothing_else() -> None:
-    """No test, no example, nothing at the top of site-packages that others may call the same."""
+    """No test, example or benchmark; no name in site-packages that others may use as well."""
     package = [file for file in FILES if file.parts[0] == "xai_pool_patch"]
     assert {file.suffix for file in package} == {".py", ".typed"}
+    assert not any("bench" in str(file) for file in package)
     others = {file.parts[0] for file in FILES} - {"xai_pool_patch"}
     assert others == {f"xai_pool_patch-{INSTALLED.version}.dist-info", ".."}
     assert [file.name for file in FILES if file.parts[0] == ".."] == ["xai-pool-patch"]
+
+
+def test_it_brings_the_fake_server() -> None:
+    """With an extra of its own: people's tests need it, and their applications do not."""
+    files = set(map(str, FILES))
+    assert {f"xai_pool_patch/testing/{name}.py" for name in ("__init__", "fixtures")} <= files
+    assert "testing" in INSTALLED.metadata.get_all("Provides-Extra")
 
 
 def test_it_is_typed() -> None:

@@ -17,7 +17,6 @@ import typer
 import xai_pool_patch
 
 from .demo import arguments
-from .demo.bench import bench_command
 from .errors import UnsupportedPluginError
 from .installation import OFF_SWITCH, is_switched_off
 from .plugin.releases import DISTRIBUTION, MODULE, detect, installed_version, is_as_published
@@ -26,6 +25,8 @@ from .telemetry.log import FIELD_PREFIX, describe
 
 if TYPE_CHECKING:
     from .demo.conversation import OpenLine, Setting
+
+NAME = "xai-pool-patch"
 
 KEY_VARIABLE = "XAI_API_KEY"
 
@@ -43,25 +44,32 @@ app = typer.Typer(
 
 def main() -> NoReturn:
     """The console script."""
+    run(app, NAME)
+
+
+def run(app: typer.Typer, name: str) -> NoReturn:
+    """Runs a command line to its end. Whatever goes wrong is one line on stderr."""
     logging.getLogger().addHandler(_OneLine(logging.WARNING))
     try:
-        code = app(prog_name="xai-pool-patch", standalone_mode=False)
+        code = app(prog_name=name, standalone_mode=False)
     except UsageError as error:
-        code = _complain(error.format_message(), MISUSED)  # type: ignore[attr-defined]
+        code = complain(name, error.format_message(), MISUSED)  # type: ignore[attr-defined]
     except ModuleNotFoundError as error:
-        code = _complain(f'{error.name} is missing: pip install "xai_pool_patch[demo]"', MISUSED)
+        reason = f'{error.name} is missing: pip install "xai_pool_patch[demo]"'
+        code = complain(name, reason, MISUSED)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     sys.exit(code)
 
 
-def _complain(message: str, code: int) -> int:
-    _print_line(f"xai-pool-patch: {message}")
+def complain(name: str, message: str, code: int) -> int:
+    """Prints what went wrong, and returns the exit code."""
+    _print_line(f"{name}: {message}")
     return code
 
 
 def _fail(message: str, code: int = FAILED) -> NoReturn:
-    raise typer.Exit(_complain(message, code))
+    raise typer.Exit(complain(NAME, message, code))
 
 
 @app.callback(invoke_without_command=True)
@@ -91,7 +99,9 @@ def demo(
     rtt: Annotated[
         float,
         typer.Option(
-            metavar="MS", help="Round trip to the stand-in, in ms.", callback=arguments.milliseconds
+            metavar="MS",
+            help="Round trip to the fake server, in ms.",
+            callback=arguments.milliseconds,
         ),
     ] = 150.0,
     interrupt: Annotated[
@@ -115,7 +125,7 @@ def demo(
 ) -> None:
     """Hold the same conversation with the plugin as it is and patched, and compare.
 
-    The agent and the plugin are real; the server is a stand-in, unless --live is given.
+    The agent and the plugin are real; the server is a fake one, unless --live is given.
     """
     api_key = _api_key() if live else None
     _check_plugin()
@@ -124,7 +134,7 @@ def demo(
     pause = conversation.sufficient_pause(rtt / 1e3)
     plan = conversation.Plan(turns=turns, interrupted_share=interrupt, pause=pause)
     if api_key is None:
-        line = functools.partial(conversation.line_to_stand_in, rtt / 1e3)
+        line = functools.partial(conversation.line_to_fake_server, rtt / 1e3)
         _compare(conversation.Setting(plan, rtt / 1e3), line, as_json=as_json, svg=svg)
     else:
         line = functools.partial(conversation.line_to_xai, api_key)
@@ -168,9 +178,6 @@ def _compare(setting: Setting, open_line: OpenLine, *, as_json: bool, svg: Path 
         report.show(console, comparison, setting)
     if svg is not None:
         svg.write_text(report.picture(comparison, setting), encoding="utf-8")
-
-
-app.command("bench")(bench_command)
 
 
 @app.command()

@@ -25,8 +25,8 @@ SAMPLE_RATE = 24_000
 REFUSING = """
 import functools
 from xai_pool_patch.__main__ import main
-from xai_pool_patch.demo import fake_server
-fake_server.Behaviour = functools.partial(fake_server.Behaviour, refuse=401)
+from xai_pool_patch.testing import server
+server.Behaviour = functools.partial(server.Behaviour, refuse=401)
 main()
 """
 

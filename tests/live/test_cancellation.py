@@ -11,7 +11,7 @@ from livekit.plugins import xai
 import xai_pool_patch
 from tests.kit import Line, all_closed, line_to, quick, speak
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.testing.server import End
+from xai_pool_patch.testing import End
 
 
 async def cold(line: Line, tts: xai.TTS) -> None:

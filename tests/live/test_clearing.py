@@ -13,7 +13,7 @@ from livekit.plugins import xai
 import xai_pool_patch
 from tests.kit import ONCE, Heard, Line, all_closed, interrupted, line_to, quick, speak
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.testing.server import Behaviour, Clearing, End, Outcome
+from xai_pool_patch.testing import Behaviour, Clearing, End, Outcome
 
 CLEAR = PoolOptions(interruption="clear", close_timeout=2.0)
 IMPATIENT = PoolOptions(interruption="clear", close_timeout=2.0, clear_timeout=0.1)
@@ -232,7 +232,7 @@ async def test_nothing_is_reclaimed_that_was_being_replaced() -> None:
         await asyncio.wait([turn])
         assert xai_pool_patch.stats()["clearing"] == 0
         assert xai_pool_patch.stats()["closed_interrupted"] == 2
-        line.server.link.unfreeze()
+        line.server.network.unfreeze()
         line.server.behaviour.mute = False
         await hear_whole(line, tts, "Heard.")
         assert clears(line) == 0

@@ -38,7 +38,7 @@ class Outcome:
             cause=type(error.__cause__).__name__ if error is not None else "",
             events=[(type(event.error).__name__, event.recoverable) for event in line.errors],
             # One TCP connection may carry several attempts, and another none.
-            dials=max(line.server.link.accepted, len(line.server.handshakes)),
+            dials=max(line.server.network.accepted, len(line.server.handshakes)),
         )
 
 
@@ -64,12 +64,12 @@ def unknown_voice(line: Line) -> dict[str, Any]:
 
 
 def refused_connection(line: Line) -> dict[str, Any]:
-    line.server.link.refuse = True
+    line.server.network.refuse = True
     return {}
 
 
 def stalled_dial(line: Line) -> dict[str, Any]:
-    line.server.link.stall_new = True
+    line.server.network.stall_new = True
     return {}
 
 
@@ -135,10 +135,10 @@ async def test_the_same_error_as_without_the_patch(case: str, options: APIConnec
 async def test_the_timeout_covers_the_wait_for_somebody_elses_dial(patched: None) -> None:
     """A caller who relies on a standby that hangs fails when it said, not when the dial does."""
     async with line_to() as line:
-        line.server.link.stall_new = True
+        line.server.network.stall_new = True
         tts = line.tts()
         tts.prewarm()
-        await line.server.wait_for(lambda server: server.link.accepted == 1)
+        await line.server.wait_for(lambda server: server.network.accepted == 1)
         loop = asyncio.get_running_loop()
         began = loop.time()
         heard = await speak(tts, "Hello.", IMPATIENT)

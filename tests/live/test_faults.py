@@ -18,7 +18,7 @@ import xai_pool_patch
 from tests.kit import Heard, Line, all_closed, line_to, quick, registry, speak
 from tests.live.peer import until
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.testing.server import Ending, FakeServer, Utterance
+from xai_pool_patch.testing import Ending, FakeServer, Utterance
 
 ROUND_TRIP = 0.02
 SECONDS_PER_CHARACTER = 0.02
@@ -139,7 +139,7 @@ async def test_faults_of_a_reused_connection(name: str) -> None:
             metric = line.metrics[-1]
             assert metric.connection_reused == (fault.replays == 0)
             assert (metric.acquire_time > 0) == (fault.replays > 0)
-            line.server.link.unfreeze()
+            line.server.network.unfreeze()
             after = await speak(tts, "And a third turn.")
             assert after.samples == {line.server.utterance_for("And a third turn.").number}
         await tts.aclose()
@@ -190,7 +190,7 @@ async def test_words_still_being_written_go_to_the_replacement() -> None:
         assert spoken.text == "".join("".join(words).split())
         assert samples == {spoken.number}
         assert line.errors == []
-        line.server.link.unfreeze()
+        line.server.network.unfreeze()
         await tts.aclose()
 
 
@@ -318,7 +318,7 @@ async def test_interrupted_during_a_redial(no_tasks_left: None) -> None:
         await speak(tts, "First.")
         line.server.reset_all()
         turn = asyncio.create_task(speak(tts, "Never heard."))
-        await line.server.wait_for(lambda s: s.link.accepted == 2)
+        await line.server.wait_for(lambda s: s.network.accepted == 2)
         turn.cancel()
         await asyncio.wait([turn])
         heard = await speak(tts, "Heard.")

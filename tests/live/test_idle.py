@@ -10,7 +10,7 @@ import pytest
 import xai_pool_patch
 from tests.kit import Line, all_closed, interrupted, line_to, quick, speak
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.testing.server import Clearing, End, Ending
+from xai_pool_patch.testing import Clearing, End, Ending
 
 
 async def test_pings_are_answered_while_idle(patched: None) -> None:
@@ -150,7 +150,7 @@ def test_a_loop_that_just_stops(
             line.server.behaviour.pace = 1.0
             await interrupted(line, tts)
         else:
-            await line.server.wait_for(lambda s: s.link.accepted == 1)
+            await line.server.wait_for(lambda s: s.network.accepted == 1)
         return context, line
 
     async def end(context: Any, line: Line) -> None:

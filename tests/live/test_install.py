@@ -41,7 +41,7 @@ from xai_pool_patch import (
 )
 from xai_pool_patch.plugin import patching, releases
 from xai_pool_patch.plugin.connector import key_of
-from xai_pool_patch.testing.server import End
+from xai_pool_patch.testing import End
 
 CLASSES = (plugin_module.TTS, plugin_module.SynthesizeStream)
 STEPS = 5 if HAS_OWN_POOL else 8
@@ -502,7 +502,7 @@ async def test_uninstalled_during_a_dial() -> None:
         tts = line.tts()
         xai_pool_patch.install()
         turn = asyncio.create_task(speak(tts, "Hello."))
-        await line.server.wait_for(lambda s: s.link.accepted == 1)
+        await line.server.wait_for(lambda s: s.network.accepted == 1)
         xai_pool_patch.uninstall()
         heard = await turn
         assert heard.samples == {line.server.utterance_for("Hello.").number}

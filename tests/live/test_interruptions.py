@@ -11,7 +11,7 @@ from livekit.plugins import xai
 
 import xai_pool_patch
 from tests.kit import ONCE, Heard, Line, all_closed, interrupted, line_to, quick, speak
-from xai_pool_patch.testing.server import End
+from xai_pool_patch.testing import End
 
 TURNS = 300
 """Where the soak is whole; elsewhere fewer."""
@@ -174,7 +174,7 @@ async def test_interrupted_while_dialling(patched: None, no_tasks_left: None) ->
     async with line_to(round_trip=0.02) as line:
         tts = line.tts()
         turn = asyncio.create_task(speak(tts, "Too late."))
-        await line.server.wait_for(lambda s: s.link.accepted == 1)
+        await line.server.wait_for(lambda s: s.network.accepted == 1)
         turn.cancel()
         await asyncio.wait([turn])
         heard = await speak(tts, "In time.")

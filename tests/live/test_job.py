@@ -21,7 +21,7 @@ from livekit.protocol import agent
 import xai_pool_patch
 from tests.kit import API_KEY, Heard, line_to, quick, speak
 from xai_pool_patch.pool.pool import Pool
-from xai_pool_patch.testing.server import End, FakeServer
+from xai_pool_patch.testing import End, FakeServer
 
 Entrypoint = Callable[[JobContext], Awaitable[None]]
 
@@ -123,7 +123,7 @@ async def test_a_prewarmed_connection_too(
             tts = xai.TTS(api_key=API_KEY)
             kept.append(tts)
             tts.prewarm()
-            await line.server.wait_for(lambda s: s.link.accepted == 1)
+            await line.server.wait_for(lambda s: s.network.accepted == 1)
             job.shutdown()
 
         await run_job(entrypoint, line.server, monkeypatch)
@@ -244,11 +244,11 @@ class LastWords:
     async def never_heard(self) -> None:
         await self.server.wait_for(our_own_has_run)
         self.server.behaviour.handshake_delay = 0.05
-        accepted = self.server.link.accepted
+        accepted = self.server.network.accepted
         async with self.tts().stream() as stream:
             stream.push_text("Goodbye.")
             stream.end_input()
-            await self.server.wait_for(lambda s: s.link.accepted > accepted)
+            await self.server.wait_for(lambda s: s.network.accepted > accepted)
 
     async def prewarmed(self) -> None:
         await self.server.wait_for(our_own_has_run)
@@ -279,7 +279,7 @@ async def test_last_words(
         await line.server.wait_for(lambda s: s.open_count == 0)
         ended = [connection.ended for connection in line.server.connections]
         assert ended == [End.CLIENT_CLOSE] * len(ended)
-        assert line.server.link.accepted <= 2 + (words == "to_the_end")
+        assert line.server.network.accepted <= 2 + (words == "to_the_end")
         stats = xai_pool_patch.stats()
         assert (stats["pools"], stats["idle"], stats["connecting"]) == (0, 0, 0)
 
@@ -317,11 +317,11 @@ async def test_words_under_way_when_the_job_ends(
             job.shutdown()
 
         await run_job(entrypoint, line.server, monkeypatch)
-        accepted = line.server.link.accepted
+        accepted = line.server.network.accepted
         await line.server.wait_for(lambda s: s.open_count == 0)
         await interrupt(speeches[0])
         if deal_with is to_its_end:
             assert speeches[0].result().samples == {line.server.utterances[2].number}
         assert [c.ended for c in line.server.connections] == [End.CLIENT_CLOSE] * 2
-        assert line.server.link.accepted == accepted
+        assert line.server.network.accepted == accepted
         assert xai_pool_patch.stats()["pools"] == 0

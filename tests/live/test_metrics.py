@@ -22,7 +22,7 @@ import xai_pool_patch
 from tests.kit import API_KEY, line_to, quick, registry, speak
 from tests.otel import empty_reader
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.testing.server import Ending
+from xai_pool_patch.testing import Ending
 
 Points = dict[tuple[str, str], Any]
 """By instrument, without its prefix, and the values of its attributes."""

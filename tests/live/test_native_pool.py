@@ -13,7 +13,7 @@ from livekit.plugins import xai
 import xai_pool_patch
 from tests.kit import API_KEY, HAS_OWN_POOL, ONCE, all_closed, line_to, quick, registry, speak
 from xai_pool_patch.plugin.native_pool import PooledConnections
-from xai_pool_patch.testing.server import End
+from xai_pool_patch.testing import End
 
 pytestmark = pytest.mark.skipif(not HAS_OWN_POOL, reason="this plugin has no pool of its own")
 
@@ -126,7 +126,7 @@ async def test_what_the_plugins_pool_was_dialling_is_closed() -> None:
     async with line_to(round_trip=0.02) as line:
         tts = line.tts()
         tts.prewarm()
-        await line.server.wait_for(lambda s: s.link.accepted == 1)
+        await line.server.wait_for(lambda s: s.network.accepted == 1)
         xai_pool_patch.install()
         await speak(tts, "Hello.")
         await line.server.wait_for(lambda s: s.open_count == 1)

@@ -132,7 +132,7 @@ async def test_every_fault(name: str, told: Told) -> None:
         heard = await turn
         befalling.cancel()
         told.check(heard)
-        line.server.link.unfreeze()
+        line.server.network.unfreeze()
         await tts.aclose()
         told.check(heard)
 

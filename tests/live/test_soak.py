@@ -18,7 +18,7 @@ from livekit.plugins import xai
 import xai_pool_patch
 from tests.kit import Heard, Line, all_closed, line_to, quick, speak
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.testing.server import Clearing, Ending
+from xai_pool_patch.testing import Clearing, Ending
 
 CONVERSATIONS = 4
 OPTIONS = PoolOptions(
@@ -139,6 +139,6 @@ async def _conversation(seed: int, turns: int) -> None:
         assert conversation.silent == []
         # An utterance on a connection that still owed another one.
         assert all(not connection.violations for connection in line.server.connections)
-        line.server.link.unfreeze()
+        line.server.network.unfreeze()
         await tts.aclose()
         await all_closed(line.server)

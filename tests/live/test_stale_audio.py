@@ -1,7 +1,7 @@
 """Audio that comes after the server's own `audio.done` is heard in no other turn.
 
-The stand-in's pieces of audio are odd in length: one that got into a turn would not only be heard
-there, but turn all that follows it into noise.
+The fake server's pieces of audio are odd in length: one that got into a turn would not only be
+heard there, but turn all that follows it into noise.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import xai_pool_patch
 from tests.kit import Heard, Line, interrupted, line_to, quick, registry, speak
 from tests.live.peer import until
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.testing.server import End
+from xai_pool_patch.testing import End
 
 ROUND_TRIP = 0.1
 TURNS = 6

@@ -112,7 +112,7 @@ async def test_a_dial_for_old_options_never_serves_new_ones(patched: None) -> No
     async with line_to(round_trip=0.02) as line:
         tts = line.tts(voice="ara")
         first = asyncio.create_task(speak(tts, "First."))
-        await line.server.wait_for(lambda s: s.link.accepted == 1)
+        await line.server.wait_for(lambda s: s.network.accepted == 1)
         tts.update_options(voice="eve")
         await asyncio.gather(first, speak(tts, "Second."))
         voices = {
@@ -269,7 +269,7 @@ async def test_stats_of_what_there_is(patched: None, when: str) -> None:
         tts = line.tts()
         turn = asyncio.create_task(speak(tts, "Hello."))
         if when == "connecting":
-            await line.server.wait_for(lambda s: s.link.accepted == 1)
+            await line.server.wait_for(lambda s: s.network.accepted == 1)
         elif when == "leased":
             await line.server.wait_for(lambda s: len(s.utterances) == 1)
         else:

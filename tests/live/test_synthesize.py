@@ -13,7 +13,7 @@ from livekit.agents import APIConnectOptions
 from livekit.plugins import xai
 
 from tests.kit import Line, line_to, quick, speak
-from xai_pool_patch.testing.server import Ending
+from xai_pool_patch.testing import Ending
 
 pytestmark = pytest.mark.usefixtures("patched")
 

@@ -14,7 +14,7 @@ from livekit.agents import APIConnectOptions
 import xai_pool_patch
 from tests.kit import ONCE, Line, line_to, quick, registry, speak
 from tests.live.peer import until
-from xai_pool_patch.testing.server import Utterance, Wordless
+from xai_pool_patch.testing import Utterance, Wordless
 
 RETRYING = APIConnectOptions(max_retry=2, retry_interval=0.01, timeout=5.0)
 WORDS = "And now a few words."

@@ -23,7 +23,7 @@ import xai_pool_patch
 from tests.kit import HAS_OWN_POOL, Line, all_closed, line_to, quick
 from tests.session.test_session import session_of
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.testing.server import SAMPLE_RATE, End, Ending, FakeServer, Outcome, Utterance
+from xai_pool_patch.testing import SAMPLE_RATE, End, Ending, FakeServer, Outcome, Utterance
 
 SECONDS_PER_CHARACTER = 0.01
 OTHER_KEY = "other-key"
@@ -179,13 +179,13 @@ class Outage:
 
 
 def stall(server: FakeServer) -> None:
-    server.link.stall_new = True
+    server.network.stall_new = True
     server.freeze_all()
 
 
 def flow(server: FakeServer) -> None:
-    server.link.stall_new = False
-    server.link.unfreeze()
+    server.network.stall_new = False
+    server.network.unfreeze()
 
 
 def behaving(**faults: Any) -> Outage:
@@ -510,12 +510,12 @@ async def ours_second(*, is_patched: bool) -> list[int]:
                 adapter.prewarm()
                 if is_patched:
                     await other.server.wait_for(lambda s: s.connections)
-                dials.append(ours.server.link.accepted)
+                dials.append(ours.server.network.accepted)
                 check_whole(await turn(adapter, GREETING), other.server, GREETING)
-                dials.append(ours.server.link.accepted)
+                dials.append(ours.server.network.accepted)
                 OUTAGES["a wrong key"].begin(other.server)
                 check_whole(await turn(adapter), ours.server, REPLY)
-                dials.append(ours.server.link.accepted)
+                dials.append(ours.server.network.accepted)
     return dials
 
 

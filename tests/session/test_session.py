@@ -16,7 +16,7 @@ import xai_pool_patch
 from tests.kit import Line, all_closed, line_to, quick
 from xai_pool_patch import PoolOptions
 from xai_pool_patch.demo.conversation import Loudspeaker, Playback, ignore_reported
-from xai_pool_patch.testing.server import End
+from xai_pool_patch.testing import End
 
 pytestmark = pytest.mark.usefixtures("patched")
 

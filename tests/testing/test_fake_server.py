@@ -1,4 +1,4 @@
-"""The stand-in and its link, seen by a plain aiohttp client over real sockets."""
+"""The fake server and its network, seen by a plain aiohttp client over real sockets."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import aiohttp
 import pytest
 from aiohttp import WSMsgType
 
-from xai_pool_patch.testing.network import Link
-from xai_pool_patch.testing.server import (
+from xai_pool_patch.testing import (
     Behaviour,
     Clearing,
     End,
     Ending,
     FakeServer,
     Outcome,
+    SlowNetwork,
     Wordless,
 )
 
@@ -33,7 +33,7 @@ if sys.version_info < (3, 11):  # it warns of every TLS connection that the peer
         pytest.mark.filterwarnings("ignore:unclosed transport <asyncio.sslproto:ResourceWarning")
     )
 
-KEY = "stand-in-key"
+KEY = Behaviour.api_key
 SILENCE = 0.05
 """Seconds for which nothing must come where nothing may come."""
 
@@ -71,8 +71,8 @@ class Client:
 
 
 @contextlib.asynccontextmanager
-async def standing_in(round_trip: float = 0.0, **behaviour: Any) -> AsyncIterator[Client]:
-    """A stand-in that loses no time unless told to, and a client's session with it."""
+async def serving(round_trip: float = 0.0, **behaviour: Any) -> AsyncIterator[Client]:
+    """A fake server that loses no time unless told to, and a client's session with it."""
     quick = {"generation": 0.0, "pace": 1000.0, "speech_per_character": 0.01, **behaviour}
     async with contextlib.AsyncExitStack() as stack:
         server = FakeServer(round_trip=round_trip, behaviour=Behaviour(**quick))
@@ -147,7 +147,7 @@ class TestRound:
 
     async def test_the_audio_of_a_text(self) -> None:
         """It is as long as its text, of one value, cut at odd bytes, and on the record."""
-        async with standing_in(chunk=0.05) as client:
+        async with serving(chunk=0.05) as client:
             ws = await client.connect()
             await say(ws, "twenty characters...")
             pieces = await hear_out(ws)
@@ -162,7 +162,7 @@ class TestRound:
 
     async def test_every_utterance_has_a_value_of_its_own(self) -> None:
         """Over several connections."""
-        async with standing_in() as client:
+        async with serving() as client:
             for value in (1, 2, 3, 4):
                 ws = await client.connect()
                 await say(ws, "ab")
@@ -170,7 +170,7 @@ class TestRound:
 
     async def test_audio_comes_while_text_still_arrives(self) -> None:
         """But audio.done only after text.done."""
-        async with standing_in() as client:
+        async with serving() as client:
             ws = await client.connect()
             for _ in range(3):
                 await send(ws, "text.delta", delta="word ")
@@ -181,7 +181,7 @@ class TestRound:
 
     async def test_no_text_no_audio(self) -> None:
         """audio.done comes after the time of generation."""
-        async with standing_in(generation=0.05) as client:
+        async with serving(generation=0.05) as client:
             ws = await client.connect()
             started = now()
             await send(ws, "text.done")
@@ -192,7 +192,7 @@ class TestRound:
     @pytest.mark.parametrize("wordless", Wordless)
     async def test_no_word(self, wordless: Wordless, text: str | None) -> None:
         """One answer, and the connection is idle again; a text with a word is spoken as ever."""
-        async with standing_in(wordless=wordless, chunk=0.02) as client:
+        async with serving(wordless=wordless, chunk=0.02) as client:
             ws = await client.connect()
             if text is not None:
                 await send(ws, "text.delta", delta=text)
@@ -210,7 +210,7 @@ class TestRound:
 
     async def test_generation_and_pace(self) -> None:
         """Both take their time: 0.05 s, then 0.2 s of audio at ten times real time."""
-        async with standing_in(generation=0.05, pace=10.0, chunk=0.1) as client:
+        async with serving(generation=0.05, pace=10.0, chunk=0.1) as client:
             ws = await client.connect()
             started = now()
             await say(ws, "twenty characters...")
@@ -221,7 +221,7 @@ class TestRound:
 
     async def test_clear_cancels_the_utterance(self) -> None:
         """What follows audio.clear belongs to the next utterance alone."""
-        async with standing_in(pace=1.0, chunk=SILENCE / 5) as client:
+        async with serving(pace=1.0, chunk=SILENCE / 5) as client:
             ws = await client.connect()
             await say(ws, "a long text " * 10)
             assert (await hear(ws))["type"] == "audio.delta"
@@ -238,7 +238,7 @@ class TestRound:
 
     async def test_clear_on_an_idle_connection(self) -> None:
         """Is answered at once."""
-        async with standing_in() as client:
+        async with serving() as client:
             ws = await client.connect()
             await send(ws, "text.clear")
             assert await hear(ws) == {"type": "audio.clear"}
@@ -258,7 +258,7 @@ class TestRound:
         self, clearing: Clearing, answers: list[str]
     ) -> None:
         """One audio.delta of four has come by then; the others would follow, 0.1 s apart."""
-        async with standing_in(pace=1.0, chunk=0.1, clearing=clearing, clear_delay=0.15) as client:
+        async with serving(pace=1.0, chunk=0.1, clearing=clearing, clear_delay=0.15) as client:
             ws = await client.connect()
             await say(ws, "a text of 39 characters is 0.39 s long.")
             await hear(ws)
@@ -271,9 +271,7 @@ class TestRound:
 
     async def test_nothing_leaks_once_the_client_was_heard(self) -> None:
         """From then on the audio could be the answer to what it said."""
-        async with standing_in(
-            pace=1.0, clearing=Clearing.LEAKING, clear_delay=SILENCE / 2
-        ) as client:
+        async with serving(pace=1.0, clearing=Clearing.LEAKING, clear_delay=SILENCE / 2) as client:
             ws = await client.connect(autoping=False)
             await say(ws, "a long text " * 10)
             await hear(ws)
@@ -289,7 +287,7 @@ class TestRound:
     )
     async def test_a_violation_is_recorded_and_answered(self, frame: str | bytes) -> None:
         """Text between text.done and audio.done, and frames that no client sends."""
-        async with standing_in(generation=60.0) as client:
+        async with serving(generation=60.0) as client:
             ws = await client.connect()
             await say(ws, "hello")
             await (ws.send_str(frame) if isinstance(frame, str) else ws.send_bytes(frame))
@@ -313,7 +311,7 @@ class TestHandshake:
         self, behaviour: dict[str, Any], connect: dict[str, Any], status: int
     ) -> None:
         """Before the upgrade, with the status for its reason."""
-        async with standing_in(**behaviour) as client:
+        async with serving(**behaviour) as client:
             assert await client.refused(**connect) == status
             (handshake,) = client.server.handshakes
             assert handshake.status == status
@@ -321,14 +319,14 @@ class TestHandshake:
 
     async def test_the_next_ones_are_refused(self) -> None:
         """Just as many as were asked for."""
-        async with standing_in(refuse_next=[503, 429]) as client:
+        async with serving(refuse_next=[503, 429]) as client:
             assert [await client.refused(), await client.refused()] == [503, 429]
             await client.connect()
             assert [h.status for h in client.server.handshakes] == [503, 429, 101]
 
     async def test_sessions_are_counted_while_open(self) -> None:
         """A closed one makes room."""
-        async with standing_in(max_sessions=2) as client:
+        async with serving(max_sessions=2) as client:
             first, _ = await client.connect(), await client.connect()
             assert await client.refused() == 429
             await first.close()
@@ -339,14 +337,14 @@ class TestHandshake:
 
     async def test_delay(self) -> None:
         """A handshake takes as long as it is told to."""
-        async with standing_in(handshake_delay=0.05) as client:
+        async with serving(handshake_delay=0.05) as client:
             started = now()
             await client.connect()
             assert now() - started >= 0.05
 
     async def test_costs_three_round_trips(self) -> None:
         """TCP, TLS 1.3 and the upgrade; and a message and its answer cost one."""
-        async with standing_in(round_trip=0.05) as client:
+        async with serving(round_trip=0.05) as client:
             started = now()
             ws = await client.connect()
             assert now() - started >= 3 * 0.05
@@ -361,7 +359,7 @@ class TestPings:
     @pytest.mark.parametrize("answer", [True, False])
     async def test_of_the_client(self, answer: bool) -> None:
         """Are counted, and answered if so wished."""
-        async with standing_in(answer_pings=answer) as client:
+        async with serving(answer_pings=answer) as client:
             ws = await client.connect(autoping=False)
             await ws.ping(b"there?")
             if answer:
@@ -373,7 +371,7 @@ class TestPings:
 
     async def test_late_answers(self) -> None:
         """What comes meanwhile is answered first."""
-        async with standing_in(pong_delay=SILENCE) as client:
+        async with serving(pong_delay=SILENCE) as client:
             ws = await client.connect(autoping=False)
             await ws.ping(b"1")
             await say(ws, "hello")
@@ -384,7 +382,7 @@ class TestPings:
 
     async def test_of_the_server(self) -> None:
         """A client that answers stays; one that does not is dropped without a Close."""
-        async with standing_in(ping_interval=0.1) as client:
+        async with serving(ping_interval=0.1) as client:
             listening, deaf = await client.connect(), await client.connect(autoping=False)
             reader = asyncio.create_task(listening.receive())
             connections = client.server.connections
@@ -400,7 +398,7 @@ class TestPings:
 class TestEndings:
     async def test_by_the_client(self) -> None:
         """With its Close frame, which is answered."""
-        async with standing_in() as client:
+        async with serving() as client:
             ws = await client.connect()
             await ws.close(code=1001)
             assert ws.close_code == 1001
@@ -409,7 +407,7 @@ class TestEndings:
 
     async def test_by_the_client_without_an_answer(self) -> None:
         """The connection stays open until the client drops it."""
-        async with standing_in(answer_close=False) as client:
+        async with serving(answer_close=False) as client:
             ws = await client.connect()
             (connection,) = client.server.connections
             closing = asyncio.create_task(ws.close())
@@ -424,7 +422,7 @@ class TestEndings:
 
     async def test_by_the_client_without_a_close(self) -> None:
         """In the middle of an utterance, which is cut off."""
-        async with standing_in(generation=60.0) as client:
+        async with serving(generation=60.0) as client:
             ws = await client.connect()
             await send(ws, "text.delta", delta="hello")
             await client.server.wait_for(lambda server: server.utterances)
@@ -435,7 +433,7 @@ class TestEndings:
 
     async def test_close_all(self) -> None:
         """Every client gets a Close frame with the code."""
-        async with standing_in() as client:
+        async with serving() as client:
             clients = [await client.connect() for _ in range(3)]
             await client.server.close_all(1012)
             for ws in clients:
@@ -446,10 +444,10 @@ class TestEndings:
 
     async def test_close_waits_for_the_answer(self) -> None:
         """The TCP connection stays until the client has answered; what it says is not heard."""
-        async with standing_in() as client:
+        async with serving() as client:
             ws = await client.connect(autoclose=False)
-            (line,) = client.server.link.lines
-            closed = asyncio.create_task(line.wait_closed())
+            (route,) = client.server.network.routes
+            closed = asyncio.create_task(route.wait_closed())
             await client.server.close_all()
             assert (await ws.receive(timeout=5)).type is WSMsgType.CLOSE
             await say(ws, "unheard")
@@ -461,7 +459,7 @@ class TestEndings:
 
     async def test_reset_all(self) -> None:
         """Every client loses its connection without a word."""
-        async with standing_in() as client:
+        async with serving() as client:
             clients = [await client.connect() for _ in range(3)]
             client.server.reset_all()
             for ws in clients:
@@ -471,7 +469,7 @@ class TestEndings:
 
     async def test_broadcast(self) -> None:
         """A frame for everybody who is there."""
-        async with standing_in() as client:
+        async with serving() as client:
             clients = [await client.connect() for _ in range(3)]
             await clients.pop().close()
             await client.server.broadcast('{"type": "news"}')
@@ -480,7 +478,7 @@ class TestEndings:
     @each_ending
     async def test_idle_limit(self, ending: Ending, end: End) -> None:
         """Counts from the last utterance, and may be set while the connection is idle."""
-        async with standing_in(generation=0.1) as client:
+        async with serving(generation=0.1) as client:
             ws = await client.connect()
             await say(ws, "hello")
             await hear_out(ws)
@@ -496,7 +494,7 @@ class TestEndings:
 
     async def test_idle_limit_spares_the_busy(self) -> None:
         """An utterance may take longer than the limit."""
-        async with standing_in(idle_limit=0.1, generation=0.2) as client:
+        async with serving(idle_limit=0.1, generation=0.2) as client:
             ws = await client.connect()
             await say(ws, "hello")
             assert b"".join(await hear_out(ws)) == pcm(1, 2400)
@@ -504,7 +502,7 @@ class TestEndings:
     @pytest.mark.parametrize("text", [None, "a long text " * 10])
     async def test_deadline(self, text: str | None) -> None:
         """An error frame comes, idle or in mid-utterance, and nothing is spoken any more."""
-        async with standing_in(deadline=0.1, pace=1.0) as client:
+        async with serving(deadline=0.1, pace=1.0) as client:
             ws = await client.connect(autoping=False)
             if text is not None:
                 await say(ws, text)
@@ -523,7 +521,7 @@ class TestEndings:
 class TestFaultsInAnUtterance:
     async def test_error_on_text(self) -> None:
         """One error frame for the utterance; after its text.done the connection is idle again."""
-        async with standing_in(error_on_text="no capacity") as client:
+        async with serving(error_on_text="no capacity") as client:
             ws = await client.connect()
             await send(ws, "text.delta", delta="one ")
             assert await hear(ws) == {"type": "error", "message": "no capacity"}
@@ -536,7 +534,7 @@ class TestFaultsInAnUtterance:
     @each_ending
     async def test_end_before_audio(self, ending: Ending, end: End) -> None:
         """The text was read, and not a sample comes."""
-        async with standing_in(end_before_audio=ending) as client:
+        async with serving(end_before_audio=ending) as client:
             ws = await client.connect()
             await send(ws, "text.delta", delta="hello")
             await assert_ended(ws, ending)
@@ -547,7 +545,7 @@ class TestFaultsInAnUtterance:
     @pytest.mark.parametrize("round_trip", [0.0, 0.02])
     async def test_end_after_audio(self, ending: Ending, end: End, round_trip: float) -> None:
         """The first audio.delta still arrives, and nothing more."""
-        async with standing_in(round_trip, end_after_audio=ending) as client:
+        async with serving(round_trip, end_after_audio=ending) as client:
             ws = await client.connect()
             await say(ws, "a long text " * 10)
             assert (await hear(ws))["type"] == "audio.delta"
@@ -557,7 +555,7 @@ class TestFaultsInAnUtterance:
 
     async def test_mute(self) -> None:
         """A dead session behind an open socket: PINGs are answered, nothing else is."""
-        async with standing_in(mute=True) as client:
+        async with serving(mute=True) as client:
             ws = await client.connect(autoping=False)
             await say(ws, "hello")
             await send(ws, "text.clear")
@@ -568,7 +566,7 @@ class TestFaultsInAnUtterance:
 
     async def test_mute_all(self) -> None:
         """Of the sessions that were open then; who connects later is answered."""
-        async with standing_in() as client:
+        async with serving() as client:
             dead = await client.connect(autoping=False)
             client.server.mute_all()
             await say(dead, "hello")
@@ -581,7 +579,7 @@ class TestFaultsInAnUtterance:
 
     async def test_late_audio(self) -> None:
         """After audio.done, audio of the old value."""
-        async with standing_in(late_audio=0.05) as client:
+        async with serving(late_audio=0.05) as client:
             ws = await client.connect()
             await say(ws, "ab")
             await hear_out(ws)
@@ -592,7 +590,7 @@ class TestFaultsInAnUtterance:
 
     async def test_stray_done(self) -> None:
         """audio.done comes unasked; utterances are as ever."""
-        async with standing_in(stray_done=True) as client:
+        async with serving(stray_done=True) as client:
             ws = await client.connect()
             assert (await hear(ws))["type"] == "audio.done"
             await say(ws, "hello")
@@ -600,7 +598,7 @@ class TestFaultsInAnUtterance:
 
     async def test_raw_frames(self) -> None:
         """Come as they are, before the audio; 4 MiB is more than aiohttp takes."""
-        async with standing_in(raw_before_audio=["{no json", b"\1\2", '{"type": "new"}']) as client:
+        async with serving(raw_before_audio=["{no json", b"\1\2", '{"type": "new"}']) as client:
             ws = await client.connect()
             await say(ws, "hello")
             frames = [(await ws.receive(timeout=5)).data for _ in range(3)]
@@ -615,22 +613,22 @@ class TestFaultsInAnUtterance:
 class TestLinkFaults:
     async def test_freeze_all(self) -> None:
         """Nothing passes and nobody is told; what was held back comes after unfreeze()."""
-        async with standing_in() as client:
+        async with serving() as client:
             ws = await client.connect()
             client.server.freeze_all()
             await say(ws, "hello")
             await client.server.broadcast("{}")
             await assert_silent(ws)
             assert client.server.utterances == []
-            client.server.link.unfreeze()
+            client.server.network.unfreeze()
             assert await hear(ws) == {}
             assert b"".join(await hear_out(ws)) == pcm(1, 2400)
 
     async def test_freeze_hides_the_clients_end(self) -> None:
         """The server still believes in the connection, and a new one works."""
-        async with standing_in() as client:
+        async with serving() as client:
             await client.connect()
-            client.server.connections[0].line.freeze()
+            client.server.connections[0].route.freeze()
             await client.drop()
             another = Client(client.server)
             ws = await another.connect()
@@ -641,18 +639,18 @@ class TestLinkFaults:
 
     async def test_freeze_hides_the_servers_end(self) -> None:
         """The client still believes in the connection."""
-        async with standing_in() as client:
+        async with serving() as client:
             ws = await client.connect()
-            client.server.connections[0].line.freeze()
+            client.server.connections[0].route.freeze()
             client.server.reset_all()
             await assert_silent(ws)
             assert not ws.closed
 
     async def test_reset_of_one_line(self) -> None:
         """Both sides see it; the other connection does not."""
-        async with standing_in() as client:
+        async with serving() as client:
             broken, whole = await client.connect(), await client.connect()
-            client.server.connections[0].line.reset()
+            client.server.connections[0].route.reset()
             await assert_ended(broken, Ending.RESET)
             await client.server.wait_for(lambda server: server.open_count == 1)
             assert client.server.connections[0].ended is End.CLIENT_DROPPED
@@ -661,39 +659,39 @@ class TestLinkFaults:
 
     async def test_refuse(self) -> None:
         """A dial is reset at once; connections that exist are untouched."""
-        async with standing_in() as client:
+        async with serving() as client:
             ws = await client.connect()
-            client.server.link.refuse = True
+            client.server.network.refuse = True
             with pytest.raises(aiohttp.ClientConnectionError):
                 await client.connect()
-            assert client.server.link.accepted == 2
-            assert len(client.server.link.lines) == len(client.server.handshakes) == 1
+            assert client.server.network.accepted == 2
+            assert len(client.server.network.routes) == len(client.server.handshakes) == 1
             await say(ws, "hello")
             await hear_out(ws)
 
     async def test_stall_new(self) -> None:
         """A dial hangs, until it is let go on; connections that exist are untouched."""
-        async with standing_in() as client:
+        async with serving() as client:
             ws = await client.connect()
-            client.server.link.stall_new = True
+            client.server.network.stall_new = True
             dial = asyncio.create_task(client.connect())
-            await client.server.wait_for(lambda server: server.link.accepted == 2)
+            await client.server.wait_for(lambda server: server.network.accepted == 2)
             await say(ws, "hello")
             await hear_out(ws)
             await asyncio.wait([dial], timeout=SILENCE)
             assert not dial.done()
-            client.server.link.unfreeze()
+            client.server.network.unfreeze()
             await say(await dial, "hello")
 
 
 class TestLink:
-    """The link alone, in front of a server that echoes until EOF."""
+    """The network alone, in front of a server that echoes until EOF."""
 
     @staticmethod
     @contextlib.asynccontextmanager
     async def echoing(
         round_trip: float,
-    ) -> AsyncIterator[tuple[Link, asyncio.StreamReader, asyncio.StreamWriter]]:
+    ) -> AsyncIterator[tuple[SlowNetwork, asyncio.StreamReader, asyncio.StreamWriter]]:
         async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             with contextlib.suppress(ConnectionError):
                 while data := await reader.read(2**16):
@@ -704,16 +702,16 @@ class TestLink:
                 await writer.wait_closed()
 
         server = await asyncio.start_server(echo, "127.0.0.1", 0)
-        link = Link(server.sockets[0].getsockname()[1], round_trip=round_trip)
-        await link.open()
-        reader, writer = await asyncio.open_connection("127.0.0.1", link.port)
+        network = SlowNetwork(server.sockets[0].getsockname()[1], round_trip=round_trip)
+        await network.open()
+        reader, writer = await asyncio.open_connection("127.0.0.1", network.port)
         try:
-            yield link, reader, writer
+            yield network, reader, writer
         finally:
             writer.close()
             with contextlib.suppress(ConnectionError):
                 await writer.wait_closed()
-            await link.close()
+            await network.close()
             server.close()
             await server.wait_closed()
 
@@ -738,53 +736,53 @@ class TestLink:
 
     async def test_order_is_kept_when_the_way_gets_shorter(self) -> None:
         """What sets off later does not overtake."""
-        async with self.echoing(0.2) as (link, reader, writer):
+        async with self.echoing(0.2) as (network, reader, writer):
             writer.write(b"first")
             await asyncio.sleep(0.02)
-            (line,) = link.lines
-            assert line.is_flowing
-            link.round_trip = 0.0
+            (route,) = network.routes
+            assert route.is_flowing
+            network.round_trip = 0.0
             writer.write(b"second")
             assert await reader.readexactly(11) == b"firstsecond"
 
     async def test_eof_goes_through_after_the_bytes(self) -> None:
         """Each direction has its own."""
-        async with self.echoing(0.02) as (link, reader, writer):
+        async with self.echoing(0.02) as (network, reader, writer):
             writer.write(b"hello")
             writer.write_eof()
             assert await reader.read() == b"hellobye"
-            await asyncio.gather(*(line.wait_closed() for line in link.lines))
-            assert link.lines == []
+            await asyncio.gather(*(route.wait_closed() for route in network.routes))
+            assert network.routes == []
 
     async def test_reset_goes_through(self) -> None:
         """After the bytes before it, and as a reset."""
-        async with self.echoing(0.02) as (link, reader, writer):
+        async with self.echoing(0.02) as (network, reader, writer):
             writer.write(b"hello")
             await reader.readexactly(5)
-            link.reset()
+            network.reset()
             with pytest.raises(ConnectionResetError):
                 await reader.read()
 
     async def test_reset_while_the_server_is_dialled(self) -> None:
         """The connection to the server is not left behind."""
-        async with self.echoing(0.0) as (link, _, writer):
+        async with self.echoing(0.0) as (network, _, writer):
             writer.close()
-            await asyncio.gather(*(line.wait_closed() for line in link.lines))
-            link._on_change = link.reset
-            reader, writer = await asyncio.open_connection("127.0.0.1", link.port)
+            await asyncio.gather(*(route.wait_closed() for route in network.routes))
+            network._on_change = network.reset
+            reader, writer = await asyncio.open_connection("127.0.0.1", network.port)
             with pytest.raises(ConnectionResetError):
                 await reader.read()
-            (line,) = link.lines
-            await asyncio.wait_for(line.wait_closed(), timeout=5)
+            (route,) = network.routes
+            await asyncio.wait_for(route.wait_closed(), timeout=5)
             writer.close()
 
     async def test_no_delay_of_nagle(self) -> None:
-        """TCP_NODELAY is set on both of the link's sockets."""
-        async with self.echoing(0.0) as (link, reader, writer):
+        """TCP_NODELAY is set on both of the network's sockets."""
+        async with self.echoing(0.0) as (network, reader, writer):
             writer.write(b"x")
             await reader.readexactly(1)
-            (line,) = link.lines
-            for end in (line._client, line._server):
+            (route,) = network.routes
+            for end in (route._client, route._server):
                 assert end.transport is not None
                 sock = end.transport.get_extra_info("socket")
                 assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
@@ -793,7 +791,7 @@ class TestLink:
 class TestWaiting:
     async def test_wakes_at_the_change(self) -> None:
         """And not before."""
-        async with standing_in() as client:
+        async with serving() as client:
             waiting = asyncio.create_task(client.server.wait_for(lambda server: server.open_count))
             ws = await client.connect()
             await waiting
@@ -805,10 +803,10 @@ class TestWaiting:
 
     async def test_gives_up_with_the_records(self) -> None:
         """So that a failing test can be understood."""
-        async with standing_in(generation=60.0) as client:
+        async with serving(generation=60.0) as client:
             ws = await client.connect()
             await say(ws, "hello")
-            with pytest.raises(TimeoutError, match=r"(?s)Connection\(number=1.*text='hello'"):
+            with pytest.raises(TimeoutError, match=r"(?s)ServedConnection\(number=1.*text='hello'"):
                 await client.server.wait_for(lambda server: server.open_count == 2, timeout=0.05)
 
 
@@ -817,13 +815,13 @@ class TestExit:
     async def test_leaves_nothing(self, round_trip: float) -> None:
         """No task and no socket, whatever the clients were doing, and without delay."""
         before = asyncio.all_tasks()
-        async with standing_in(round_trip, pace=1.0) as client:
+        async with serving(round_trip, pace=1.0) as client:
             server = client.server
             _, speaking, closed, _, _, silent = [await client.connect() for _ in range(6)]
             await say(speaking, "a long text " * 10)
             await hear(speaking)
-            server.connections[3].line.freeze()
-            server.connections[4].line.reset()
+            server.connections[3].route.freeze()
+            server.connections[4].route.reset()
             server.behaviour.end_before_audio = Ending.SILENT
             await say(silent, "hello")
             await server.wait_for(lambda server: not server.connections[5].is_open)
@@ -833,9 +831,9 @@ class TestExit:
             server.behaviour.handshake_delay = 60.0
             delayed = asyncio.create_task(client.connect())
             await server.wait_for(lambda server: len(server.handshakes) == 7)
-            server.link.stall_new = True
+            server.network.stall_new = True
             stalled = asyncio.create_task(client.connect())
-            await server.wait_for(lambda server: server.link.accepted == 8)
+            await server.wait_for(lambda server: server.network.accepted == 8)
             started = now()
         assert now() - started < 1
         results = await asyncio.gather(delayed, stalled, return_exceptions=True)

@@ -25,7 +25,7 @@ from livekit.plugins import xai
 
 import xai_pool_patch
 
-from ..testing.server import Behaviour, FakeServer
+from ..testing import Behaviour, FakeServer
 
 SENTENCES = (
     "Good morning, how can I help you today?",
@@ -93,7 +93,7 @@ class Setting:
 
     plan: Plan
     round_trip: float | None
-    """The stand-in's; None if the server is xAI's, of which this is not known."""
+    """The fake server's; None if the server is xAI's, of which this is not known."""
 
     @property
     def floor(self) -> float | None:
@@ -171,7 +171,7 @@ OpenLine = Callable[[], AbstractAsyncContextManager[Line]]
 
 
 @contextlib.asynccontextmanager
-async def line_to_stand_in(round_trip: float) -> AsyncIterator[Line]:
+async def line_to_fake_server(round_trip: float) -> AsyncIterator[Line]:
     """A server of its own, `round_trip` seconds away."""
     async with (
         FakeServer(round_trip=round_trip) as server,

@@ -99,7 +99,7 @@ def _server(setting: Setting) -> str:
     if setting.round_trip is None or setting.floor is None:
         return "It is spoken by api.x.ai, which charges for it."
     return (
-        f"The server is a stand-in on this machine, {_ms(setting.round_trip)} (round trip) away."
+        f"The server is a fake one on this machine, {_ms(setting.round_trip)} (round trip) away."
         f" Floor of the time to first audio: {_ms(setting.floor)}."
     )
 

@@ -1,4 +1,4 @@
-"""A network in front of a local server: distance, and the ways in which networks fail."""
+"""A slow network in front of a local server: distance, and the ways in which networks fail."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def reset_transport(transport: asyncio.Transport) -> None:
 
 
 class _End(asyncio.Protocol):
-    """The link's own socket towards one side. What it hears goes into the lane to the other.
+    """The network's own socket towards one side. What it receives goes into the lane to the other.
 
     asyncio sets TCP_NODELAY on it.
     """
@@ -55,7 +55,7 @@ class _End(asyncio.Protocol):
         return True  # the other direction stays open
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if exc is not None:  # else the link closed it itself
+        if exc is not None:  # else the network closed it itself
             self._hear(_Signal.RESET)
         self.lost.set_result(None)
 
@@ -65,16 +65,16 @@ class _End(asyncio.Protocol):
 
 
 class _Lane:
-    """One direction of a line: what goes in comes out half a round trip later, in order."""
+    """One direction of a route: what goes in comes out half a round trip later, in order."""
 
-    def __init__(self, line: Line, exchange_of: Callable[[bytes | _Signal], None]) -> None:
-        self._line = line
+    def __init__(self, route: Route, exchange_of: Callable[[bytes | _Signal], None]) -> None:
+        self._route = route
         self._deliver = exchange_of
         self._items: deque[tuple[float, bytes | _Signal]] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
     def put(self, item: bytes | _Signal) -> None:
-        self._items.append((self._line.arrival_time(), item))
+        self._items.append((self._route.arrival_time(), item))
         if len(self._items) == 1:  # else pump() comes back anyway
             self.pump()
 
@@ -82,7 +82,7 @@ class _Lane:
         """Delivers all that is due, and comes back for the rest."""
         loop = asyncio.get_running_loop()
         self._stop_timer()
-        while self._items and self._line.is_flowing:
+        while self._items and self._route.is_flowing:
             due, item = self._items[0]
             if due > loop.time():
                 self._timer = loop.call_at(due, self.pump)
@@ -100,18 +100,18 @@ class _Lane:
             self._timer.cancel()
 
 
-class Line:
-    """One TCP connection through the link, from the client to the server.
+class Route:
+    """One TCP connection through the network, from the client to the server.
 
     Attributes:
         client_left: set when the news that the client closed or reset its side has reached
             the server.
     """
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
+    def __init__(self, network: SlowNetwork) -> None:
+        self._network = network
         self._dialled_at = asyncio.get_running_loop().time()
-        self._frozen = link.stall_new
+        self._frozen = network.stall_new
         self._half_open_at_end = False
         self._reset = False
         self._eofs = 0
@@ -124,23 +124,23 @@ class Line:
 
     def __repr__(self) -> str:
         state = "frozen" if self._frozen else "flowing" if self.is_flowing else "connecting"
-        return f"<Line {state}>"
+        return f"<Route {state}>"
 
     @property
     def is_flowing(self) -> bool:
-        """True when bytes pass: the server's side is there, and the line is not frozen."""
+        """True when bytes pass: the server is connected, and the route is not frozen."""
         return self._server.transport is not None and not self._frozen
 
     @property
     def server_port(self) -> int | None:
-        """The port from which the server sees this line come."""
+        """The port from which the server sees this route come."""
         transport = self._server.transport
         return transport.get_extra_info("sockname")[1] if transport is not None else None
 
     def freeze(self) -> None:
-        """Makes the line half-open: nothing passes in either direction, and nobody is told.
+        """Makes the route half-open: nothing passes in either direction, and neither side notices.
 
-        What is on its way stays there, as does what follows, an end of either side included.
+        What is on its way stays there, and so does what follows, even the end of a side.
         """
         self._frozen = True
 
@@ -151,7 +151,7 @@ class Line:
         self._down.pump()
 
     def half_open_at_end(self) -> None:
-        """When the server's side ends, the line freezes there and the client is not told."""
+        """Freezes the route when the server ends its side, so that the client does not notice."""
         self._half_open_at_end = True
 
     def reset(self) -> None:
@@ -161,7 +161,7 @@ class Line:
         self._server.reset()
 
     async def wait_closed(self) -> None:
-        """Waits until both sides of the line are gone."""
+        """Waits until both sides of the route are gone."""
         if self._task is not None:
             await asyncio.wait([self._task])
 
@@ -171,21 +171,21 @@ class Line:
         Locally the TCP handshake takes no time. It is charged here: nothing sets off before one
         round trip after the dial.
         """
-        round_trip = self._link.round_trip
+        round_trip = self._network.round_trip
         now = asyncio.get_running_loop().time()
         return max(now, self._dialled_at + round_trip) + round_trip / 2
 
     def _accepted(self) -> None:
-        if self._link.admit(self):
+        if self._network.admit(self):
             self._task = asyncio.get_running_loop().create_task(self._carry())
         else:
             self._client.reset()
 
     async def _carry(self) -> None:
-        """The life of the line: until both sides are lost."""
+        """The life of the route: until both sides are lost."""
         loop = asyncio.get_running_loop()
         try:
-            await loop.create_connection(lambda: self._server, HOST, self._link.target_port)
+            await loop.create_connection(lambda: self._server, HOST, self._network.target_port)
         except OSError:
             self._client.reset()  # no server, no client
         else:
@@ -194,7 +194,7 @@ class Line:
         self.client_left.set()
         self._up.drop()
         self._down.drop()
-        self._link.forget(self)
+        self._network.forget(self)
 
     def _reached(self) -> None:
         if self._reset:  # while the server was being dialled
@@ -237,8 +237,11 @@ class Line:
                     end.transport.close()
 
 
-class Link:
+class SlowNetwork:
     """Forwards TCP connections from a port of its own to a server on this machine.
+
+    A `FakeServer` has one, open, as `server.network`. A TCP connection through it is a `Route`;
+    what is done here to all of them can be done there to one.
 
     Args:
         target_port: the server's port on 127.0.0.1.
@@ -247,9 +250,10 @@ class Link:
         on_change: called when a connection comes.
 
     Attributes:
-        refuse: a new connection is reset at once.
-        stall_new: a new connection is accepted, then nothing passes: it is born frozen.
-        accepted: connections that have come so far, whatever became of them.
+        refuse: if true, every new connection is reset at once.
+        stall_new: if true, every new connection is accepted and then nothing passes: it is frozen
+            from the start.
+        accepted: how many connections have come so far, whatever became of them.
     """
 
     def __init__(
@@ -265,62 +269,62 @@ class Link:
         self.stall_new = False
         self.accepted = 0
         self._on_change = on_change
-        self._lines: list[Line] = []
+        self._routes: list[Route] = []
         self._server: asyncio.Server | None = None
 
     @property
     def port(self) -> int:
-        """The port of the link on 127.0.0.1."""
+        """The port on 127.0.0.1 that clients connect to."""
         if self._server is None:
-            raise RuntimeError("the link is not open")
+            raise RuntimeError("the network is not open")
         port: int = self._server.sockets[0].getsockname()[1]
         return port
 
     @property
-    def lines(self) -> list[Line]:
+    def routes(self) -> list[Route]:
         """The connections that exist now, the oldest first."""
-        return list(self._lines)
+        return list(self._routes)
 
-    def line_from(self, port: int) -> Line | None:
+    def route_from(self, port: int) -> Route | None:
         """The connection that the server sees come from `port`; None if it is gone."""
-        return next((line for line in self._lines if line.server_port == port), None)
+        return next((route for route in self._routes if route.server_port == port), None)
 
     async def open(self) -> None:
         """Listens; `port` is known from here on."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: Line(self)._client, HOST, 0)
+        self._server = await loop.create_server(lambda: Route(self)._client, HOST, 0)
 
     async def close(self) -> None:
         """Resets every connection, frozen or not; afterwards no socket and no task is left."""
         self.refuse = True  # those the kernel has accepted already
         self.reset()
-        await asyncio.gather(*(line.wait_closed() for line in self.lines))
+        await asyncio.gather(*(route.wait_closed() for route in self.routes))
         if self._server is not None:
             self._server.close()
             await self._server.wait_closed()
 
     def freeze(self) -> None:
-        """Makes all existing connections half-open."""
-        for line in self.lines:
-            line.freeze()
+        """Makes all existing connections half-open; see `Route.freeze`."""
+        for route in self.routes:
+            route.freeze()
 
     def unfreeze(self) -> None:
-        """Lets all frozen connections go on."""
-        for line in self.lines:
-            line.unfreeze()
+        """Lets all frozen connections go on; see `Route.unfreeze`."""
+        for route in self.routes:
+            route.unfreeze()
 
     def reset(self) -> None:
-        """Resets all existing connections."""
-        for line in self.lines:
-            line.reset()
+        """Resets all existing connections; see `Route.reset`."""
+        for route in self.routes:
+            route.reset()
 
-    def admit(self, line: Line) -> bool:
-        """Counts a new connection; False if it is to be refused."""
+    def admit(self, route: Route) -> bool:
+        """Counts a new connection. False if it has to be refused."""
         self.accepted += 1
         if not self.refuse:
-            self._lines.append(line)
+            self._routes.append(route)
         self._on_change()
         return not self.refuse
 
-    def forget(self, line: Line) -> None:
-        self._lines.remove(line)
+    def forget(self, route: Route) -> None:
+        self._routes.remove(route)

@@ -1,8 +1,8 @@
-"""A stand-in for xAI's streaming TTS: the real wire protocol, made-up audio, faults on demand.
+"""A fake of xAI's streaming TTS: the real wire protocol, made-up audio, faults on demand.
 
 Clients reach it as `wss://api.x.ai/v1/tts` through `FakeServer.client_session()`, over real sockets
-and real TLS, by way of the simulated network of `link`. Everything runs on 127.0.0.1 and in the
-event loop of the caller, who may look at the records at any time. All times are loop times.
+and real TLS, by way of a `SlowNetwork`. Everything runs on 127.0.0.1 and in the event loop of the
+caller, who may look at the records at any time. All times are loop times, in seconds.
 """
 
 from __future__ import annotations
@@ -21,11 +21,17 @@ from types import TracebackType
 from typing import Any
 
 import aiohttp
-import trustme
 from aiohttp import WSMsgType, web
 from aiohttp.abc import AbstractResolver, ResolveResult
 
-from .network import HOST, Line, Link, reset_transport
+from .network import HOST, Route, SlowNetwork, reset_transport
+
+try:
+    import trustme
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        'the fake server needs trustme: pip install "xai_pool_patch[testing]"', name="trustme"
+    ) from error
 
 SERVER_NAME = "api.x.ai"
 PATH = "/v1/tts"
@@ -44,13 +50,13 @@ class End(enum.Enum):
     CLIENT_DROPPED = "EOF or reset by the client, without a Close frame"
     SERVER_CLOSE = "the server sent a Close frame"
     SERVER_RESET = "the server reset it"
-    SERVER_SILENT = "the server is gone and the client was not told"
+    SERVER_SILENT = "the server is gone and the client did not notice"
     PING_TIMEOUT = "the client did not answer a PING, and was reset"
-    SHUTDOWN = "the stand-in stopped"
+    SHUTDOWN = "the fake server stopped"
 
 
 class Ending(enum.Enum):
-    """How the server is to end a connection."""
+    """How the server ends a connection, where `Behaviour` can choose."""
 
     CLOSE = End.SERVER_CLOSE
     RESET = End.SERVER_RESET
@@ -89,7 +95,10 @@ class Wordless(enum.Enum):
 
 @dataclass
 class Behaviour:
-    """How the server behaves; every field may be changed while it runs, with effect at once."""
+    """How the server behaves. Every field may be changed while it runs, with effect at once.
+
+    The defaults are a server that works, at about the speed of xAI's.
+    """
 
     generation: float = 0.31
     """Seconds from an utterance's first message to its first audio.delta."""
@@ -100,8 +109,8 @@ class Behaviour:
     chunk: float = 0.1
     """Seconds of audio per audio.delta, at most; rounded to an odd number of bytes."""
 
-    api_key: str = field(default="stand-in-key", repr=False)
-    """The key that is accepted; any other gets 401."""
+    api_key: str = field(default="fake-api-key", repr=False)
+    """The only key that is accepted; any other gets 401."""
     voices: set[str] | None = None
     """The voices that are accepted, any other gets 400; None accepts all."""
     max_sessions: int | None = None
@@ -126,10 +135,10 @@ class Behaviour:
     ending: Ending = Ending.CLOSE
     """How `idle_limit` ends a connection."""
     deadline: float | None = None
-    """Seconds after connecting when an error frame comes; texts are read but not answered then."""
+    """Seconds after connecting when an error frame comes. From then on texts are not answered."""
 
     mute: bool = False
-    """Utterances that begin now are read but not answered, and neither is text.clear."""
+    """If true, utterances that begin now are read but not answered, and neither is text.clear."""
     error_on_text: str | None = None
     """The error message that answers an utterance's first text."""
     wordless: Wordless = Wordless.SPOKEN
@@ -162,8 +171,12 @@ class Behaviour:
 class Handshake:
     """One attempt to connect, refused ones included.
 
-    `status` is the HTTP status of the answer, 101 if accepted; None while there is none, or
-    when the client left before.
+    Attributes:
+        number: its place in `FakeServer.handshakes`, from 1.
+        at: when the request came, in loop time.
+        query: of its URL: voice, language, codec and so on.
+        status: the HTTP status of the answer, 101 if accepted. None before the answer, and when the
+            client left before it.
     """
 
     number: int
@@ -174,7 +187,18 @@ class Handshake:
 
 @dataclass(eq=False)
 class Utterance:
-    """One round: text up, audio down. Every sample of its audio has the value `number`."""
+    """One text, and its audio. Every sample of the audio has the value `number`.
+
+    Attributes:
+        number: its place in `FakeServer.utterances`, from 1.
+        connection: the number of the connection that it came on.
+        first_text_at: when its first message came, in loop time.
+        text: what has come of it so far.
+        text_done: whether text.done has come.
+        first_audio_at: when its first audio.delta was sent, in loop time.
+        outcome: what became of it.
+        audio_bytes: how much audio was sent.
+    """
 
     number: int
     connection: int
@@ -197,13 +221,27 @@ class Utterance:
 
 
 @dataclass(eq=False)
-class Connection:
-    """One accepted WebSocket. `line` is its way through the link, for faults of the network."""
+class ServedConnection:
+    """One accepted WebSocket.
+
+    Attributes:
+        number: its place in `FakeServer.connections`, from 1.
+        opened_at: when it was accepted, in loop time.
+        query: of its URL: voice, language, codec and so on.
+        route: its way through the network. Freeze or reset it there.
+        utterances: those that came on it, in order.
+        ended: how it ended; None while it is open.
+        ended_at: when it ended, in loop time.
+        close_code: that of the first Close frame.
+        pings_received: PINGs of the client.
+        pongs_received: answers of the client to the server's PINGs.
+        violations: what the client sent against the protocol, a sentence each.
+    """
 
     number: int
     opened_at: float
     query: dict[str, str]
-    line: Line = field(repr=False)
+    route: Route = field(repr=False)
     utterances: list[Utterance] = field(default_factory=list, repr=False)
     ended: End | None = None
     ended_at: float | None = None
@@ -223,27 +261,29 @@ class Connection:
 
 
 class FakeServer:
-    """The server, with its link in front; an async context manager.
+    """A fake xAI server, with a slow network in front; an async context manager.
+
+    Use it and its client sessions in one event loop, that of the test.
 
     Args:
-        round_trip: seconds of the link; `link.round_trip` changes it later.
+        round_trip: seconds of the network; `network.round_trip` changes it later.
         behaviour: what the server does, `Behaviour()` by default.
 
     Attributes:
         behaviour: change its fields to change what the server does.
-        link: the network in front of the server.
+        network: the network in front of the server.
         handshakes: every attempt to connect, in order.
         connections: every connection that was accepted, in order.
         utterances: every utterance of all connections, in order.
         peak_open: the highest number of connections open at a time.
     """
 
-    link: Link
+    network: SlowNetwork
 
     def __init__(self, *, round_trip: float = 0.0, behaviour: Behaviour | None = None) -> None:
         self.behaviour = behaviour if behaviour is not None else Behaviour()
         self.handshakes: list[Handshake] = []
-        self.connections: list[Connection] = []
+        self.connections: list[ServedConnection] = []
         self.utterances: list[Utterance] = []
         self.peak_open = 0
         self._round_trip = round_trip
@@ -264,10 +304,10 @@ class FakeServer:
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
         await web.TCPSite(self._runner, HOST, 0, ssl_context=_server_context()).start()
-        self.link = Link(
+        self.network = SlowNetwork(
             self._runner.addresses[0][1], round_trip=self._round_trip, on_change=self.note_change
         )
-        await self.link.open()
+        await self.network.open()
         return self
 
     async def __aexit__(
@@ -282,7 +322,7 @@ class FakeServer:
         for handler in handlers:
             handler.cancel()
         await asyncio.gather(*handlers, return_exceptions=True)
-        await self.link.close()
+        await self.network.close()
         await self._runner.cleanup()
         self.behaviour._on_change = None
 
@@ -293,7 +333,7 @@ class FakeServer:
 
     @property
     def ssl_context(self) -> ssl.SSLContext:
-        """A client's context that trusts the stand-in's certificate."""
+        """A client's context that trusts the fake server's certificate."""
         context = ssl.create_default_context()
         _authority().configure_trust(context)
         return context
@@ -304,8 +344,14 @@ class FakeServer:
         return sum(connection.is_open for connection in self.connections)
 
     def client_session(self, **kwargs: Any) -> aiohttp.ClientSession:
-        """An HTTP session for which every host name leads here; the caller closes it."""
-        connector = aiohttp.TCPConnector(resolver=_Resolver(self.link.port), ssl=self.ssl_context)
+        """An HTTP session for which every host name leads here; the caller closes it.
+
+        Give it to the plugin: `xai.TTS(http_session=...)`. `kwargs` are those of aiohttp's
+        `ClientSession`.
+        """
+        connector = aiohttp.TCPConnector(
+            resolver=_Resolver(self.network.port), ssl=self.ssl_context
+        )
         return aiohttp.ClientSession(connector=connector, **kwargs)
 
     def utterance_for(self, text: str) -> Utterance:
@@ -345,13 +391,13 @@ class FakeServer:
             session.end(End.SERVER_RESET)
 
     def mute_all(self) -> None:
-        """The sessions that are open now answer PINGs from here on, and nothing else."""
+        """Every open connection answers PINGs from here on, and nothing else."""
         for session in self._sessions:
             session.is_dead = True
 
     def freeze_all(self) -> None:
-        """Makes every connection half-open: neither side hears of the other any more."""
-        self.link.freeze()
+        """Makes every connection half-open: neither side receives anything from the other."""
+        self.network.freeze()
 
     async def broadcast(self, frame: str) -> None:
         """Sends a text frame on every open connection."""
@@ -361,7 +407,8 @@ class FakeServer:
     def note_change(self) -> None:
         """Wakes everybody who waits for a change of the records or of the behaviour."""
         self._next_change.set_result(None)
-        self._next_change = asyncio.get_running_loop().create_future()
+        # Not the running loop: a synchronous fixture may set a field while none runs.
+        self._next_change = self._next_change.get_loop().create_future()
 
     async def wait_for_change(self, until: float | None = None) -> None:
         """Waits for the next change, at the longest until the loop time `until`."""
@@ -383,8 +430,8 @@ class FakeServer:
         self.note_change()
         await asyncio.sleep(self.behaviour.handshake_delay)
         transport = request.transport
-        line = self._line_of(transport) if transport is not None else None
-        if transport is None or line is None:  # the client has left meanwhile
+        route = self._route_of(transport) if transport is not None else None
+        if transport is None or route is None:  # the client has left meanwhile
             return web.Response(status=400)
         handshake.status = self._judge(request)
         self.note_change()
@@ -392,12 +439,12 @@ class FakeServer:
             return web.Response(status=handshake.status)
         ws = web.WebSocketResponse(timeout=CLOSE_TIMEOUT, autoping=False, autoclose=False)
         await ws.prepare(request)
-        connection = Connection(len(self.connections) + 1, _now(), dict(request.query), line)
+        connection = ServedConnection(len(self.connections) + 1, _now(), dict(request.query), route)
         await self._serve(_Session(self, ws, transport, connection), connection)
         return ws
 
-    def _line_of(self, transport: asyncio.Transport) -> Line | None:
-        return self.link.line_from(transport.get_extra_info("peername")[1])
+    def _route_of(self, transport: asyncio.Transport) -> Route | None:
+        return self.network.route_from(transport.get_extra_info("peername")[1])
 
     def _judge(self, request: web.Request) -> int:
         """The HTTP status that answers a handshake."""
@@ -414,7 +461,7 @@ class FakeServer:
             return 429
         return SWITCHING_PROTOCOLS
 
-    async def _serve(self, session: _Session, connection: Connection) -> None:
+    async def _serve(self, session: _Session, connection: ServedConnection) -> None:
         self._sessions.add(session)
         self.connections.append(connection)
         self.peak_open = max(self.peak_open, self.open_count)
@@ -433,7 +480,7 @@ class _Session:
         server: FakeServer,
         ws: web.WebSocketResponse,
         transport: asyncio.Transport,
-        connection: Connection,
+        connection: ServedConnection,
     ) -> None:
         self._server = server
         self._ws = ws
@@ -478,7 +525,7 @@ class _Session:
             self._reader.cancel()
             return
         if end is End.SERVER_SILENT:
-            self._connection.line.half_open_at_end()
+            self._connection.route.half_open_at_end()
         reset_transport(self._transport)
 
     async def send(self, frame: str | bytes) -> None:
@@ -551,8 +598,8 @@ class _Session:
         self._connection.close_code = code
         self._server.note_change()
         if not self._server.behaviour.answer_close:
-            # After a Close aiohttp reads no more; the link knows when the client drops it.
-            await self._connection.line.client_left.wait()
+            # After a Close aiohttp reads no more; the network knows when the client drops it.
+            await self._connection.route.client_left.wait()
         self._note_end(End.CLIENT_CLOSE)
         await self._ws.close(code=code or 1000)
 

@@ -18,14 +18,17 @@ from livekit.agents import APIConnectOptions
 from livekit.plugins import xai
 
 import xai_pool_patch
-
-from ..errors import UnsupportedPluginError
-from ..installation import OFF_SWITCH
-from ..options import PoolOptions
-from ..pool.pool import ROTATION_LEAD
-from ..telemetry.log import describe
-from ..testing.server import Behaviour, FakeServer
-from .conversation import HANDSHAKE_ROUND_TRIPS, INTERRUPT_AFTER, TYPICAL_ROUND_TRIP
+from xai_pool_patch.demo.conversation import (
+    HANDSHAKE_ROUND_TRIPS,
+    INTERRUPT_AFTER,
+    TYPICAL_ROUND_TRIP,
+)
+from xai_pool_patch.errors import UnsupportedPluginError
+from xai_pool_patch.installation import OFF_SWITCH
+from xai_pool_patch.options import PoolOptions
+from xai_pool_patch.pool.pool import ROTATION_LEAD
+from xai_pool_patch.telemetry.log import describe
+from xai_pool_patch.testing import Behaviour, FakeServer
 
 SENTENCE = "Your order is on its way."
 

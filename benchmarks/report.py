@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..plugin.releases import DISTRIBUTION
-from ..testing.server import Behaviour
-from .bench import Bench, CaseResult, CostResult
-from .bench_cases import Case, Figures
-from .report import BAD, GOOD, PATCHED, UNPATCHED, percentile
+from xai_pool_patch.demo.report import BAD, GOOD, PATCHED, UNPATCHED, percentile
+from xai_pool_patch.plugin.releases import DISTRIBUTION
+from xai_pool_patch.testing import Behaviour
+
+from .cases import Case, Figures
+from .runs import Bench, CaseResult, CostResult
 
 SHARES = {"p50": 0.5, "p95": 0.95, "max": 1.0}
 GOALS = {"p50": 1.02, "p95": 1.05}

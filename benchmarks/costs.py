@@ -1,6 +1,6 @@
-"""What the pool itself costs, against a stand-in without delay.
+"""What the pool itself costs, against a fake server without delay.
 
-The stand-in runs in a process of its own, so that its work is not counted: a thread would share
+The fake server runs in a process of its own, so that its work is not counted: a thread would share
 the interpreter's lock and its garbage collector with the client, and each would pay for what the
 other does. What is counted is `time.process_time()`, the CPU that the client's process has used,
 or `time.perf_counter()` where nothing is waited for. All times are in seconds.
@@ -32,14 +32,14 @@ from livekit.agents import APIConnectOptions
 from livekit.plugins import xai
 
 import xai_pool_patch
-
-from ..manager import Registry
-from ..options import PoolOptions
-from ..plugin.provider import ConnectionProvider
-from ..plugin.releases import MODULE, Shape, detect, installed_version
-from ..plugin.wrappers import connect_of
-from ..testing.network import HOST
-from ..testing.server import PATH, SERVER_NAME, Behaviour, FakeServer
+from xai_pool_patch.manager import Registry
+from xai_pool_patch.options import PoolOptions
+from xai_pool_patch.plugin.provider import ConnectionProvider
+from xai_pool_patch.plugin.releases import MODULE, Shape, detect, installed_version
+from xai_pool_patch.plugin.wrappers import connect_of
+from xai_pool_patch.testing import Behaviour, FakeServer
+from xai_pool_patch.testing.network import HOST
+from xai_pool_patch.testing.server import PATH, SERVER_NAME
 
 TURNS = 2000
 
@@ -54,7 +54,7 @@ RECEIVE_ROUNDS = 8
 
 STREAMS = 200
 STREAMS_PER_SERVER = 10
-"""A stand-in wakes everybody on it at every change: twice as many cost it four times as much."""
+"""A fake server wakes everybody on it at every change: twice as many cost it four times as much."""
 SPOKEN_TEXT = "Your order left the warehouse last night."
 PAIRS = 5
 SPOKEN_AGAIN = 2
@@ -117,7 +117,7 @@ async def _serve(servers: list[FakeServer], opened: queue.Queue[Address]) -> Non
         for server in servers:
             await stack.enter_async_context(server)
         authorities = b"".join(servers[0].ssl_context.get_ca_certs(binary_form=True))
-        opened.put(Address(tuple(server.link.port for server in servers), authorities))
+        opened.put(Address(tuple(server.network.port for server in servers), authorities))
         await asyncio.Event().wait()
 
 

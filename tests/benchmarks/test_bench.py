@@ -1,4 +1,4 @@
-"""The bench, through the real command."""
+"""The benchmark, through `python -m benchmarks`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.demo.test_demo import COMMAND, TIMEOUT, command, environment, refused
+from tests.demo.test_demo import TIMEOUT, command, environment, refused
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "benchmarks"]
 
 CASES = [
     "steady",
@@ -26,15 +30,19 @@ QUICK = ["--turns", "2", "--rtt", "20"]
 PERCENTILES = {"p50", "p95", "max"}
 
 SMALL = """
-from xai_pool_patch.demo import bench_costs
-bench_costs.TURNS = bench_costs.STREAMS = 20
-bench_costs.RECEIVE_ROUNDS = bench_costs.PAIRS = bench_costs.SPOKEN_AGAIN = 2
+from benchmarks import costs
+costs.TURNS = costs.STREAMS = 20
+costs.RECEIVE_ROUNDS = costs.PAIRS = costs.SPOKEN_AGAIN = 2
 """
 REFUSING_VOICES = """
 import functools
-from xai_pool_patch.demo import fake_server
-fake_server.Behaviour = functools.partial(fake_server.Behaviour, voices={None})
+from xai_pool_patch.testing import server
+server.Behaviour = functools.partial(server.Behaviour, voices={None})
 """
+
+
+def bench(*args: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    return command(*args, program=COMMAND, **changes)
 
 
 def chosen(*names: str) -> list[str]:
@@ -42,15 +50,15 @@ def chosen(*names: str) -> list[str]:
 
 
 def everywhere(directory: Path, code: str) -> str:
-    """A PYTHONPATH with which every process of the bench runs that code first."""
+    """A PYTHONPATH with which every process of the benchmark runs that code first."""
     (directory / "sitecustomize.py").write_text(code)
-    return str(directory)
+    return os.pathsep.join([str(directory), str(ROOT)])
 
 
 @pytest.fixture(scope="module")
 def report() -> Any:
     """What --json prints of two turns of every case but the one that is silent for long."""
-    done = command("bench", "--json", *QUICK, *chosen(*CASES))
+    done = bench("--json", *QUICK, *chosen(*CASES))
     assert (done.returncode, done.stderr) == (0, "")
     return json.loads(done.stdout)
 
@@ -103,7 +111,7 @@ def test_goals_are_for_gaps_that_a_handshake_fits_into(report: Any) -> None:
 
 def test_shows_a_line_per_case_and_a_table() -> None:
     """Piped, it fits into 80 columns, without colour or cursor movement."""
-    done = command("bench", *QUICK, *chosen("steady", "voices"), COLUMNS="80")
+    done = bench(*QUICK, *chosen("steady", "voices"), COLUMNS="80")
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
     assert "…" not in done.stdout
@@ -115,7 +123,7 @@ def test_shows_a_line_per_case_and_a_table() -> None:
 def test_measures_the_costs(tmp_path: Path) -> None:
     """Each with its goal; what it was made of is there to be looked at."""
     path = everywhere(tmp_path, SMALL)
-    done = command("bench", "--json", *chosen("hit", "message", "streams"), PYTHONPATH=path)
+    done = bench("--json", *chosen("hit", "message", "streams"), PYTHONPATH=path)
     assert (done.returncode, done.stderr) == (0, "")
     hit, message, streams = json.loads(done.stdout)["costs"]
     assert (hit["unit"], hit["goal_below"]) == ("µs", 50.0)
@@ -140,7 +148,7 @@ def test_measures_the_costs(tmp_path: Path) -> None:
 )
 def test_refuses_nonsense(option: str, value: str, right: str) -> None:
     """One line that names the option and what would be right."""
-    line = refused(command("bench", option, value), 2)
+    line = refused(bench(option, value), 2)
     assert option in line
     assert right in line
 
@@ -152,7 +160,7 @@ def test_measures_a_plugin_that_cannot_be_patched(tmp_path: Path) -> None:
     metadata = "Metadata-Version: 2.1\nName: livekit-plugins-xai\nVersion: 9.9.9\n"
     (info / "METADATA").write_text(metadata)
     options = [*QUICK, *chosen("steady", "hit")]
-    done = command("bench", *options, PYTHONPATH=str(tmp_path))
+    done = bench(*options, PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stderr) == (0, "")
     assert "found livekit-plugins-xai 9.9.9" in done.stdout
     assert "patched unsupported" in done.stdout
@@ -162,7 +170,7 @@ def test_measures_a_plugin_that_cannot_be_patched(tmp_path: Path) -> None:
 def test_does_not_take_the_unpatched_plugin_for_the_patched() -> None:
     """With the patch switched off by the environment there is only one to measure."""
     options = [*QUICK, *chosen("steady", "hit")]
-    report = json.loads(command("bench", "--json", *options, XAI_POOL_PATCH="off").stdout)
+    report = json.loads(bench("--json", *options, XAI_POOL_PATCH="off").stdout)
     (case,), (cost,) = report["cases"], report["costs"]
     assert "XAI_POOL_PATCH=off" in report["refusal"]
     assert (case["unpatched"]["turns_measured"], case["patched"]) == (2, None)
@@ -172,7 +180,7 @@ def test_does_not_take_the_unpatched_plugin_for_the_patched() -> None:
 def test_counts_turns_that_fail(tmp_path: Path) -> None:
     """They have no time, they are shown, and the exit code tells."""
     path = everywhere(tmp_path, REFUSING_VOICES)
-    done = command("bench", *QUICK, *chosen("steady"), PYTHONPATH=path)
+    done = bench(*QUICK, *chosen("steady"), PYTHONPATH=path)
     assert (done.returncode, done.stderr) == (1, "")
     assert "as it is - (2 failed), patched - (2 failed)" in done.stdout
     assert "A turn failed: API" in done.stdout
@@ -182,7 +190,7 @@ def test_counts_turns_that_fail(tmp_path: Path) -> None:
 def test_ends_cleanly_when_interrupted() -> None:
     """Ctrl-C reaches all its processes at once."""
     process = subprocess.Popen(
-        [*COMMAND, "bench", *QUICK, *chosen("long-silence")],
+        [*COMMAND, *QUICK, *chosen("long-silence")],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -198,6 +206,8 @@ def test_ends_cleanly_when_interrupted() -> None:
     assert (process.returncode, complaints) == (130, "")
 
 
-def test_is_listed_with_the_commands() -> None:
-    """Next to the demo."""
-    assert "bench" in command("--help").stdout
+def test_it_is_no_command_of_the_package() -> None:
+    """`xai-pool-patch` has what users run: the demo and the check."""
+    shown = command("--help").stdout
+    assert "bench" not in shown
+    assert all(name in shown for name in ("demo", "check"))

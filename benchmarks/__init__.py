@@ -1,0 +1,10 @@
+"""The benchmark: how long the plugin takes to its first audio as it is and patched, side by side.
+
+`make bench` runs it. It is a tool of this repository, is not in the wheel, and may change freely:
+nothing else imports it but its own test.
+
+- `cases`: conversations with the real plugin against the fake server
+- `costs`: what the pool itself takes in CPU time
+- `helpers`, `runs`: the processes, and one run over all of it
+- `report`: tables and JSON
+"""
