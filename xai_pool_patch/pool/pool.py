@@ -539,17 +539,11 @@ class Pool(Generic[C]):
     def _top_up(self) -> float:
         """Dial what is missing to `min_size`, unless background dials have to pause."""
         missing = self._min_size - self._fresh() - len(self._dials)
-<<<<<<< HEAD
-        if missing <= 0 or self._now() < self._backoff.next_attempt:
-            return
-        if self.is_defunct:
-=======
         if missing <= 0:
             return math.inf
         if self._now() < self._backoff.next_attempt:
             return self._backoff.next_attempt
         if self.is_defunct:
->>>>>>> h-prose
             self.close()
             return math.inf
         for _ in range(missing):
