@@ -1,4 +1,5 @@
-# The commands of the README, and what they need. Everything goes into a virtual environment.
+# The commands of the README, and what they need. Everything goes into a virtual environment. The
+# checks are in noxfile.py.
 PYTHON ?= python3
 PLUGIN ?= 1.6.0
 CONSTRAINTS := constraints/plugin-$(PLUGIN).txt
@@ -12,7 +13,7 @@ demo: $(VENV)/ready
 	$(BIN)/xai-pool-patch demo
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/nox --session tests
 
 # Every environment of noxfile.py, two at a time: most of a test is waiting. A pyenv shows only the
 # interpreters it is asked for.
@@ -29,9 +30,7 @@ bench: $(VENV)/ready
 	$(BIN)/xai-pool-patch bench
 
 lint: $(VENV)/ready
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/nox --session lint
 
 # Debian and Ubuntu have ensurepip, which puts pip into the environment, in a package of its own.
 # Without it that Python's pip does, if there is one.
@@ -43,7 +42,8 @@ $(VENV)/ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv --clear --without-pip $(VENV)
 	@$(BIN)/python -m ensurepip >/dev/null 2>&1 || PIP_ROOT_USER_ACTION=ignore $(PYTHON) -m pip install \
 		-qq --target "$$($(BIN)/python -c '$(PURELIB)')" pip
-	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python -m pip install -qq --editable ".[demo,dev]"
+	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python -m pip install -qq --upgrade pip
+	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python -m pip install -qq --editable ".[demo]" --group dev
 	touch $@
 
 clean:
