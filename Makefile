@@ -7,7 +7,7 @@ VENV := .venv$(PLUGIN:1.6.0=)
 BIN := $(VENV)/bin
 PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: demo test matrix sessions bench lint clean
+.PHONY: demo test matrix sessions newest bench lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/xai-pool-patch demo
@@ -25,6 +25,10 @@ matrix: $(VENV)/ready
 sessions: $(VENV)/ready
 	@$(BIN)/nox --list --json | $(BIN)/python -c \
 		'import json, sys; print(json.dumps([run["session"] for run in json.load(sys.stdin)]))'
+
+# The newest releases of LiveKit, verified or not.
+newest: $(VENV)/ready
+	$(BIN)/nox --session newest
 
 bench: $(VENV)/ready
 	$(BIN)/xai-pool-patch bench

@@ -34,3 +34,18 @@ def test_the_commit_hook_is_the_linting_of_ci() -> None:
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
     assert re.findall(r"repo: (\S+)", hooks) == ["local"]
     assert re.findall(r"entry: (.+)", hooks) == ["make lint"]
+
+
+def test_a_release_is_tested_as_it_is_published() -> None:
+    """By the checks of CI, and one session of the matrix that exists: it leaves the wheel."""
+    release = (ROOT / ".github/workflows/release.yml").read_text()
+    assert targets(".github/workflows/release.yml") == targets(".ci/run")
+    assert f"matrix(plugin-{noxfile.PLUGINS[-1]}-python-3.11)" in release
+
+
+def test_every_target_that_a_workflow_asks_for_exists() -> None:
+    """A nightly one would be missed by nobody."""
+    makefile = (ROOT / "Makefile").read_text()
+    for workflow in (ROOT / ".github/workflows").iterdir():
+        for target in targets(str(workflow.relative_to(ROOT))):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE)
