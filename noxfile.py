@@ -116,8 +116,8 @@ def lint(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """All tests, with the plugin that is installed beside nox.
 
-    `-- --numprocesses=4 --dist=worksteal` runs them side by side. Not the default: on a machine that
-    is busy already, some do not keep their times.
+    `-- --numprocesses=4 --dist=worksteal` runs them side by side. Not the default: on a machine
+    that is busy already, some do not keep their times.
     """
     session.run(sys.executable, "-m", "pytest", *session.posargs)
 
