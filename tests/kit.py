@@ -19,7 +19,7 @@ from xai_pool_patch.testing import Behaviour, FakeServer, ServedConnection
 
 API_KEY = Behaviour.api_key
 VERSION = releases.installed_version()
-[SHAPE] = [release.shape for release in releases.RELEASES if VERSION in release.versions]
+SHAPE = releases.detect(xai.tts, VERSION, allow_unverified=True)
 HAS_OWN_POOL = SHAPE is releases.Shape.OWN_POOL
 ONCE = APIConnectOptions(max_retry=0, timeout=5.0)
 

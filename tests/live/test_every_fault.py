@@ -11,6 +11,7 @@ import asyncio
 import functools
 import gc
 import logging
+import zlib
 from collections import Counter
 from collections.abc import Coroutine, Iterator
 from typing import Any
@@ -57,6 +58,9 @@ AS_IT_WAS = {owner: dict(vars(owner)) for owner in (xai.TTS, xai.tts.SynthesizeS
 RETRYING = APIConnectOptions(max_retry=2, retry_interval=0.01, timeout=2.0)
 """Where a connection dies that is not the patch's any more, the framework retries, as it does
 without the patch."""
+
+PARTS = 6
+"""A test breaks one part of the functions, so that the parts can run side by side."""
 
 
 class Play:
@@ -241,9 +245,15 @@ def _calls(probes: Probes, options: PoolOptions) -> dict[str, int]:
     return found
 
 
-def _problems(probes: Probes, options: PoolOptions, calls: dict[str, int]) -> list[str]:
-    """What went wrong when each of them was broken, at one call or at all."""
+def _part_of(name: str) -> int:
+    """The same in every process, whatever else is called there."""
+    return zlib.crc32(name.encode()) % PARTS
+
+
+def _problems(probes: Probes, options: PoolOptions, calls: dict[str, int], part: int) -> list[str]:
+    """What went wrong when each of that part was broken, at one call or at all."""
     problems, plays = [], 0
+    calls = {name: count for name, count in calls.items() if _part_of(name) == part}
     for name, count in sorted(calls.items()):
         for nth in (1, 2, None) if count > 1 else (1,):
             probes.watch(name, nth)
@@ -255,13 +265,15 @@ def _problems(probes: Probes, options: PoolOptions, calls: dict[str, int]) -> li
     return problems
 
 
-def test_a_fault_in_any_function(probes: Probes) -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_fault_in_any_function(probes: Probes, part: int) -> None:
     """What is broken costs at most a speed-up, and is logged once."""
-    assert _problems(probes, DEFAULT, _calls(probes, DEFAULT)) == []
+    assert _problems(probes, DEFAULT, _calls(probes, DEFAULT), part) == []
 
 
-def test_a_fault_in_what_clears_and_verifies(probes: Probes) -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_fault_in_what_clears_and_verifies(probes: Probes, part: int) -> None:
     """The same of the functions that only `interruption="clear"` and `verify_after` call."""
     usual = _calls(probes, DEFAULT)
     calls = {name: n for name, n in _calls(probes, CLEARING).items() if name not in usual}
-    assert _problems(probes, CLEARING, calls) == []
+    assert _problems(probes, CLEARING, calls, part) == []

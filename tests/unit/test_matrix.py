@@ -17,7 +17,9 @@ from xai_pool_patch.plugin import releases
 
 ROOT = Path(noxfile.__file__).parent
 PINNED = sorted((ROOT / "constraints").iterdir())
-PROJECT: dict[str, Any] = nox.project.load_toml(ROOT / "pyproject.toml")["project"]
+TOML: dict[str, Any] = nox.project.load_toml(ROOT / "pyproject.toml")
+PROJECT: dict[str, Any] = TOML["project"]
+TOOLS = [Requirement(tool) for tool in TOML["dependency-groups"]["dev"]]
 DECLARED = {r.name: r.specifier for r in map(Requirement, PROJECT["dependencies"])}
 
 
@@ -89,6 +91,14 @@ def test_a_file_pins_what_its_environment_fixes(environment: str) -> None:
     pinned = pins(environment)
     for requirement in map(Requirement, noxfile.ENVIRONMENTS[environment]):
         assert pinned[requirement.name] in requirement.specifier
+
+
+@pytest.mark.parametrize("environment", noxfile.ENVIRONMENTS)
+def test_a_file_pins_the_tools(environment: str) -> None:
+    """Each in a version that the group takes."""
+    pinned = pins(environment)
+    for tool in TOOLS:
+        assert pinned[tool.name] in tool.specifier
 
 
 def test_all_but_the_floors_have_the_newest() -> None:

@@ -62,3 +62,18 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_readme_is_short() -> None:
     """A newcomer reads it to its end; details belong in `docs/`."""
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def test_a_release_is_tested_as_it_is_published() -> None:
+    """By the checks of CI, and one session of the matrix that exists: it leaves the wheel."""
+    release = (ROOT / ".github/workflows/release.yml").read_text()
+    assert targets(".github/workflows/release.yml") == targets(".ci/run")
+    assert f"matrix(plugin-{noxfile.PLUGINS[-1]}-python-3.11)" in release
+
+
+def test_every_target_that_a_workflow_asks_for_exists() -> None:
+    """A nightly one would be missed by nobody."""
+    makefile = (ROOT / "Makefile").read_text()
+    for workflow in (ROOT / ".github/workflows").iterdir():
+        for target in targets(str(workflow.relative_to(ROOT))):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE)
