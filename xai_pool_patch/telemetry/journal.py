@@ -1,6 +1,7 @@
 """What one pool tells: one call an event, for the log, the statistics and the metrics.
 
-None of it raises into what it tells of.
+None of it raises into what it tells of. Each counts, logs and measures in this order: a meter that
+raises costs no log record.
 """
 
 from __future__ import annotations
@@ -33,38 +34,38 @@ class Journal:
     @harmless
     def reused(self) -> None:
         self.counters.count("connections_reused")
-        metrics.wait_time.record(0.0, REUSED)
         self._tell(Event.REUSED)
+        metrics.wait_time.record(0.0, REUSED)
 
     @harmless
     def waited(self, seconds: float) -> None:
         self.counters.time("acquire_wait", seconds)
-        metrics.wait_time.record(seconds, NOT_REUSED)
         self._tell(Event.WAITED, wait_ms=in_ms(seconds))
+        metrics.wait_time.record(seconds, NOT_REUSED)
 
     @harmless
     def connected(self, handshake: float) -> None:
         self.counters.count("connections_made")
         self.counters.time("handshake", handshake)
-        metrics.create_time.record(handshake)
         self._tell(Event.CONNECTED, handshake_ms=in_ms(handshake))
+        metrics.create_time.record(handshake)
 
     @harmless
     def standby_failed(self, error: Exception, retry_in: float) -> None:
         """`retry_in` is infinite if nothing is tried before a caller's dial has succeeded."""
         self.counters.count("standby_failures")
-        kind = str(status_of(error) or type(error).__name__)
-        metrics.standby_failures.add(1, {"error.type": kind})
         retry_in_s = None if retry_in == math.inf else round(retry_in, 1)
         self._tell(Event.STANDBY_FAILED, error=error, retry_in_s=retry_in_s)
+        kind = str(status_of(error) or type(error).__name__)
+        metrics.standby_failures.add(1, {"error.type": kind})
 
     @harmless
     def removed(self, event: Event, reason: str, age: float, idle_for: float | None) -> None:
         """`idle_for` is None for a connection that was leased."""
         self.counters.count(f"discarded_{reason}")
-        metrics.discards.add(1, {"reason": reason})
         idle: dict[str, Any] = {} if idle_for is None else {"idle_s": round(idle_for, 1)}
         self._tell(event, reason=reason, age_s=round(age, 1), **idle)
+        metrics.discards.add(1, {"reason": reason})
 
     @harmless
     def reclaimed(self) -> None:
@@ -82,8 +83,8 @@ class Journal:
     @harmless
     def replaced(self, waited: float, reason: str) -> None:
         self.counters.count("replays")
-        metrics.replays.add(1, {"reason": reason})
         self._tell(Event.REPLACED, reason=reason, wait_ms=in_ms(waited))
+        metrics.replays.add(1, {"reason": reason})
 
     @harmless
     def replacement_failed(self, error: Exception, reason: str) -> None:
