@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from livekit.plugins import xai
 from opentelemetry.trace import NonRecordingSpan
 
 import xai_pool_patch
-from tests.kit import Line, all_closed, interrupted, line_to, quick, registry, speak
+from tests.kit import Line, all_closed, hear_whole, interrupted, line_to, quick, registry
 from tests.live.peer import until
 from xai_pool_patch import PoolOptions
 from xai_pool_patch.telemetry import log, metrics, stats
@@ -149,15 +148,6 @@ def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[Listener]:
     yield listener
     OURS.setLevel(logging.NOTSET)
     OURS.removeHandler(listener)
-
-
-async def hear_whole(line: Line, tts: xai.TTS, text: str) -> None:
-    heard = await speak(tts, text)
-    assert heard.error is None
-    assert heard.samples == {line.server.utterance_for(text).number}
-    wanted = len("".join(text.split())) * line.server.behaviour.speech_per_character
-    # The framework may end a sentence with a hundredth of a second of silence.
-    assert heard.seconds == pytest.approx(wanted, abs=0.011)
 
 
 async def converse(line: Line) -> None:
