@@ -128,8 +128,9 @@ def instrumented() -> Iterator[Probes]:
                 tree = _Prober(part).visit(ast.parse(file.read_text("utf-8"), str(file)))
                 code = compile(tree, str(file), "exec", dont_inherit=True)
                 probed.update((_key(each), each) for each in _codes(code))
-    gc.unfreeze()
+    gc.unfreeze()  # of what conftest has frozen nothing is listed
     functions = [each for each in gc.get_objects() if isinstance(each, FunctionType)]
+    gc.freeze()
     originals = [(each, each.__code__) for each in functions if _key(each.__code__) in probed]
     for function, code in originals:
         function.__code__ = probed[_key(code)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
+import pytest
 from livekit.agents import APIConnectOptions
 from livekit.plugins import xai
 
@@ -59,6 +60,17 @@ async def speak(
                 heard.seconds += event.frame.duration
         except Exception as error:
             heard.error = error
+    return heard
+
+
+async def hear_whole(line: Line, tts: xai.TTS, text: str) -> Heard:
+    """A turn of which each sample is its own, from the first to the last."""
+    heard = await speak(tts, text)
+    assert heard.error is None
+    assert heard.samples == {line.server.utterance_for(text).number}
+    wanted = len("".join(text.split())) * line.server.behaviour.speech_per_character
+    # The framework may end a sentence with a hundredth of a second of silence.
+    assert heard.seconds == pytest.approx(wanted, abs=0.011)
     return heard
 
 

@@ -10,10 +10,9 @@ import asyncio
 from collections.abc import Iterator
 
 import pytest
-from livekit.plugins import xai
 
 import xai_pool_patch
-from tests.kit import Heard, Line, interrupted, line_to, quick, registry, speak
+from tests.kit import hear_whole, interrupted, line_to, quick, registry, speak
 from tests.live.peer import until
 from xai_pool_patch import PoolOptions
 from xai_pool_patch.testing import End
@@ -29,17 +28,6 @@ def interruption(request: pytest.FixtureRequest) -> Iterator[str]:
     xai_pool_patch.install(PoolOptions(interruption=request.param, close_timeout=0.5))
     yield request.param
     xai_pool_patch.uninstall()
-
-
-async def hear_whole(line: Line, tts: xai.TTS, text: str) -> Heard:
-    """A turn of which each sample is its own, from the first to the last."""
-    heard = await speak(tts, text)
-    assert heard.error is None
-    assert heard.samples == {line.server.utterance_for(text).number}
-    wanted = len("".join(text.split())) * line.server.behaviour.speech_per_character
-    # The framework may end a sentence with a hundredth of a second of silence.
-    assert heard.seconds == pytest.approx(wanted, abs=0.011)
-    return heard
 
 
 async def round_trip_known() -> None:

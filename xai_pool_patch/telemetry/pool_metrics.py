@@ -1,6 +1,6 @@
 """What one pool reports: one call an event, for the log, the statistics and the instruments.
 
-No call raises.
+No call raises. Each counts, logs and measures in this order: a meter that raises costs no log record.
 """
 
 from __future__ import annotations
@@ -33,38 +33,38 @@ class PoolMetrics:
     @harmless
     def reused(self) -> None:
         self.counters.count("connections_reused")
-        instruments.wait_time.record(0.0, REUSED)
         self._log(LogEvent.REUSED)
+        instruments.wait_time.record(0.0, REUSED)
 
     @harmless
     def waited(self, seconds: float) -> None:
         self.counters.time("acquire_wait", seconds)
-        instruments.wait_time.record(seconds, NOT_REUSED)
         self._log(LogEvent.WAITED, wait_ms=in_ms(seconds))
+        instruments.wait_time.record(seconds, NOT_REUSED)
 
     @harmless
     def connected(self, handshake: float) -> None:
         self.counters.count("connections_made")
         self.counters.time("connect", handshake)
-        instruments.create_time.record(handshake)
         self._log(LogEvent.CONNECTED, connect_ms=in_ms(handshake))
+        instruments.create_time.record(handshake)
 
     @harmless
     def standby_failed(self, error: Exception, retry_in: float) -> None:
         """`retry_in` is infinite if the pool waits until a caller's dial succeeds."""
         self.counters.count("standby_failures")
-        kind = str(status_of(error) or type(error).__name__)
-        instruments.standby_failures.add(1, {"error.type": kind})
         retry_in_s = None if retry_in == math.inf else round(retry_in, 1)
         self._log(LogEvent.STANDBY_FAILED, error=error, retry_in_s=retry_in_s)
+        kind = str(status_of(error) or type(error).__name__)
+        instruments.standby_failures.add(1, {"error.type": kind})
 
     @harmless
     def closed(self, reason: str, age: float, idle_for: float | None) -> None:
         """`idle_for` is None for a connection that was leased."""
         self.counters.count(f"closed_{reason}")
-        instruments.closed.add(1, {"reason": reason})
         idle: dict[str, Any] = {} if idle_for is None else {"idle_s": round(idle_for, 1)}
         self._log(LogEvent.CLOSED, reason=reason, age_s=round(age, 1), **idle)
+        instruments.closed.add(1, {"reason": reason})
 
     @harmless
     def cleared(self) -> None:
@@ -82,8 +82,8 @@ class PoolMetrics:
     @harmless
     def replayed(self, waited: float, reason: str) -> None:
         self.counters.count("replays")
-        instruments.replays.add(1, {"reason": reason})
         self._log(LogEvent.REPLAYED, reason=reason, wait_ms=in_ms(waited))
+        instruments.replays.add(1, {"reason": reason})
 
     @harmless
     def replay_failed(self, error: Exception, reason: str) -> None:
