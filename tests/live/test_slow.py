@@ -17,6 +17,7 @@ import xai_pool_patch
 from tests.kit import Heard, Line, line_to, quick, registry, speak
 from tests.live.peer import until
 from xai_pool_patch import PoolOptions
+from xai_pool_patch.pool.round_trips import RoundTrips
 from xai_pool_patch.protocol import exchange
 
 TIMEOUT = 0.3
@@ -165,7 +166,7 @@ async def test_a_session_that_stops_answering_pings_is_given_up_sooner(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It answered the one ahead of the text, and none after the time that an answer has."""
-    monkeypatch.setattr(exchange, "LONGEST_PROBE", 0.1)
+    monkeypatch.setattr(exchange, "PROBE", RoundTrips(4, at_least=0.1, at_most=0.1))
     async with line_to(quick(), 0.02) as line:
         tts = line.tts()
         await warm_up(line, tts)

@@ -1,6 +1,7 @@
 """What one pool reports: one call an event, for the log, the statistics and the instruments.
 
-No call raises. Each counts, logs and measures in this order: a meter that raises costs no log record.
+No call raises. Each counts, logs and measures in this order: a meter that raises costs no log
+record.
 """
 
 from __future__ import annotations
