@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from .errors import InvalidOptionError
 
 Interruption = Literal["discard", "clear"]
+Warm = Literal["auto", "always", "reply"]
 
 MAX_SESSIONS = 50
 """Concurrent sessions that xAI allows a team, as its documentation says."""
@@ -33,9 +34,21 @@ class PoolOptions:
     moment has the 300 s in between. Audio comes at five times real time, so that is enough for 25
     minutes of speech."""
 
+    warm: Warm = "auto"
+    """When the pool keeps `min_size` connections. `"always"`: as long as a TTS uses the voice.
+    `"reply"`: only from the first sign of a reply until `linger` after its last use, so that a call
+    holds a session only while its agent speaks; part of the handshake may delay the first audio.
+    `"auto"`: as with `"always"` until xAI refuses a session, to this process or another that shares
+    the API key; then for some minutes as with `"reply"`."""
+
+    linger: float = 0.3
+    """Idle time after which the pool closes a connection while it keeps none: with `warm="reply"`,
+    or after a refusal with `"auto"`. It bridges the gap between two sentences of a reply."""
+
     max_idle_time: float = 60.0
-    """Idle time after which the pool closes a connection above `min_size`. Each counts among the
-    team's 50 sessions, so connections that a burst of turns needed should not stay for long."""
+    """Idle time after which the pool closes the last connection of a voice that no TTS uses any
+    more, or with `min_size=0`. Those that nobody is going to need, such as the rest of a burst of
+    turns, close after five seconds: each counts among the team's sessions."""
 
     close_timeout: float = 5.0
     """Time the server has to answer a Close frame, in the background; then the pool aborts the
@@ -80,7 +93,7 @@ class PoolOptions:
                 _check_seconds(field.name, value)
 
 
-_CHOICES = {"interruption": get_args(Interruption)}
+_CHOICES = {"interruption": get_args(Interruption), "warm": get_args(Warm)}
 
 
 def _check_count(name: str, value: object) -> None:
@@ -92,7 +105,8 @@ def _check_count(name: str, value: object) -> None:
 
 def _check_choice(name: str, value: object) -> None:
     if value not in _CHOICES[name]:
-        choices = " or ".join(map(repr, _CHOICES[name]))
+        *others, last = map(repr, _CHOICES[name])
+        choices = f"{', '.join(others)} or {last}"
         raise InvalidOptionError(f"{name} must be {choices}, not {value!r}")
 
 

@@ -12,13 +12,14 @@ from xai_pool_patch import InvalidOptionError, PoolOptions, XaiPoolPatchError
 SECONDS = [
     "max_age",
     "max_idle_time",
+    "linger",
     "close_timeout",
     "heartbeat",
     "first_audio_timeout",
     "clear_timeout",
     "verify_after",
 ]
-CHOICES = {"interruption": ["discard", "clear"]}
+CHOICES = {"interruption": ["discard", "clear"], "warm": ["auto", "always", "reply"]}
 
 
 def test_defaults() -> None:
@@ -26,6 +27,8 @@ def test_defaults() -> None:
     assert dataclasses.asdict(PoolOptions()) == {
         "min_size": 1,
         "max_age": 1800.0,
+        "warm": "auto",
+        "linger": 0.3,
         "max_idle_time": 60.0,
         "close_timeout": 5.0,
         "heartbeat": 20.0,
@@ -51,8 +54,9 @@ def test_nonsense_seconds(name: str, value: object) -> None:
 @pytest.mark.parametrize("value", ["Clear", "", None, True, 1, ["clear"]])
 def test_nonsense_choices(name: str, value: object) -> None:
     """The message has all there is to choose from."""
-    first, second = CHOICES[name]
-    with pytest.raises(InvalidOptionError, match=rf"^{name} must be '{first}' or '{second}', not"):
+    *others, last = map(repr, CHOICES[name])
+    choices = f"{', '.join(others)} or {last}"
+    with pytest.raises(InvalidOptionError, match=f"^{name} must be {choices}, not"):
         PoolOptions(**{name: value})  # type: ignore[arg-type]
 
 

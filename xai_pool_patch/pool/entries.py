@@ -77,6 +77,8 @@ class PoolEntry(Generic[C]):
     verified_at: float
     """When the connection, its session included, was last known to be alive."""
     lease_count: int = 0
+    holder: object = None
+    """Whom it is leased to, if that caller has said who it is."""
 
 
 @dataclass(eq=False)
@@ -85,6 +87,8 @@ class Waiter(Generic[C]):
 
     deadline: float
     wants_fresh: bool
+    caller: object = None
+    """See `Pool.acquire`."""
     future: asyncio.Future[PoolEntry[C]] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )

@@ -45,8 +45,20 @@ ROTATION_LEAD = 0.05
 """The pool replaces an idle connection this part of `max_age` before it expires: 90 s of 1,800 s.
 That leaves time for several attempts while the old connection still serves."""
 
+SPARE_IDLE_TIME = 5.0
+"""Seconds that an idle connection stays which nobody is expected to use: one dialled too late to be
+needed, or the rest of a burst. Each counts among the team's sessions."""
+
+PREWARM_LASTS = 10.0
+"""Seconds that a connection made by `prewarm()` waits for its first use where nothing else keeps
+it. LiveKit prewarms when a session starts, and an agent that greets speaks within that time."""
+
 SHORT_LIFE = 30.0
 """Seconds. If a server ends an unused connection sooner, the pool dials again with backoff only."""
+
+
+ANYBODY = object()
+"""The caller that `prewarm()` expects."""
 
 
 class PoolClosedError(XaiPoolPatchError):
@@ -78,6 +90,10 @@ class Pool(Generic[C]):
         failure_kind_of: what the error of a dial means for the next dials.
         is_defunct: whether `connect` can never succeed again, so that the pool should end quietly.
         jitter: spreads the ages at which connections expire.
+
+    Attributes:
+        is_lean: sessions are scarce, or the options say so: the pool keeps a connection only while
+            a reply is expected, and for `linger` after its last use.
     """
 
     def __init__(
@@ -118,6 +134,10 @@ class Pool(Generic[C]):
         self._closing: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._min_size = 0
+        self._is_left = False
+        self._expected: dict[object, float] = {}
+        """The callers that will probably ask for a connection, and until when."""
+        self.is_lean = False
         self.is_closed = False
 
     def __repr__(self) -> str:
@@ -158,13 +178,16 @@ class Pool(Generic[C]):
 
     # For callers
 
-    async def acquire(self, timeout: float, *, fresh: bool = False) -> Acquired[C]:
+    async def acquire(
+        self, timeout: float, *, fresh: bool = False, caller: object = None
+    ) -> Acquired[C]:
         """Take an idle connection at once, else the first that comes.
 
         Args:
             timeout: seconds the whole wait may take.
             fresh: take only a connection that nobody has used and that has not been idle. It is for
                 the replay of an utterance under way, so a pool that has ended dials it too.
+            caller: whoever was announced by `expect`, if anybody was.
 
         Raises:
             DialFailedError: the dial made for this caller failed.
@@ -173,12 +196,13 @@ class Pool(Generic[C]):
         """
         if self.is_closed and not fresh:
             raise PoolClosedError("acquire() on a pool that has ended")
-        entry = None if fresh else self._take_idle()
+        self._fulfil(caller)
+        entry = None if fresh else self._take_idle(caller)
         if entry is not None:
             self.metrics.reused()
             return Acquired(entry.connection, waited=0.0, reused=True, fresh=False)
         asked = self._now()
-        entry = await self._wait(Waiter(asked + timeout, fresh))
+        entry = await self._wait(Waiter(asked + timeout, fresh, caller))
         waited = self._now() - asked
         self.metrics.waited(waited)
         return Acquired(entry.connection, waited, reused=False, fresh=entry.lease_count == 1)
@@ -193,7 +217,7 @@ class Pool(Generic[C]):
         elif not connection.is_reusable:
             self._remove(entry, Reason.FAILED)
         else:
-            entry.idle_since = self._now()
+            self._came_back(entry)
             self._offer(entry)
         self._settle()
 
@@ -205,7 +229,7 @@ class Pool(Generic[C]):
         entry = self._entries.get(connection)
         if entry is None:
             return
-        entry.idle_since = self._now()
+        self._came_back(entry)
         if self.is_closed or not self._clearing.clears_interrupted:
             self._remove(entry, Reason.INTERRUPTED)
         elif connection.is_reusable:
@@ -234,20 +258,69 @@ class Pool(Generic[C]):
         self._remove(failed, Reason.LOST)
         self._settle()
 
+    # For those who know what comes
+
+    def expect(self, caller: object, until: float) -> None:
+        """Have a connection ready for a caller that will probably ask for one.
+
+        Only one, however often this is called for the same caller. A caller that has a connection
+        of this pool is expected to use that again.
+
+        Args:
+            until: when to give up expecting; time of the event loop. A later call may prolong it.
+        """
+        if not self.is_closed:
+            self._expected[caller] = max(until, self._expected.get(caller, until))
+            self._settle()
+
+    def withdraw(self, caller: object) -> None:
+        """Do not expect that caller any more."""
+        if self._expected.pop(caller, None) is not None:
+            self.metrics.sign_unused()
+            self._settle()
+
+    def prewarm(self) -> None:
+        """Dial one connection in the background if there is none, for whoever asks first."""
+        if not self._entries and not self._dials:
+            self.expect(ANYBODY, self._now() + PREWARM_LASTS)
+
+    def _fulfil(self, caller: object) -> None:
+        """A caller asks for a connection: nobody needs to expect it any more."""
+        for expected in {caller, ANYBODY} & self._expected.keys():
+            del self._expected[expected]
+            self.metrics.sign_used()
+
     # For owners
 
     def resize(self, min_size: int) -> None:
         """Keep this many connections from now on, idle or not."""
-        self._min_size = min_size
+        self._min_size, self._is_left = min_size, False
+        self._settle_soon()
+
+    def leave(self) -> None:
+        """Nobody speaks with this key now. Keep what has been used, in case somebody comes back."""
+        self._min_size, self._is_left = 0, True
+        self._settle_soon()
+
+    def set_lean(self, is_lean: bool) -> None:
+        """See `is_lean`."""
+        if self.is_lean != is_lean:
+            self.is_lean = is_lean
+            self._settle_soon()
+
+    def close_idle(self) -> list[asyncio.Task[None]]:
+        """Close all idle connections in the background; returns the tasks that do so."""
+        before = set(self._closing)
+        for entry in list(self._idle):
+            self._remove(entry, Reason.SURPLUS)
+        self._settle()
+        return list(self._closing - before)
+
+    def _settle_soon(self) -> None:
         # A TTS registers and asks for a connection in one step of the event loop. Dialled at once,
         # the standby would serve that caller, who would then learn of a failed dial only after a
         # second one. A step later the caller has a dial of its own, and that one counts.
         self._supervisor.call_at(self._now(), self._settle)
-
-    def prewarm(self) -> None:
-        """Dial one connection in the background if there is none."""
-        if not self._entries and not self._dials and not self.is_closed:
-            self._dial(None, self._standby_timeout)
 
     def close(self) -> None:
         """End the pool: close leased connections when they come back, and the others now.
@@ -259,6 +332,7 @@ class Pool(Generic[C]):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._expected.clear()
         for entry in [*self._idle, *self._clearing.under_way]:
             self._remove(entry, Reason.SHUTDOWN)
         # A caller may have relied on a clear that has just been dropped. Nothing else would dial
@@ -318,7 +392,7 @@ class Pool(Generic[C]):
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
 
-    def _take_idle(self) -> PoolEntry[C] | None:
+    def _take_idle(self, caller: object) -> PoolEntry[C] | None:
         now = self._now()
         while self._idle:
             entry = self._idle[-1]
@@ -326,18 +400,23 @@ class Pool(Generic[C]):
             # expired.
             if now < entry.expires_at and entry.connection.is_reusable:
                 self._idle.pop()
-                self._lend(entry)
+                self._lend(entry, caller)
                 return entry
             self._remove(entry, Reason.EXPIRED if now >= entry.expires_at else Reason.LOST)
         return None
 
-    def _lend(self, entry: PoolEntry[C]) -> None:
+    def _lend(self, entry: PoolEntry[C], caller: object) -> None:
         # A standby resets the backoff only when somebody uses it. A server may accept handshakes
         # and then end the connections: reset by the dial, the pool would dial without a pause.
         # After a permanent refusal only a caller's dial resets it (`_dial_succeeded`).
         if not entry.lease_count and self._backoff.next_attempt < math.inf:
             self._backoff.succeeded()
         entry.lease_count += 1
+        entry.holder = caller
+
+    def _came_back(self, entry: PoolEntry[C]) -> None:
+        entry.idle_since = self._now()
+        entry.holder = None
 
     def _offer(self, entry: PoolEntry[C]) -> None:
         """Hand a clean connection to the first caller that accepts it; else it becomes idle."""
@@ -350,7 +429,7 @@ class Pool(Generic[C]):
                 # The waiter's task runs later. Still in the queue, it would be counted until then
                 # in `repr()` and `is_empty`.
                 self._waiters.remove(waiter)
-                self._lend(entry)
+                self._lend(entry, waiter.caller)
                 return
         if self.is_closed:
             self._remove(entry, Reason.SHUTDOWN)
@@ -436,7 +515,9 @@ class Pool(Generic[C]):
         connection.on_lost = lambda: self._lost(entry)
         connection.on_stale_audio = self._clearing.stop_clearing
         self._offer(entry)
-        if not connection.is_reusable:
+        if self._is_left and dial.waiter is None and entry in self._idle:
+            self._remove(entry, Reason.SURPLUS)  # the voice was changed again during the dial
+        elif not connection.is_reusable:
             # The reader of an eager loop runs while the connection is made, and may meet its end
             # before `on_lost` is set. Nobody would take the dead connection out again.
             self._lost(entry)
@@ -498,8 +579,16 @@ class Pool(Generic[C]):
         """
         self._dial_for_waiters()
         if not self.is_closed:
-            rules = (self._retire_aged, self._trim, self._verify, self._top_up)
+            rules = (self._forget_late, self._retire_aged, self._trim, self._verify, self._top_up)
             self._arm(min([rule() for rule in rules]))
+
+    def _forget_late(self) -> float:
+        """Expect nobody any more who should have asked by now."""
+        now = self._now()
+        for caller in [caller for caller, until in self._expected.items() if until <= now]:
+            del self._expected[caller]
+            self.metrics.sign_unused()
+        return min(self._expected.values(), default=math.inf)
 
     def _retire_aged(self) -> float:
         """Close idle connections that are replaced or expired."""
@@ -507,20 +596,28 @@ class Pool(Generic[C]):
         for entry in list(self._idle):
             if now < entry.rotate_at:
                 due = min(due, entry.rotate_at)
-            elif now >= entry.expires_at or self._fresh() >= self._min_size:
+            elif now >= entry.expires_at or self._fresh() >= self._wanted():
                 self._remove(entry, Reason.EXPIRED)
             else:
                 due = min(due, entry.expires_at)
         return due
 
     def _trim(self) -> float:
-        """Close connections above `min_size` that have been idle for `max_idle_time`."""
-        while self._idle and self._fresh() + len(self._dials) > self._min_size:
-            due = self._idle[0].idle_since + self._options.max_idle_time
+        """Close connections that nobody needs, when they have been idle for some time."""
+        while self._idle and self._fresh() + len(self._dials) > self._wanted():
+            due = self._idle[0].idle_since + self._idle_time()
             if self._now() < due:
                 return due
             self._remove(self._idle[0], Reason.SURPLUS)
         return math.inf
+
+    def _idle_time(self) -> float:
+        """How long a connection stays that nobody needs."""
+        if self.is_lean:
+            return self._options.linger
+        if len(self._entries) == 1:
+            return self._options.max_idle_time  # the only one: the next turn may come yet
+        return min(SPARE_IDLE_TIME, self._options.max_idle_time)
 
     def _verify(self) -> float:
         """Verify an idle connection. One at a time: callers may need the others."""
@@ -537,8 +634,8 @@ class Pool(Generic[C]):
         return due
 
     def _top_up(self) -> float:
-        """Dial what is missing to `min_size`, unless background dials have to pause."""
-        missing = self._min_size - self._fresh() - len(self._dials)
+        """Dial what is missing, unless background dials have to pause."""
+        missing = self._wanted() - self._fresh() - len(self._dials)
         if missing <= 0:
             return math.inf
         if self._now() < self._backoff.next_attempt:
@@ -549,6 +646,17 @@ class Pool(Generic[C]):
         for _ in range(missing):
             self._dial(None, self._standby_timeout)
         return math.inf
+
+    def _wanted(self) -> int:
+        """Connections to have, whether idle, leased or being dialled."""
+        kept = 0 if self.is_lean else self._min_size
+        holders = {entry.holder for entry in self._entries.values()}
+        expected = len(self._expected.keys() - holders)
+        if not expected:
+            return kept
+        # Those in use and those that others wait for are not for the expected ones.
+        waiting = sum(not waiter.future.done() for waiter in self._waiters)
+        return max(kept, self.leased + waiting + expected)
 
     def _fresh(self) -> int:
         """Connections that are not about to be replaced."""

@@ -75,6 +75,11 @@ standby_failures = _meter.create_counter(
     unit="{dial}",
     description="Background dials that failed, by HTTP status or type of the error",
 )
+rate_limited = _meter.create_counter(
+    "xai_pool_patch.connection.rate_limited",
+    unit="{dial}",
+    description="Dials refused because the team has too many sessions or requests",
+)
 replays = _meter.create_counter(
     "xai_pool_patch.utterance.replays",
     unit="{utterance}",

@@ -68,6 +68,22 @@ class PoolMetrics:
         instruments.closed.add(1, {"reason": reason})
 
     @harmless
+    def sign_used(self) -> None:
+        """A caller that was expected has asked for a connection."""
+        self.counters.count("signs_used")
+
+    @harmless
+    def sign_unused(self) -> None:
+        """A caller that was expected has not asked for a connection."""
+        self.counters.count("signs_unused")
+
+    @harmless
+    def rate_limited(self) -> None:
+        """The server refused a dial because it has too many sessions or requests."""
+        self.counters.count("rate_limited")
+        instruments.rate_limited.add(1)
+
+    @harmless
     def cleared(self) -> None:
         self.counters.count("connections_cleared")
         self._log(LogEvent.CLEARED)

@@ -25,6 +25,12 @@ class Totals(TypedDict):
     closed_surplus: int
     closed_shutdown: int
     standby_failures: int
+    rate_limited: int
+    """Dials refused because the team has too many sessions or requests (HTTP 429)."""
+    signs_used: int
+    """Replies for which a connection was called for in advance, and that used one."""
+    signs_unused: int
+    """Replies for which a connection was called for in advance, and that used none."""
     replays: int
     acquire_wait_ms_total: float
     """Includes the waits for replays."""
