@@ -44,7 +44,11 @@ def exchange_of(cut_off: Reason | None, *, fresh: bool) -> tuple[Socket, TakesBa
     async def utterance() -> None:
         supervisor = Supervisor(no_fault, close_timeout=1.0)
         connection = Connection(
-            socket, supervisor=supervisor, heartbeat=Heartbeat(20.0), close_timeout=1.0
+            socket,
+            supervisor=supervisor,
+            heartbeat=Heartbeat(20.0),
+            close_timeout=1.0,
+            on_rate_limited=_raise,
         )
         await asyncio.sleep(0)
         frames: list[Frame] = []

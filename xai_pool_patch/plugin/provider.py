@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from livekit.agents import APIConnectionError, get_job_context
 
-from ..manager import Connect, PoolManager, Registry
+from ..manager import Connect, PoolManager, Registry, failure_kind_of
+from ..pool.backoff import FailureKind
 from ..pool.pool import (
     Acquired,
     AcquireTimeoutError,
@@ -28,6 +29,10 @@ from .connector import Connector, key_of, with_status
 from .releases import Shape
 
 T = TypeVar("T")
+
+ROOM_TIMEOUT = 1.0
+"""Seconds that a refused caller waits for the server to answer the Close frame of an idle
+connection, so that its session is free."""
 
 
 class Turn:
@@ -252,7 +257,11 @@ class ConnectionProvider:
         usage = pools.usage(tts)  # the TTS may have left by the time there is a connection
         if opts is not None:
             pool = pools.pool_for(tts, key_of(tts, opts), lambda: self._connector(pools, tts, opts))
-        acquired = await _acquire(pool, timeout)
+
+        def acquire(*, fresh: bool = False) -> Awaitable[Acquired[Connection]]:
+            return _acquire(pools, pool, tts._api_key, timeout, fresh=fresh)
+
+        acquired = await acquire()
         if self.has_failed:  # between the moment it was handed a connection and this one
             raise PoolClosedError("the pool failed")
         exchange = Exchange(
@@ -260,7 +269,7 @@ class ConnectionProvider:
             pool,
             frames=[],
             supervisor=pools.supervisor,
-            redial=lambda: _acquire(pool, timeout, fresh=True),
+            redial=lambda: acquire(fresh=True),
             first_audio=pools.first_audio,
             on_replaced=turn.replaced,
         )
@@ -307,11 +316,11 @@ def has_loop() -> bool:
 
 
 async def _acquire(
-    pool: Pool[Connection], timeout: float, *, fresh: bool = False
+    pools: PoolManager, pool: Pool[Connection], api_key: str, timeout: float, *, fresh: bool
 ) -> Acquired[Connection]:
     """Raises what the plugin's own connect would have raised."""
     try:
-        return await pool.acquire(timeout, fresh=fresh)
+        return await _acquire_or_make_room(pools, pool, api_key, timeout, fresh=fresh)
     except DialFailedError as failure:
         error = failure.error
     except AcquireTimeoutError as late:
@@ -326,3 +335,21 @@ async def _acquire(
     if error.__suppress_context__:
         error.__context__ = None
     raise with_status(error) from error.__cause__
+
+
+async def _acquire_or_make_room(
+    pools: PoolManager, pool: Pool[Connection], api_key: str, timeout: float, *, fresh: bool
+) -> Acquired[Connection]:
+    """Ask again after a refusal for the limit, if connections of this process give sessions back."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
+    try:
+        return await pool.acquire(timeout, fresh=fresh)
+    except DialFailedError as failure:
+        if failure_kind_of(failure.error) is not FailureKind.RATE_LIMITED:
+            raise
+        closing = pools.make_room(api_key)
+        if not closing:
+            raise
+    await asyncio.wait(closing, timeout=ROOM_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+    return await pool.acquire(max(0.0, deadline - loop.time()), fresh=fresh)

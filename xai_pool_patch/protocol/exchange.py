@@ -241,7 +241,8 @@ class Exchange:
             attempt.silent_since = began
             self._fail_if_exhausted()
 
-        self._wait(timeout / 2, doubt)
+        # Lean, no connection is dialled on suspicion: others may need the session.
+        self._wait(timeout if self._pool.is_lean else timeout / 2, doubt)
         self._wait(timeout, give_up)
         await connection.ping_as_fence(timeout)
 
