@@ -22,6 +22,7 @@ FLOORS = (
     {"manager"},
     {"protocol"},
     {"pool"},
+    {"sessions"},
     {"telemetry"},
     {"errors", "options", "python", "_version"},
 )

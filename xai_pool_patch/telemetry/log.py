@@ -60,6 +60,9 @@ class LogEvent(enum.Enum):
     STANDBY_FAILED = ("standby failed", WARNING)
     PINGS_UNANSWERED = ("PINGs unanswered, heartbeat off", WARNING)
 
+    MARK_STORE_FAILED = ("mark store failed", WARNING)
+    MARK_STORE_RESTORED = ("mark store works again", INFO)
+
     REUSED = ("reused", DEBUG)
     WAITED = ("waited", DEBUG)
     REPLAYED = ("replayed", INFO)
