@@ -197,6 +197,7 @@ class PoolManager:
         for pool in [*self.pools.values(), *self._ending]:
             pool.abandon()
         self.pools = {}
+        self._watches.clear()
         self._users.clear()
 
     def _join(self, tts: object) -> _User:
@@ -226,6 +227,9 @@ class PoolManager:
         self.pools = {key: pool for key, pool in self.pools.items() if key not in keys}
         for pool in ended:
             pool.close()
+        for api_key, watch in self._watches.items():
+            if not self._pools_of(api_key):
+                watch.end()
         self._ending = [pool for pool in (*self._ending, *ended) if not pool.is_empty]
         return ended
 

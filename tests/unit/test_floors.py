@@ -21,8 +21,8 @@ FLOORS = (
     {"plugin"},
     {"manager"},
     {"protocol"},
-    {"pool"},
     {"sessions"},
+    {"pool"},
     {"telemetry"},
     {"errors", "options", "python", "_version"},
 )

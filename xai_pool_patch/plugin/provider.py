@@ -340,7 +340,7 @@ async def _acquire(
 async def _acquire_or_make_room(
     pools: PoolManager, pool: Pool[Connection], api_key: str, timeout: float, *, fresh: bool
 ) -> Acquired[Connection]:
-    """Ask again after a refusal for the limit, if connections of this process give sessions back."""
+    """Ask again after a refusal for the limit, if this process gives sessions back."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
     try:

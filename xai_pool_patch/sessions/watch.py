@@ -59,9 +59,17 @@ class SessionWatch:
         self._looking: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
-        """Look now, and from now on as long as there are pools."""
+        """Look now, and from now on until `end`."""
         if self._timer is None:
             self._tick()
+
+    def end(self) -> None:
+        """Look no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._looking is not None:
+            self._looking.cancel()
 
     def refused(self) -> None:
         """A dial was refused for the limit: let go of what is idle, and let others know."""
@@ -72,10 +80,7 @@ class SessionWatch:
             self._supervisor.spawn(publish, name="xai_pool_patch.publish_mark")
 
     def _tick(self) -> None:
-        self._timer = None
         pools = self._pools()
-        if not pools or self._loop.is_closed():
-            return
         self._apply()
         # Only who holds an idle connection, or is about to, needs to know of others' refusals.
         if (self.is_scarce or any(pool.idle for pool in pools)) and not self._is_looking:
