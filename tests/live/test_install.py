@@ -322,27 +322,6 @@ async def test_a_failure_half_way_out_leaves_nothing_undone(
         await tts.aclose()
 
 
-def test_what_else_there_is_to_undo_does_not_depend_on_the_log(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A1: the plugin's own pools serve again, though a handler of the application raises."""
-
-    class Owner:
-        name = "original"
-
-    def log_event(*_: Any, **__: Any) -> None:
-        raise ZeroDivisionError
-
-    undone: list[str] = []
-    record = patching.Patch(Owner, "name", lambda *_: "ours", lambda: undone.append("the rest"))
-    record.apply()
-    Owner.name = "theirs"
-    monkeypatch.setattr(patching, "log_event", log_event)
-    with pytest.raises(ZeroDivisionError):
-        record.undo()
-    assert (undone, Owner.name) == (["the rest"], "theirs")
-
-
 class NotingLock:
     """Tells when a thread has to wait for it."""
 
