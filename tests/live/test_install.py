@@ -21,7 +21,7 @@ from livekit.plugins.xai import tts as plugin_module
 
 import xai_pool_patch
 from tests.kit import (
-    HAS_OWN_POOL,
+    HAS_NATIVE_POOL,
     SHAPE,
     VERSION,
     Heard,
@@ -44,7 +44,7 @@ from xai_pool_patch.plugin.connector import key_of
 from xai_pool_patch.testing import End
 
 CLASSES = (plugin_module.TTS, plugin_module.SynthesizeStream)
-STEPS = 5 if HAS_OWN_POOL else 8
+STEPS = 5 if HAS_NATIVE_POOL else 8
 """Of uninstall(): so many attributes are patched, and then there are the pools."""
 
 
@@ -436,7 +436,7 @@ async def test_installed_under_a_tts_that_exists_already() -> None:
         await speak(tts, "After, first.")
         await speak(tts, "After, second.")
         reused = [metric.connection_reused for metric in line.metrics]
-        assert reused == [False, False, True, False, HAS_OWN_POOL]
+        assert reused == [False, False, True, False, HAS_NATIVE_POOL]
         await tts.aclose()
         await all_closed(line.server)
         assert {c.ended for c in line.server.connections} == {End.CLIENT_CLOSE}

@@ -11,12 +11,12 @@ from livekit.agents.utils import ConnectionPool
 from livekit.plugins import xai
 
 import xai_pool_patch
-from tests.kit import API_KEY, HAS_OWN_POOL, ONCE, all_closed, line_to, quick, registry, speak
+from tests.kit import API_KEY, HAS_NATIVE_POOL, ONCE, all_closed, line_to, quick, registry, speak
 from xai_pool_patch.plugin import patching
 from xai_pool_patch.plugin.native_pool import PooledConnections
 from xai_pool_patch.testing import End
 
-pytestmark = pytest.mark.skipif(not HAS_OWN_POOL, reason="this plugin has no pool of its own")
+pytestmark = pytest.mark.skipif(not HAS_NATIVE_POOL, reason="this plugin has no native pool")
 
 
 def pool_of(tts: xai.TTS) -> Any:
@@ -248,7 +248,7 @@ async def test_restoring_does_not_depend_on_the_log(monkeypatch: pytest.MonkeyPa
 async def test_a_fault_in_taking_over(
     part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A4: the plugin's own pool goes on serving, and the log says once what is wrong."""
+    """A4: the native pool goes on serving, and the log says once what is wrong."""
 
     def broken(*args: Any, **kwargs: Any) -> None:
         raise ZeroDivisionError

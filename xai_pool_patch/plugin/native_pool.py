@@ -28,7 +28,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def _fails_open(method: Method) -> Method:
-    """After a fault of the patch the plugin's own pool does what the method should have."""
+    """After a fault of the patch the native pool does what the method should have."""
     name = method.__name__
 
     @functools.wraps(method)
@@ -84,7 +84,7 @@ class PooledConnections(ConnectionPool[aiohttp.ClientWebSocketResponse]):
         return vars(self._tts())[NAME]
 
     def restore(self) -> None:
-        """The plugin's own pool serves again."""
+        """The native pool serves again."""
         tts = self._tts()
         if tts is not None:  # else its pool has gone with it
             for name in ("put", "remove"):
@@ -185,7 +185,7 @@ class PoolAttribute(Patch):
             self.restore()
 
     def restore(self) -> None:
-        """From here on the plugin's own pools serve again."""
+        """From here on the native pools serve again."""
         with self._lock, contextlib.ExitStack() as steps:
             self._is_restored = True
             for replacement in filter(None, self._replacements.values()):
@@ -206,7 +206,7 @@ class PoolAttribute(Patch):
             return self._replacements[tts]
 
     def _let_go(self, tts: Any) -> None:
-        """Its own pool serves, for now at least."""
+        """Its native pool serves, for now at least."""
         with self._lock:
             replacement = self._replacements.pop(tts, None)
         if replacement is not None:

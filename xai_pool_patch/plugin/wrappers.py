@@ -23,7 +23,7 @@ from .releases import Shape
 def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> list[Patch]:
     """What is put into a plugin of that shape."""
     tts, stream = module.TTS, module.SynthesizeStream
-    has_pool = shape is Shape.OWN_POOL
+    has_pool = shape is Shape.NATIVE_POOL
     provider = ConnectionProvider(registry, shape, connect_of(tts, shape))
     wrappers = Wrappers(provider)
 
@@ -48,7 +48,7 @@ def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> list[Pa
 
 def connect_of(tts_type: type, shape: Shape) -> Any:
     """The plugin's own way to a connection, as a plain function."""
-    return _as_its_pool_does if shape is Shape.OWN_POOL else vars(tts_type)["_connect_ws"]
+    return _as_its_pool_does if shape is Shape.NATIVE_POOL else vars(tts_type)["_connect_ws"]
 
 
 def _as_its_pool_does(tts: Any, timeout: float) -> Any:
