@@ -78,10 +78,10 @@ class Turn:
             self._mark("waited", wait_ms=in_ms(waited))
 
     @harmless
-    def replaced(self, waited: float, reason: str) -> None:
+    def replayed(self, waited: float, reason: str) -> None:
         self.note(waited)
         self._usage.replaced(waited)
-        self._mark("replaced", reason=reason, wait_ms=in_ms(waited))
+        self._mark("replayed", reason=reason, wait_ms=in_ms(waited))
 
     @harmless
     def note(self, waited: float, *, reused: bool = False) -> None:
@@ -258,9 +258,9 @@ class ConnectionProvider:
             pool,
             frames=[],
             supervisor=pools.supervisor,
-            redial=lambda: _acquire(pool, timeout, fresh=True),
+            acquire_fresh=lambda: _acquire(pool, timeout, fresh=True),
             first_audio=pools.first_audio,
-            on_replaced=turn.replaced,
+            on_replayed=turn.replayed,
         )
         lease = Lease(
             exchange, pools.supervisor, connect=lambda: self._plugins_own(tts, timeout, opts)
