@@ -228,7 +228,7 @@ async def test_a_replay_is_an_event_of_the_request_span(
         line.server.behaviour.end_before_audio = None
         await turn
         [(span, event, attributes)] = span_events(spans)
-        assert (span, event) == ("tts_request", "xai_pool_patch.replaced")
+        assert (span, event) == ("tts_request", "xai_pool_patch.replayed")
         assert attributes["reason"] == "ended by the peer"
         assert attributes["wait_ms"] > 0
         await tts.aclose()

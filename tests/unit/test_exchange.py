@@ -57,9 +57,9 @@ def exchange_of(cut_off: Reason | None, *, fresh: bool) -> tuple[Socket, TakesBa
             pool,
             frames,
             supervisor=supervisor,
-            redial=_no_redial,
+            acquire_fresh=_no_replay,
             first_audio=FirstAudio(5.0),
-            on_replaced=_raise,
+            on_replayed=_raise,
         )
         for frame in (TEXT, DONE):
             frames.append(Frame("send_str", (frame, None), {}))
@@ -72,7 +72,7 @@ def exchange_of(cut_off: Reason | None, *, fresh: bool) -> tuple[Socket, TakesBa
     return socket, pool
 
 
-async def _no_redial() -> Any:
+async def _no_replay() -> Any:
     raise AssertionError("nothing has failed")
 
 

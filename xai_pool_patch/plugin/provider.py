@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
+import sys
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from livekit.agents import APIConnectionError, get_job_context
@@ -51,9 +53,7 @@ class Turn:
         self.stream = stream
         self.waited = 0.0
         self.reused = False
-        self.token: contextvars.Token[Turn | None] | None = None
-        synthesis = _synthesis.get()
-        self._reporting = [stream, synthesis.stream() if synthesis is not None else None]
+        self._reporting = [stream, _reporting_stream()]
         self._usage = UsageStats()
         self._lease: Lease | None = None
         self.pools: PoolManager | None = None
@@ -83,10 +83,10 @@ class Turn:
             self._mark("waited", wait_ms=in_ms(waited))
 
     @harmless
-    def replaced(self, waited: float, reason: str) -> None:
+    def replayed(self, waited: float, reason: str) -> None:
         self.note(waited)
         self._usage.replaced(waited)
-        self._mark("replaced", reason=reason, wait_ms=in_ms(waited))
+        self._mark("replayed", reason=reason, wait_ms=in_ms(waited))
 
     @harmless
     def note(self, waited: float, *, reused: bool = False) -> None:
@@ -107,21 +107,27 @@ _turn: contextvars.ContextVar[Turn | None] = contextvars.ContextVar("xai_pool_pa
 current_turn = _turn.get
 
 
-class Synthesis:
-    """A `TTS.synthesize()`: its stream reports what another one, made meanwhile, does for it.
-
-    Attributes:
-        stream: the one that reports; known once it is made.
-    """
-
-    def __init__(self) -> None:
-        self.stream: Callable[[], Any] = lambda: None
-        self.token: contextvars.Token[Synthesis | None] | None = None
-
-
-_synthesis: contextvars.ContextVar[Synthesis | None] = contextvars.ContextVar(
-    "xai_pool_patch.synthesis", default=None
+# Weak, since a task or timer that is started in this context may live as long as a connection.
+_reporting: contextvars.ContextVar[weakref.ref[Any] | None] = contextvars.ContextVar(
+    "xai_pool_patch.reporting", default=None
 )
+
+
+def report_on(stream: Any) -> None:
+    """Make the turns of this task, and of the tasks it starts, report on that stream, too."""
+    _reporting.set(weakref.ref(stream))
+
+
+def _reporting_stream() -> Any:
+    reference = _reporting.get()
+    return reference() if reference is not None else None
+
+
+def cut_off_by(error: BaseException | None) -> Reason | None:
+    """Why the utterance was cut off, given the exception in progress; None if it has finished."""
+    if error is None:
+        return None
+    return Reason.INTERRUPTED if isinstance(error, asyncio.CancelledError) else Reason.FAILED
 
 
 class ConnectionProvider:
@@ -164,26 +170,18 @@ class ConnectionProvider:
         except Exception as fault:
             self.fail(operation, fault)
 
-    def begin_turn(self, stream: Any) -> Turn:
+    @contextlib.asynccontextmanager
+    async def turn(self, stream: Any) -> AsyncIterator[Turn]:
+        """The turn that runs in this block. The end of the block ends its lease."""
         turn = Turn(stream)
-        turn.token = _turn.set(turn)
-        return turn
-
-    def end_turn(self, turn: Turn, cut_off: Reason | None) -> None:
-        if turn.token is not None:
-            _turn.reset(turn.token)
-        turn.end(cut_off)
-
-    def begin_synthesis(self) -> Synthesis:
-        synthesis = Synthesis()
-        synthesis.token = _synthesis.set(synthesis)
-        return synthesis
-
-    def end_synthesis(self, synthesis: Synthesis, stream: Any) -> None:
-        if synthesis.token is not None:
-            _synthesis.reset(synthesis.token)
-        if stream is not None:
-            synthesis.stream = weakref.ref(stream)
+        token = _turn.set(turn)
+        try:
+            yield turn
+        finally:
+            cut_off = cut_off_by(sys.exc_info()[1])
+            _turn.reset(token)
+            self.attempt("ending a turn", turn.end, cut_off)
+            await self.attempt_to_wait("closing", turn.closed)
 
     async def connect(
         self, turn: Turn, tts: Any, timeout: float, opts: Any, fallback: Callable[[], Any]
@@ -269,9 +267,9 @@ class ConnectionProvider:
             pool,
             frames=[],
             supervisor=pools.supervisor,
-            redial=lambda: acquire(fresh=True),
+            acquire_fresh=lambda: acquire(fresh=True),
             first_audio=pools.first_audio,
-            on_replaced=turn.replaced,
+            on_replayed=turn.replayed,
         )
         lease = Lease(
             exchange, pools.supervisor, connect=lambda: self._plugins_own(tts, timeout, opts)
