@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 
 import pytest
 
-from tests.virtual import run
+from tests.virtual import in_virtual_time
 from xai_pool_patch.protocol.first_audio import LIMIT, MARGIN, FirstAudio
 
 TIMEOUT = 5.0
@@ -47,37 +46,26 @@ def test_patience_is_forgotten_by_and_by() -> None:
     assert first_audio(20.0, 0.3, 0.3, 0.3).replay_after == TIMEOUT
 
 
-def in_virtual_time(scenario: Callable[[FirstAudio], Awaitable[None]]) -> None:
-    async def play() -> None:
-        await scenario(first_audio())
-
-    run(play())
-
-
-def test_one_is_sent_again_at_a_time() -> None:
+@in_virtual_time
+async def test_one_is_sent_again_at_a_time() -> None:
     """Until it is heard over the old connection, or has ended."""
-
-    async def scenario(watch: FirstAudio) -> None:
-        assert [watch.begin_replay() for _ in range(3)] == [True, False, False]
-        await asyncio.sleep(10 * TIMEOUT)
-        assert not watch.begin_replay()
-        watch.end_replay(helped=False)
-        assert [watch.begin_replay() for _ in range(3)] == [True, False, False]
-
-    in_virtual_time(scenario)
+    watch = first_audio()
+    assert [watch.begin_replay() for _ in range(3)] == [True, False, False]
+    await asyncio.sleep(10 * TIMEOUT)
+    assert not watch.begin_replay()
+    watch.end_replay(helped=False)
+    assert [watch.begin_replay() for _ in range(3)] == [True, False, False]
 
 
-def test_once_it_helped_all_that_wait_are_sent_again() -> None:
+@in_virtual_time
+async def test_once_it_helped_all_that_wait_are_sent_again() -> None:
     """The sessions are dead, and not the server slow; for as long as that is news."""
-
-    async def scenario(watch: FirstAudio) -> None:
-        watch.begin_replay()
-        watch.end_replay(helped=True)
-        await asyncio.sleep(0.9 * TIMEOUT)
-        assert [watch.begin_replay() for _ in range(3)] == [True, True, True]
-        await asyncio.sleep(0.2 * TIMEOUT)
-        assert not watch.begin_replay()
-        watch.end_replay(helped=False)
-        assert [watch.begin_replay() for _ in range(2)] == [True, False]
-
-    in_virtual_time(scenario)
+    watch = first_audio()
+    watch.begin_replay()
+    watch.end_replay(helped=True)
+    await asyncio.sleep(0.9 * TIMEOUT)
+    assert [watch.begin_replay() for _ in range(3)] == [True, True, True]
+    await asyncio.sleep(0.2 * TIMEOUT)
+    assert not watch.begin_replay()
+    watch.end_replay(helped=False)
+    assert [watch.begin_replay() for _ in range(2)] == [True, False]
