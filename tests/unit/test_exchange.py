@@ -76,11 +76,10 @@ def _raise(fault: object, _: object) -> None:
     ("fresh", "sent"), [(True, ["PING", TEXT, DONE]), (False, ["PING", "PING", TEXT, DONE])]
 )
 @in_virtual_time
-async def test_a_ping_leaves_ahead_of_the_text(fresh: bool, sent: list[str]) -> None:
-    """Of a connection that was used before: its PONG comes between old audio and new.
-
-    The first PING is that of the dial.
-    """
+async def test_a_ping_precedes_the_text_on_a_reused_connection(
+    fresh: bool, sent: list[str]
+) -> None:
+    """Its PONG separates old audio from new. The first PING is the one of the dial."""
     socket, _ = await exchange_of(None, fresh=fresh)
     assert socket.sent == sent
 
@@ -94,9 +93,9 @@ async def test_a_ping_leaves_ahead_of_the_text(fresh: bool, sent: list[str]) -> 
     ],
 )
 @in_virtual_time
-async def test_only_an_interruption_is_worth_a_clear(
+async def test_only_an_interruption_is_released_as_cut_off(
     cut_off: Reason | None, comes_back: Any
 ) -> None:
-    """What ended otherwise proves nothing good of its connection."""
+    """The pool may clear such a connection. After a failure it is discarded."""
     _, pool = await exchange_of(cut_off, fresh=True)
     assert pool.came_back == [comes_back]

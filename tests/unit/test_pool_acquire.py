@@ -22,23 +22,25 @@ async def test_an_idle_connection_is_handed_out_without_waiting(pool: Pool[Wire]
 
 
 @with_pool()
-async def test_last_in_first_out(pool: Pool[Wire]) -> None:
-    """P1: the connection used last is used next, so that the others can grow old and go."""
+async def test_the_connection_used_last_is_used_next(pool: Pool[Wire]) -> None:
+    """P1: so the others can grow old and be trimmed."""
     wires = await idle(pool, 3)
     assert [await leased(pool) for _ in wires] == wires[::-1]
 
 
 @with_pool()
-async def test_a_cold_caller_waits_for_its_dial_and_is_told_so(pool: Pool[Wire]) -> None:
-    """P2: the first connection is not reused, and the wait is the handshake."""
+async def test_a_first_caller_waits_for_a_handshake(pool: Pool[Wire]) -> None:
+    """P2: the connection counts as fresh and not as reused; the wait is the handshake."""
     acquired = await pool.acquire(10.0)
     assert acquired.waited == pytest.approx(HANDSHAKE)
     assert (acquired.reused, acquired.fresh) == (False, True)
 
 
 @with_pool()
-async def test_one_given_back_meanwhile_is_neither_reused_nor_fresh(pool: Pool[Wire]) -> None:
-    """It was waited for, and somebody has used it."""
+async def test_a_connection_waited_for_and_used_before_is_neither_reused_nor_fresh(
+    pool: Pool[Wire],
+) -> None:
+    """Reused means that nobody waited for it, fresh that nobody has used it."""
     wire = await leased(pool)
     waiting = asyncio.create_task(pool.acquire(10.0))
     await asyncio.sleep(0.1)
@@ -48,7 +50,7 @@ async def test_one_given_back_meanwhile_is_neither_reused_nor_fresh(pool: Pool[W
 
 
 @with_pool()
-async def test_ten_cold_callers_wait_for_one_handshake(pool: Pool[Wire]) -> None:
+async def test_ten_callers_wait_as_long_as_one_handshake(pool: Pool[Wire]) -> None:
     """P2: dials run side by side."""
     began = now()
     wires = await asyncio.gather(*(leased(pool) for _ in range(10)))
@@ -57,8 +59,8 @@ async def test_ten_cold_callers_wait_for_one_handshake(pool: Pool[Wire]) -> None
 
 
 @with_pool()
-async def test_a_connection_given_back_serves_whoever_asked_first(pool: Pool[Wire]) -> None:
-    """P2: hand-off is faster than a dial, and first come is first served."""
+async def test_a_released_connection_goes_to_the_first_waiter(pool: Pool[Wire]) -> None:
+    """P2: first come, first served, and a hand-off is faster than a dial."""
     first, second = await asyncio.gather(leased(pool), leased(pool))
     earlier = asyncio.create_task(leased(pool))
     later = asyncio.create_task(leased(pool))
@@ -71,10 +73,10 @@ async def test_a_connection_given_back_serves_whoever_asked_first(pool: Pool[Wir
 
 
 @with_pool()
-async def test_a_dial_serves_the_first_in_line_and_its_caller_the_next(
+async def test_waiters_are_served_in_order_whichever_dial_ends_first(
     network: Network, pool: Pool[Wire]
 ) -> None:
-    """P2: callers are served in the order of asking, whosever dial comes first."""
+    """P2: a quick dial serves the first waiter, and a slow one the caller of the quick dial."""
     network.handshake = 0.9
     slow = asyncio.create_task(leased(pool))
     await asyncio.sleep(0.1)
@@ -89,7 +91,7 @@ async def test_a_dial_serves_the_first_in_line_and_its_caller_the_next(
 
 @with_pool()
 async def test_a_fresh_connection_is_one_that_nobody_has_used(pool: Pool[Wire]) -> None:
-    """L3: a replacement is neither taken from the idle ones nor from those given back."""
+    """L3: a replay takes neither an idle connection nor one that is released meanwhile."""
     [used] = await idle(pool, 1)
     wanting = asyncio.create_task(pool.acquire(10.0, fresh=True))
     await asyncio.sleep(0.1)
@@ -99,19 +101,21 @@ async def test_a_fresh_connection_is_one_that_nobody_has_used(pool: Pool[Wire]) 
 
 
 @with_pool()
-async def test_condemning_one_takes_its_elders_along(network: Network, pool: Pool[Wire]) -> None:
-    """L3: the idle connections of the same age or older go, the younger ones stay."""
-    elders = await asyncio.gather(*(leased(pool) for _ in range(3)))
+async def test_evicting_a_connection_closes_those_as_old_or_older(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """L3: of the idle ones only; younger connections stay."""
+    older = await asyncio.gather(*(leased(pool) for _ in range(3)))
     await asyncio.sleep(1.0)
     younger = await leased(pool)
-    for wire in [*elders[:2], younger]:
+    for wire in [*older[:2], younger]:
         pool.release(wire)
-    pool.evict(elders[2])
+    pool.evict(older[2])
     assert network.open == [younger]
 
 
 @with_pool()
-async def test_release_of_a_connection_that_is_not_reusable_discards_it(pool: Pool[Wire]) -> None:
+async def test_releasing_a_connection_that_is_not_reusable_discards_it(pool: Pool[Wire]) -> None:
     """A connection that broke while it was leased never becomes idle."""
     wire = await leased(pool)
     wire.is_reusable = False
@@ -120,8 +124,8 @@ async def test_release_of_a_connection_that_is_not_reusable_discards_it(pool: Po
 
 
 @with_pool()
-async def test_a_connection_is_given_back_once(pool: Pool[Wire]) -> None:
-    """A second release or a discard after a release of the same loan changes nothing."""
+async def test_only_the_first_release_or_discard_of_a_lease_counts(pool: Pool[Wire]) -> None:
+    """Another discard or release of the same lease changes nothing."""
     wire = await leased(pool)
     pool.discard(wire, Reason.FAILED)
     pool.discard(wire, Reason.FAILED)

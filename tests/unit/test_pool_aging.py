@@ -11,7 +11,7 @@ from xai_pool_patch.pool.pool import Pool
 
 @with_pool()
 async def test_no_connection_is_handed_out_beyond_max_age(pool: Pool[Wire]) -> None:
-    """P5: at checkout age is judged again, whatever the timers did."""
+    """P5: acquire() checks the age again, since a blocked loop delays the timers."""
     [wire] = await idle(pool, 1)
     loop = asyncio.get_running_loop()
     loop._virtual.now += 1800.0  # type: ignore[attr-defined]
@@ -22,8 +22,8 @@ async def test_no_connection_is_handed_out_beyond_max_age(pool: Pool[Wire]) -> N
 
 
 @with_pool()
-async def test_one_that_died_unnoticed_is_not_handed_out(pool: Pool[Wire]) -> None:
-    """C1: what it says of itself is asked at checkout, too."""
+async def test_a_dead_idle_connection_is_not_handed_out(pool: Pool[Wire]) -> None:
+    """C1: acquire() asks the connection itself whether it is reusable."""
     [wire] = await idle(pool, 1)
     wire.is_reusable = False
     assert await leased(pool) is not wire
@@ -34,7 +34,7 @@ async def test_one_that_died_unnoticed_is_not_handed_out(pool: Pool[Wire]) -> No
 async def test_an_old_idle_connection_is_replaced_first_and_closed_then(
     network: Network, pool: Pool[Wire]
 ) -> None:
-    """P5: at every moment of many hours there is a connection young enough to be handed out."""
+    """P5: at every moment of six hours there is a connection young enough to be handed out."""
     pool.resize(1)
     await asyncio.sleep(1.0)
     for _ in range(6 * 3600):
@@ -52,7 +52,7 @@ async def test_an_old_idle_connection_is_replaced_first_and_closed_then(
 async def test_an_old_connection_serves_until_its_replacement_is_there(
     network: Network, pool: Pool[Wire]
 ) -> None:
-    """P5: while the replacement cannot be dialled the old one is handed out up to its end."""
+    """P5: if no replacement can be dialled, the old connection serves until it expires."""
     pool.resize(1)
     [wire] = await idle(pool, 1)
     network.refuse = [FailureKind.TRANSIENT] * 1000
@@ -65,8 +65,10 @@ async def test_an_old_connection_serves_until_its_replacement_is_there(
 
 
 @with_pool()
-async def test_a_connection_that_grew_old_during_its_loan_is_not_kept(pool: Pool[Wire]) -> None:
-    """P5: what comes back beyond max_age is closed and replaced."""
+async def test_a_connection_that_expired_while_leased_is_closed_on_release(
+    pool: Pool[Wire],
+) -> None:
+    """P5: and replaced."""
     pool.resize(1)
     wire = await leased(pool)
     await asyncio.sleep(1900.0)
@@ -77,8 +79,8 @@ async def test_a_connection_that_grew_old_during_its_loan_is_not_kept(pool: Pool
 
 
 @with_pool()
-async def test_an_old_connection_given_back_is_not_handed_on(pool: Pool[Wire]) -> None:
-    """P5: whoever waits gets a young one, even if it takes longer."""
+async def test_an_expired_connection_is_not_handed_to_a_waiter(pool: Pool[Wire]) -> None:
+    """P5: the waiter gets a young one, even if that takes longer."""
     wire = await leased(pool)
     await asyncio.sleep(1900.0)
     waiting = asyncio.create_task(leased(pool))
@@ -88,8 +90,8 @@ async def test_an_old_connection_given_back_is_not_handed_on(pool: Pool[Wire]) -
 
 
 @with_pool()
-async def test_what_a_burst_left_behind_is_trimmed(pool: Pool[Wire]) -> None:
-    """P6: idle connections above what is kept close after max_idle_time, not before."""
+async def test_connections_above_min_size_close_after_max_idle_time(pool: Pool[Wire]) -> None:
+    """P6: not sooner, and never those that min_size asks for."""
     pool.resize(1)
     await idle(pool, 5)
     await asyncio.sleep(59.0)
@@ -99,8 +101,8 @@ async def test_what_a_burst_left_behind_is_trimmed(pool: Pool[Wire]) -> None:
 
 
 @with_pool()
-async def test_a_dial_makes_the_longest_idle_one_dispensable(pool: Pool[Wire]) -> None:
-    """P6: what it brings is kept in its place."""
+async def test_a_dial_under_way_counts_when_the_pool_trims(pool: Pool[Wire]) -> None:
+    """P6: the connection it brings takes the place of the one that was idle longest."""
     pool.resize(1)
     [wire] = await idle(pool, 1)
     await asyncio.sleep(61.0)
@@ -112,8 +114,8 @@ async def test_a_dial_makes_the_longest_idle_one_dispensable(pool: Pool[Wire]) -
 
 
 @with_pool()
-async def test_the_idle_time_begins_with_the_last_use(network: Network, pool: Pool[Wire]) -> None:
-    """P6: a spare connection in steady use stays."""
+async def test_idle_time_begins_with_the_last_use(network: Network, pool: Pool[Wire]) -> None:
+    """P6: a surplus connection in steady use stays."""
     pool.resize(1)
     await idle(pool, 2)
     for _ in range(10):
@@ -123,8 +125,8 @@ async def test_the_idle_time_begins_with_the_last_use(network: Network, pool: Po
 
 
 @with_pool()
-async def test_a_pool_that_is_no_longer_kept_empties(pool: Pool[Wire]) -> None:
-    """P11, P6: the voice left behind costs a session for max_idle_time, and no longer."""
+async def test_a_pool_resized_to_zero_empties_after_max_idle_time(pool: Pool[Wire]) -> None:
+    """P11, P6: the voice left behind holds a session that long, and no longer."""
     pool.resize(1)
     await idle(pool, 1)
     pool.resize(0)

@@ -13,7 +13,7 @@ from xai_pool_patch.pool.pool import DIAL_SOFT_TIMEOUT, AcquireTimeoutError, Dia
 
 
 @with_pool()
-async def test_an_abandoned_dial_is_there_for_the_next_turn(
+async def test_an_abandoned_dial_becomes_an_idle_connection(
     network: Network, pool: Pool[Wire]
 ) -> None:
     """P3: a caller that gives up does not stop its dial."""
@@ -30,7 +30,7 @@ async def test_an_abandoned_dial_is_there_for_the_next_turn(
 async def test_the_next_caller_takes_over_an_abandoned_dial(
     network: Network, pool: Pool[Wire]
 ) -> None:
-    """P3: the turn after an interruption waits for what is left of the handshake only."""
+    """P3: the turn after an interruption waits only for the rest of the handshake."""
     caller = asyncio.create_task(leased(pool))
     await asyncio.sleep(0.3)
     caller.cancel()
@@ -40,8 +40,10 @@ async def test_the_next_caller_takes_over_an_abandoned_dial(
 
 
 @with_pool()
-async def test_cancelled_in_the_moment_of_the_hand_off(pool: Pool[Wire]) -> None:
-    """A caller that vanishes with a connection in its hand passes it to the next in line."""
+async def test_a_waiter_cancelled_at_the_hand_off_passes_the_connection_on(
+    pool: Pool[Wire],
+) -> None:
+    """The next waiter gets the connection; without this it would stay leased to nobody."""
     wire = await leased(pool)
     vanishing = asyncio.create_task(leased(pool))
     next_in_line = asyncio.create_task(leased(pool))
@@ -54,7 +56,7 @@ async def test_cancelled_in_the_moment_of_the_hand_off(pool: Pool[Wire]) -> None
 
 @with_pool()
 async def test_the_timeout_covers_the_whole_wait(network: Network, pool: Pool[Wire]) -> None:
-    """P8: a caller waits as long as it said, not longer, and its dial goes on."""
+    """P8: a caller waits as long as its timeout, and not longer."""
     network.handshake = 3.0
     began = now()
     with pytest.raises((AcquireTimeoutError, DialFailedError)):
@@ -63,10 +65,10 @@ async def test_the_timeout_covers_the_whole_wait(network: Network, pool: Pool[Wi
 
 
 @with_pool()
-async def test_the_timeout_covers_the_wait_for_somebody_elses_dial(
+async def test_the_timeout_covers_the_wait_for_a_standby(
     network: Network, pool: Pool[Wire]
 ) -> None:
-    """P8: also while the caller relies on a standby."""
+    """P8: the caller fails at its own timeout, not when the standby's dial ends."""
     network.hang_next = 1
     pool.resize(1)
     await asyncio.sleep(0.1)
@@ -80,7 +82,7 @@ async def test_the_timeout_covers_the_wait_for_somebody_elses_dial(
 async def test_four_callers_of_a_dead_endpoint_fail_together(
     network: Network, pool: Pool[Wire]
 ) -> None:
-    """P8: nobody waits for the time-out of somebody else."""
+    """P8: no caller waits for the timeout of another."""
     network.hang_next = 4
     began = now()
     outcomes = await asyncio.gather(*(pool.acquire(2.0) for _ in range(4)), return_exceptions=True)
@@ -92,7 +94,7 @@ async def test_four_callers_of_a_dead_endpoint_fail_together(
 async def test_the_error_of_a_callers_own_dial_reaches_it(
     network: Network, pool: Pool[Wire]
 ) -> None:
-    """P8: what the dial failed with is what the caller gets."""
+    """P8: the caller gets the exception that its dial failed with."""
     network.refuse = [FailureKind.PERMANENT]
     with pytest.raises(DialFailedError) as failure:
         await pool.acquire(10.0)
@@ -100,10 +102,10 @@ async def test_the_error_of_a_callers_own_dial_reaches_it(
 
 
 @with_pool()
-async def test_a_failed_standby_is_not_the_callers_failure(
+async def test_a_caller_that_relied_on_a_failed_standby_gets_a_dial(
     network: Network, pool: Pool[Wire]
 ) -> None:
-    """P4: a caller who relied on a standby's dial gets one of its own when that fails."""
+    """P4: the standby's failure is not the caller's."""
     network.refuse = [FailureKind.TRANSIENT]
     pool.resize(1)
     await asyncio.sleep(0.1)
@@ -113,10 +115,10 @@ async def test_a_failed_standby_is_not_the_callers_failure(
 
 
 @with_pool()
-async def test_a_hanging_standby_holds_a_caller_up_for_a_moment_only(
+async def test_a_caller_does_not_rely_on_a_hanging_standby_for_long(
     network: Network, pool: Pool[Wire]
 ) -> None:
-    """P4: a dial that takes longer than a handshake should is no longer relied on."""
+    """P4: after DIAL_SOFT_TIMEOUT the pool dials for the caller."""
     network.hang_next = 1
     pool.resize(1)
     await asyncio.sleep(0.1)
@@ -125,7 +127,7 @@ async def test_a_hanging_standby_holds_a_caller_up_for_a_moment_only(
 
 
 @with_pool()
-async def test_a_dial_that_could_not_get_on_is_relied_on(
+async def test_time_in_which_the_loop_is_blocked_does_not_count_against_a_dial(
     network: Network, pool: Pool[Wire]
 ) -> None:
     """P4: the first AgentSession of a process blocks the loop behind the dial of its prewarm()."""
@@ -139,10 +141,10 @@ async def test_a_dial_that_could_not_get_on_is_relied_on(
 
 
 @with_pool()
-async def test_whoever_lost_its_dial_to_another_gets_a_new_one(
+async def test_a_caller_whose_dial_served_another_gets_a_new_one(
     network: Network, pool: Pool[Wire]
 ) -> None:
-    """P2: a caller whose dial served somebody else does not inherit that one's failure."""
+    """P2: it does not inherit the failure of the other caller's dial."""
     network.handshake = 0.9
     network.refuse = [FailureKind.TRANSIENT]
     first = asyncio.create_task(leased(pool))

@@ -12,26 +12,26 @@ from xai_pool_patch.pool.pool import Pool, PoolClosedError, Reason
 
 
 @with_pool()
-async def test_closing_is_never_awaited_by_discard(pool: Pool[Wire]) -> None:
-    """P7: discard() is synchronous, and the close happens afterwards."""
+async def test_discard_does_not_wait_for_the_close(pool: Pool[Wire]) -> None:
+    """P7: discard() is synchronous; the connection closes in the background."""
     wire = await leased(pool)
     pool.discard(wire, Reason.INTERRUPTED)
     assert wire.closed_at == now()
 
 
 @with_pool()
-async def test_a_closed_pool_hands_out_nothing(pool: Pool[Wire]) -> None:
-    """After its end acquire() says so instead of waiting for ever."""
+async def test_acquire_raises_on_a_closed_pool(pool: Pool[Wire]) -> None:
+    """The caller must not wait for ever."""
     await pool.aclose()
     with pytest.raises(PoolClosedError):
         await pool.acquire(10.0)
 
 
 @with_pool()
-async def test_closing_lets_waiters_have_their_dials_and_takes_nothing_back(
+async def test_close_serves_waiting_callers_and_keeps_nothing(
     network: Network, pool: Pool[Wire]
 ) -> None:
-    """No turn falls silent because its pool ends; what comes back afterwards is closed."""
+    """No turn falls silent because its pool ends. The pool closes what is released later."""
     pool.resize(1)
     caller = asyncio.create_task(leased(pool))
     await asyncio.sleep(0.1)
@@ -45,8 +45,10 @@ async def test_closing_lets_waiters_have_their_dials_and_takes_nothing_back(
 
 
 @with_pool()
-async def test_aclose_during_a_dial_that_hangs(network: Network, pool: Pool[Wire]) -> None:
-    """aclose() waits close_timeout for it, then nobody waits any more."""
+async def test_aclose_cancels_a_hanging_dial_after_close_timeout(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """Its caller gets a PoolClosedError, and nothing is dialled again."""
     network.hang_next = 1
     caller = asyncio.create_task(leased(pool))
     await asyncio.sleep(0.1)
@@ -59,10 +61,10 @@ async def test_aclose_during_a_dial_that_hangs(network: Network, pool: Pool[Wire
 
 
 @with_pool()
-async def test_aclose_waits_no_longer_than_for_one_of_them(
+async def test_aclose_waits_close_timeout_for_dials_and_closes_together(
     network: Network, pool: Pool[Wire]
 ) -> None:
-    """What the dial has used up of close_timeout, the closing of others does not get."""
+    """Closes get only what the dials have left of close_timeout."""
     wire = await leased(pool)
     closing = asyncio.ensure_future(asyncio.sleep(100.0))
     wire.close = lambda: closing  # type: ignore[method-assign,assignment,return-value]
@@ -80,10 +82,10 @@ async def test_aclose_waits_no_longer_than_for_one_of_them(
 
 
 @with_pool()
-async def test_aclose_during_a_standbys_dial_closes_what_it_brings(
+async def test_aclose_finishes_a_standbys_dial_and_closes_the_connection(
     network: Network, pool: Pool[Wire]
 ) -> None:
-    """A handshake under way is brought to its end, so that the server gets a Close frame."""
+    """So the server gets a Close frame."""
     pool.resize(1)
     await asyncio.sleep(0.1)
     await pool.aclose()
@@ -92,10 +94,10 @@ async def test_aclose_during_a_standbys_dial_closes_what_it_brings(
 
 
 @with_pool()
-async def test_a_session_that_is_gone_ends_the_pool_quietly(
+async def test_a_pool_whose_http_session_is_closed_ends_quietly(
     network: Network, pool: Pool[Wire], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """P9: no redial and no warning when what the pool dials with was closed."""
+    """P9: no new dial and no warning."""
     pool.resize(1)
     [wire] = await idle(pool, 1)
     network.is_gone = True
@@ -108,10 +110,10 @@ async def test_a_session_that_is_gone_ends_the_pool_quietly(
 
 
 @with_pool()
-async def test_a_standby_that_fails_since_the_session_is_gone_is_no_failure(
+async def test_a_standby_that_fails_with_a_closed_http_session_is_not_counted(
     network: Network, pool: Pool[Wire], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """P9: nobody is warned of what was to be expected."""
+    """P9: that failure was to be expected, so there is no warning either."""
     network.refuse = [FailureKind.TRANSIENT]
     pool.resize(1)
     await asyncio.sleep(HANDSHAKE / 2)

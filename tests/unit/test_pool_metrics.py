@@ -1,4 +1,4 @@
-"""T1: what a pool tells of each event, in the log and in its statistics."""
+"""T1: each event of a pool, in the log and in its statistics."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def everything_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[str, dict[str, Any]]]:
-    """Each message so far, and the fields that are its own."""
+    """Each message so far, with its own fields."""
     usual = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
     return [
         (
@@ -44,10 +44,10 @@ async def one_idle(pool: Pool[Any]) -> Any:
 
 
 @with_pool()
-async def test_connected_waited_and_reused(
+async def test_dials_waits_and_reuse_are_logged_and_counted(
     pool: Pool[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """INFO for the connection, DEBUG for each turn; waits and handshakes in milliseconds."""
+    """INFO for a connection, DEBUG for a turn; waits and handshakes in milliseconds."""
     await one_idle(pool)
     await one_idle(pool)
     records, counted = logged(caplog), pool.metrics.counters.totals
@@ -119,7 +119,7 @@ async def close(network: Network, pool: Pool[Any]) -> None:
     ],
 )
 @with_pool()
-async def test_the_end_of_a_connection(
+async def test_the_end_of_a_connection_is_logged_and_counted_once(
     network: Network,
     pool: Pool[Any],
     operation: Scenario,
@@ -128,7 +128,7 @@ async def test_the_end_of_a_connection(
     idle_s: float | None,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """One event says why and after what time, and is counted once."""
+    """One event `closed`, with its reason, its age and how long it was idle."""
     await operation(network, pool)
     records, counted = logged(caplog), pool.metrics.counters.totals
     [fields] = [fields for message, fields in records if message == "closed"]
@@ -143,14 +143,14 @@ async def test_the_end_of_a_connection(
     [(FailureKind.TRANSIENT, pytest.approx(0.45, abs=0.06)), (FailureKind.PERMANENT, None)],
 )
 @with_pool()
-async def test_a_failed_standby_says_when_the_next_try_is(
+async def test_a_failed_standby_is_logged_with_the_time_to_the_next_attempt(
     network: Network,
     pool: Pool[Any],
     failure_kind: FailureKind,
     retry_in_s: float | None,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A WARNING; no number where only a caller's success makes another: JSON has no infinity."""
+    """A WARNING. After a permanent failure the field is None: JSON has no infinity."""
     network.refuse = [failure_kind]
     pool.resize(1)
     await asyncio.sleep(HANDSHAKE + 0.1)
@@ -163,7 +163,7 @@ async def test_a_failed_standby_says_when_the_next_try_is(
 
 
 @with_pool()
-async def test_no_field_hides_what_a_log_record_says_itself(
+async def test_no_field_collides_with_an_attribute_of_log_records(
     network: Network, pool: Pool[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """`logging` refuses a record whose extra fields overwrite its own."""
@@ -176,7 +176,7 @@ async def test_no_field_hides_what_a_log_record_says_itself(
     assert all(fields.keys() >= {"number"} for _, fields in records)
 
 
-def test_counters_of_a_pool_are_counted_into_those_of_its_loop() -> None:
+def test_counts_of_a_pool_are_added_to_those_of_its_loop() -> None:
     """So what a pool did stays in the totals when the pool is gone."""
     loop = Counters()
     first, second = Counters(loop), Counters(loop)
@@ -188,8 +188,8 @@ def test_counters_of_a_pool_are_counted_into_those_of_its_loop() -> None:
     assert loop.totals["connect_ms_max"] == 200.0
 
 
-def test_the_tally_of_a_tts() -> None:
-    """What is told when it closes: a replay's wait is a wait of the same utterance."""
+def test_usage_of_a_tts_includes_the_waits_of_replays() -> None:
+    """A replay's wait belongs to the same utterance."""
     usage = UsageStats()
     usage.begun(0.45, reused=False)
     usage.begun(0.0, reused=True)

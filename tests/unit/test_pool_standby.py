@@ -14,7 +14,7 @@ from xai_pool_patch.pool.pool import DialFailedError, Pool, Reason
 
 
 @with_pool()
-async def test_a_replacement_is_dialled_at_once_after_a_discard(pool: Pool[Wire]) -> None:
+async def test_a_standby_is_dialled_at_once_after_a_discard(pool: Pool[Wire]) -> None:
     """P4: half a second after an interruption the next turn finds a connection."""
     pool.resize(1)
     wire = await leased(pool)
@@ -25,8 +25,8 @@ async def test_a_replacement_is_dialled_at_once_after_a_discard(pool: Pool[Wire]
 
 
 @with_pool()
-async def test_a_replacement_is_dialled_at_once_after_a_loss(pool: Pool[Wire]) -> None:
-    """C3, P4: a peer that ends an idle connection takes it out of the pool at that moment."""
+async def test_a_standby_is_dialled_at_once_after_a_loss(pool: Pool[Wire]) -> None:
+    """C3, P4: an idle connection leaves the pool at the moment its peer ends it."""
     pool.resize(1)
     [wire] = await idle(pool, 1)
     wire.break_off()
@@ -34,7 +34,9 @@ async def test_a_replacement_is_dialled_at_once_after_a_loss(pool: Pool[Wire]) -
 
 
 @with_pool()
-async def test_leased_connections_count_as_kept(network: Network, pool: Pool[Wire]) -> None:
+async def test_leased_connections_count_towards_min_size(
+    network: Network, pool: Pool[Wire]
+) -> None:
     """P4: a conversation never holds more sessions than it uses."""
     pool.resize(1)
     await leased(pool)
@@ -43,10 +45,10 @@ async def test_leased_connections_count_as_kept(network: Network, pool: Pool[Wir
 
 
 @with_pool()
-async def test_nothing_is_dialled_in_the_background_when_nothing_is_kept(
+async def test_with_a_min_size_of_zero_nothing_is_dialled_in_the_background(
     network: Network, pool: Pool[Wire]
 ) -> None:
-    """P4: a pool that no TTS uses at present is left alone."""
+    """P4: a pool that no TTS uses at present dials no standby."""
     wire = await leased(pool)
     pool.discard(wire, Reason.INTERRUPTED)
     await asyncio.sleep(3600.0)
@@ -54,8 +56,10 @@ async def test_nothing_is_dialled_in_the_background_when_nothing_is_kept(
 
 
 @with_pool(PoolOptions(min_size=0))
-async def test_prewarm_dials_one_where_none_is_kept(network: Network, pool: Pool[Wire]) -> None:
-    """prewarm() is a wish of its own, and one connection is enough for it."""
+async def test_prewarm_dials_one_connection_though_min_size_is_zero(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """However often it is called: one connection is enough."""
     pool.prewarm()
     pool.prewarm()
     await asyncio.sleep(1.0)
@@ -64,7 +68,7 @@ async def test_prewarm_dials_one_where_none_is_kept(network: Network, pool: Pool
 
 
 @with_pool()
-async def test_background_failures_back_off(network: Network, pool: Pool[Wire]) -> None:
+async def test_failed_standbys_back_off(network: Network, pool: Pool[Wire]) -> None:
     """P4: 0.5 s, doubling to 30 s, each shortened by up to a fifth."""
     network.handshake = 0.0
     network.refuse = [FailureKind.TRANSIENT] * 12
@@ -89,10 +93,10 @@ async def test_backoff_never_delays_a_caller(network: Network, pool: Pool[Wire])
 
 @pytest.mark.parametrize("calls_first", [True, False])
 @with_pool()
-async def test_a_refusal_stops_the_background_until_a_callers_dial_succeeds(
+async def test_after_a_permanent_failure_only_a_callers_success_resumes_standbys(
     network: Network, pool: Pool[Wire], calls_first: bool
 ) -> None:
-    """P4, A6: a bad key costs one dial, not one every thirty seconds."""
+    """P4, A6: a wrong key costs one dial, not one every thirty seconds."""
     network.refuse = [FailureKind.PERMANENT]
     if calls_first:
         with pytest.raises(DialFailedError):
@@ -106,10 +110,10 @@ async def test_a_refusal_stops_the_background_until_a_callers_dial_succeeds(
 
 
 @with_pool()
-async def test_a_standby_from_before_a_refusal_does_not_end_it(
+async def test_using_a_standby_from_before_a_permanent_failure_does_not_resume_dials(
     network: Network, pool: Pool[Wire]
 ) -> None:
-    """P4: only a dial that was made since then tells anything new."""
+    """P4: only a dial made after the failure shows that dials succeed again."""
     pool.resize(1)
     await asyncio.sleep(1.0)
     network.refuse = [FailureKind.PERMANENT]
@@ -125,10 +129,10 @@ async def test_a_standby_from_before_a_refusal_does_not_end_it(
     ("failure_kind", "dials"), [(FailureKind.PERMANENT, 3), (FailureKind.TRANSIENT, 7)]
 )
 @with_pool()
-async def test_lending_an_old_connection_proves_nothing(
+async def test_using_an_old_connection_does_not_end_the_backoff(
     network: Network, pool: Pool[Wire], failure_kind: FailureKind, dials: int
 ) -> None:
-    """P4: a failed standby is not dialled again with every turn on another connection."""
+    """P4: a turn on another connection does not make the pool dial a failed standby again."""
     pool.resize(2)
     await asyncio.sleep(1.0)
     network.refuse = [failure_kind] * 100
@@ -141,8 +145,8 @@ async def test_lending_an_old_connection_proves_nothing(
 
 
 @in_virtual_time
-async def test_too_many_sessions_pause_every_pool_of_the_api_key() -> None:
-    """P4: a 429 for one voice keeps the others of the same API key from adding to it."""
+async def test_a_429_pauses_the_standbys_of_every_pool_of_the_api_key() -> None:
+    """P4: the pools of other voices must not add to too many sessions."""
     rate_limit = RateLimit()
     full, other, foreign = Network(), Network(), Network()
     pools = [make_pool(full, rate_limit=rate_limit), make_pool(other, rate_limit=rate_limit)]
@@ -166,7 +170,7 @@ async def test_too_many_sessions_pause_every_pool_of_the_api_key() -> None:
 async def test_a_server_that_ends_fresh_connections_is_dialled_with_backoff(
     network: Network, pool: Pool[Wire]
 ) -> None:
-    """P4: accept and drop is a failure too, else the pool would dial without a pause."""
+    """P4: without backoff the pool would dial such a server without a pause."""
     pool.resize(1)
     for _ in range(200):
         await asyncio.sleep(0.5)
@@ -176,7 +180,7 @@ async def test_a_server_that_ends_fresh_connections_is_dialled_with_backoff(
 
 
 class DeadOnArrival(Network):
-    """What it dials has ended by the time the pool gets it, and nobody can be told of that."""
+    """Each connection ends during its dial, before `on_lost` is set."""
 
     async def connect(self, timeout: float) -> Wire:
         wire = await super().connect(timeout)
@@ -185,8 +189,8 @@ class DeadOnArrival(Network):
 
 
 @in_virtual_time
-async def test_a_standby_that_died_behind_its_handshake_is_lost() -> None:
-    """P4: an eager task factory has the reader see the end before the pool has the connection."""
+async def test_a_standby_that_is_dead_when_its_dial_returns_is_lost() -> None:
+    """P4: with an eager task factory the reader sees the end before the pool has the connection."""
     network = DeadOnArrival()
     pool = make_pool(network)
     pool.resize(1)
@@ -201,8 +205,8 @@ async def test_a_standby_that_died_behind_its_handshake_is_lost() -> None:
 
 
 @in_virtual_time
-async def test_a_caller_gets_a_connection_that_died_behind_its_handshake() -> None:
-    """P8: as it would without the pool; to dial again and again would not help it."""
+async def test_a_caller_gets_its_connection_though_it_died_during_the_dial() -> None:
+    """P8: as without the pool; more dials would not help the caller."""
     network = DeadOnArrival()
     pool = make_pool(network)
     wire = await leased(pool)
@@ -213,8 +217,8 @@ async def test_a_caller_gets_a_connection_that_died_behind_its_handshake() -> No
 
 
 @with_pool()
-async def test_a_standby_that_served_ends_the_backoff(network: Network, pool: Pool[Wire]) -> None:
-    """P4: it was of use, so the trouble is over; having been made would prove nothing."""
+async def test_using_a_new_standby_ends_the_backoff(network: Network, pool: Pool[Wire]) -> None:
+    """P4: it was of use. A successful handshake alone would not end the backoff."""
     network.handshake = 0.0
     network.refuse = [FailureKind.TRANSIENT] * 5
     pool.resize(1)
@@ -231,10 +235,10 @@ async def test_a_standby_that_served_ends_the_backoff(network: Network, pool: Po
 
 @pytest.mark.parametrize("is_kept", [False, True])
 @with_pool()
-async def test_a_standby_has_the_time_of_a_standby(
+async def test_a_hanging_standby_is_given_up_after_standby_timeout(
     network: Network, pool: Pool[Wire], is_kept: bool
 ) -> None:
-    """One that hangs is given up after ten seconds, prewarmed or kept."""
+    """After ten seconds, whether prewarm() or min_size asked for it."""
     network.hang_next = 1
     pool.resize(1) if is_kept else pool.prewarm()
     await asyncio.sleep(9.9)
@@ -245,10 +249,10 @@ async def test_a_standby_has_the_time_of_a_standby(
 
 @pytest.mark.parametrize("is_leased", [False, True])
 @with_pool()
-async def test_what_the_peer_ends_is_told_by_its_use(
+async def test_a_connection_that_the_peer_ends_counts_as_lost_or_failed(
     pool: Pool[Wire], is_leased: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Lost while idle is stale, and costs no turn; during an utterance it is an error."""
+    """Lost while it was idle, which costs no turn; failed during an utterance."""
     caplog.set_level("INFO")
     [wire] = await idle(pool, 1)
     if is_leased:

@@ -7,8 +7,8 @@ from xai_pool_patch.pool.pool import Pool
 
 
 @with_pool()
-async def test_asked_by_another_thread_between_two_changes(pool: Pool[Wire]) -> None:
-    """Statistics are looked at from anywhere: a count that cannot be is not told."""
+async def test_counts_read_in_another_thread_are_never_negative(pool: Pool[Wire]) -> None:
+    """Such a read may come between two changes that belong together."""
     [wire] = await idle(pool, 1)
     entry = pool._entries.pop(wire)
     assert (pool.idle, pool.leased) == (1, 0)
@@ -16,8 +16,8 @@ async def test_asked_by_another_thread_between_two_changes(pool: Pool[Wire]) -> 
 
 
 @with_pool()
-async def test_repr_tells_the_whole_state(pool: Pool[Wire]) -> None:
-    """A failing test, or an operator with a debugger, sees what there is."""
+async def test_repr_shows_the_whole_state(pool: Pool[Wire]) -> None:
+    """A failing test, or an operator with a debugger, sees every count."""
     pool.resize(1)
     await leased(pool)
     assert repr(pool) == (

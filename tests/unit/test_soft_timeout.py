@@ -1,4 +1,4 @@
-"""A time that passes only while the event loop runs, on a loop whose time is injected."""
+"""A timeout that counts only the time in which the event loop runs."""
 
 from __future__ import annotations
 
@@ -50,21 +50,24 @@ async def a_stop(timeout: SoftTimeout) -> None:
 
 
 @in_virtual_time
-async def test_it_ends_once_and_on_time() -> None:
+async def test_it_calls_back_once_and_on_time() -> None:
+    """Nothing else happens on the loop."""
     assert await ends_of(nothing) == [pytest.approx(SECONDS)]
 
 
 @in_virtual_time
-async def test_a_block_costs_one_tick_at_most() -> None:
+async def test_a_blocked_loop_counts_as_one_tick_at_most() -> None:
+    """Five seconds of blocking stand for the rest of one tick."""
     assert await ends_of(a_block) == [pytest.approx(2.5 * TICK + 5.0 + (TICKS - 3) * TICK)]
 
 
 @in_virtual_time
-async def test_one_that_is_stopped_never_ends() -> None:
+async def test_a_stopped_one_never_calls_back() -> None:
+    """A second stop() changes nothing."""
     assert await ends_of(a_stop) == []
 
 
 @in_virtual_time
-async def test_none_at_all_is_over_from_the_start() -> None:
-    """Nobody waited, so nobody is told; and stopping it is no fault."""
+async def test_a_timeout_of_zero_is_over_from_the_start() -> None:
+    """Nobody waited, so it does not call back; stop() is harmless."""
     assert await ends_of(a_stop, seconds=0.0) == []
