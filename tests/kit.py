@@ -16,6 +16,7 @@ from livekit.plugins import xai
 from xai_pool_patch import installation
 from xai_pool_patch.manager import Registry
 from xai_pool_patch.plugin import releases
+from xai_pool_patch.protocol.connection import Connection
 from xai_pool_patch.testing import Behaviour, FakeServer, ServedConnection
 
 API_KEY = Behaviour.api_key
@@ -114,6 +115,17 @@ def registry() -> Registry:
     """The pools of what is installed."""
     assert installation._installation is not None
     return installation._installation.registry
+
+
+def connections() -> list[Connection]:
+    """The connections that the pools of all event loops hold."""
+    return [each for pool in registry()._pools() for each in pool.connections]
+
+
+def round_trips_are_known() -> bool:
+    """Whether there are connections, and each has a PONG: only then are they probed for life."""
+    held = connections()
+    return bool(held) and all(each.round_trip is not None for each in held)
 
 
 async def all_closed(server: FakeServer) -> None:

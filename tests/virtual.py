@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import selectors
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, ParamSpec
 
-T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class _InstantSelector(selectors.DefaultSelector):  # type: ignore[misc,valid-type]
@@ -42,16 +43,20 @@ def block(seconds: float) -> None:
     loop._virtual.now += seconds
 
 
-def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Runs it to its end in virtual time, and fails on tasks that it leaves behind."""
-    loop = VirtualLoop()
-    complaints: list[dict[str, Any]] = []
-    loop.set_exception_handler(lambda _, context: complaints.append(context))
-    try:
-        result = loop.run_until_complete(coroutine)
-        left = asyncio.all_tasks(loop)
-        assert not left, f"left behind: {left}"
-        assert not complaints, complaints
-        return result
-    finally:
-        loop.close()
+def in_virtual_time(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+    """Decorates an async test: it runs in virtual time, and fails if it leaves tasks behind."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        loop = VirtualLoop()
+        complaints: list[dict[str, Any]] = []
+        loop.set_exception_handler(lambda _, context: complaints.append(context))
+        try:
+            loop.run_until_complete(test(*args, **kwargs))
+            left = asyncio.all_tasks(loop)
+            assert not left, f"left behind: {left}"
+            assert not complaints, complaints
+        finally:
+            loop.close()
+
+    return run

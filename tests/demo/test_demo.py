@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 from livekit import rtc
 
-from tests.virtual import run
+from tests.virtual import in_virtual_time
 from xai_pool_patch.demo.conversation import Loudspeaker
 
 COMMAND = [sys.executable, "-m", "xai_pool_patch"]
@@ -227,40 +227,34 @@ def silence(seconds: float, value: int = 0) -> rtc.AudioFrame:
     return rtc.AudioFrame(value.to_bytes(2, "little") * count, SAMPLE_RATE, 1, count)
 
 
-def test_loudspeaker_plays_to_the_end() -> None:
+@in_virtual_time
+async def test_loudspeaker_plays_to_the_end() -> None:
     """At its speed, counting from the last underrun."""
-
-    async def scenario() -> None:
-        loudspeaker = Loudspeaker(speed=2.0, keep_samples=True)
-        first = loudspeaker.next_playback()
-        await loudspeaker.capture_frame(silence(0.5, value=7))
-        await loudspeaker.capture_frame(silence(0.5, value=7))
-        loudspeaker.flush()
-        event = await loudspeaker.wait_for_playout()
-        (playback,) = loudspeaker.playbacks
-        assert first.result() is playback
-        assert playback.ends_at - playback.began_at == pytest.approx(0.5)
-        assert (event.interrupted, event.playback_position) == (False, pytest.approx(1.0))
-        assert set(playback.samples) == {7}
-        assert len(playback.samples) == SAMPLE_RATE
-
-    run(scenario())
+    loudspeaker = Loudspeaker(speed=2.0, keep_samples=True)
+    first = loudspeaker.next_playback()
+    await loudspeaker.capture_frame(silence(0.5, value=7))
+    await loudspeaker.capture_frame(silence(0.5, value=7))
+    loudspeaker.flush()
+    event = await loudspeaker.wait_for_playout()
+    (playback,) = loudspeaker.playbacks
+    assert first.result() is playback
+    assert playback.ends_at - playback.began_at == pytest.approx(0.5)
+    assert (event.interrupted, event.playback_position) == (False, pytest.approx(1.0))
+    assert set(playback.samples) == {7}
+    assert len(playback.samples) == SAMPLE_RATE
 
 
-def test_loudspeaker_is_cut_off() -> None:
+@in_virtual_time
+async def test_loudspeaker_is_cut_off() -> None:
     """What was not played by then is not counted; the next utterance is a new one."""
-
-    async def scenario() -> None:
-        loudspeaker = Loudspeaker()
-        await loudspeaker.capture_frame(silence(1.0))
-        loudspeaker.flush()
-        loudspeaker.clear_buffer()
-        event = await loudspeaker.wait_for_playout()
-        assert (event.interrupted, event.playback_position) == (True, pytest.approx(0.0))
-        await loudspeaker.capture_frame(silence(1.0))
-        loudspeaker.flush()
-        event = await loudspeaker.wait_for_playout()
-        assert (event.interrupted, event.playback_position) == (False, pytest.approx(1.0))
-        assert [playback.interrupted for playback in loudspeaker.playbacks] == [True, False]
-
-    run(scenario())
+    loudspeaker = Loudspeaker()
+    await loudspeaker.capture_frame(silence(1.0))
+    loudspeaker.flush()
+    loudspeaker.clear_buffer()
+    event = await loudspeaker.wait_for_playout()
+    assert (event.interrupted, event.playback_position) == (True, pytest.approx(0.0))
+    await loudspeaker.capture_frame(silence(1.0))
+    loudspeaker.flush()
+    event = await loudspeaker.wait_for_playout()
+    assert (event.interrupted, event.playback_position) == (False, pytest.approx(1.0))
+    assert [playback.interrupted for playback in loudspeaker.playbacks] == [True, False]

@@ -15,7 +15,7 @@ import pytest
 from livekit.agents import APIConnectOptions
 
 import xai_pool_patch
-from tests.kit import Heard, Line, all_closed, line_to, quick, registry, speak
+from tests.kit import Heard, Line, all_closed, connections, line_to, quick, speak
 from tests.live.peer import until
 from xai_pool_patch import PoolOptions
 from xai_pool_patch.testing import Ending, FakeServer, Utterance
@@ -160,8 +160,7 @@ async def _befall(line: Line, fault: Fault) -> None:
 
 async def _until_round_trip_is_known() -> None:
     """The PONG to a connection's first PING comes a round trip after its handshake."""
-    [pool] = registry()._pools()
-    [connection] = pool._entries
+    [connection] = connections()
     await until(lambda: connection.round_trip is not None)
 
 

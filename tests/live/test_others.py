@@ -177,7 +177,7 @@ async def test_a_subclass_with_a_session_of_its_own(patched: None) -> None:
         tts.http = line.http
         await two_turns(line, tts)
         [pool] = registry().here().pools.values()
-        [connection] = pool._entries
+        [connection] = pool.connections
         await until(lambda: connection.round_trip is not None)
         await tts.aclose()
 

@@ -14,7 +14,7 @@ from livekit.agents import APIConnectOptions
 from livekit.plugins import xai
 
 import xai_pool_patch
-from tests.kit import Heard, Line, line_to, quick, registry, speak
+from tests.kit import Heard, Line, line_to, quick, round_trips_are_known, speak
 from tests.live.peer import until
 from xai_pool_patch import PoolOptions
 from xai_pool_patch.pool.round_trips import RoundTrips
@@ -22,7 +22,7 @@ from xai_pool_patch.protocol import exchange
 
 TIMEOUT = 0.3
 LIMIT = 3 * TIMEOUT
-PATIENT = APIConnectOptions(max_retry=0, timeout=5.0)
+FIVE_SECONDS = APIConnectOptions(max_retry=0, timeout=5.0)
 STREAMS = 10
 
 
@@ -35,14 +35,10 @@ def patched(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 async def warm_up(line: Line, tts: xai.TTS, connections: int = 1) -> None:
-    """So many lie idle from here on, and have told that PINGs are answered."""
+    """So many are idle from here on, and have received their first PONG."""
     await asyncio.gather(*(speak(tts, f"Before {n}.") for n in range(connections)))
     await until(lambda: xai_pool_patch.stats()["idle"] == connections)
     await until(round_trips_are_known)
-
-
-def round_trips_are_known() -> bool:
-    return all(c.round_trip is not None for pool in registry()._pools() for c in pool._entries)
 
 
 def check_heard(line: Line, text: str, heard: Heard) -> None:
@@ -63,7 +59,7 @@ async def test_no_session_is_left_for_a_replacement() -> None:
         await warm_up(line, tts)
         line.server.behaviour.max_sessions = 1
         line.server.behaviour.generation = 1.2 * TIMEOUT
-        heard = await speak(tts, "Slow.", PATIENT)
+        heard = await speak(tts, "Slow.", FIVE_SECONDS)
         check_heard(line, "Slow.", heard)
         assert [handshake.status for handshake in line.server.handshakes] == [101, 429]
         assert len(line.server.utterances) == 2
@@ -79,7 +75,7 @@ async def test_a_slow_server_is_asked_twice_once(times: float) -> None:
         await warm_up(line, tts)
         line.server.behaviour.generation = times * TIMEOUT
         for number in range(3):
-            check_heard(line, f"Slow {number}.", await speak(tts, f"Slow {number}.", PATIENT))
+            check_heard(line, f"Slow {number}.", await speak(tts, f"Slow {number}.", FIVE_SECONDS))
         sent = [utterance.text for utterance in line.server.utterances]
         assert sent.count("Slow0.") <= 2
         assert [sent.count(text) for text in ("Slow1.", "Slow2.")] == [1, 1]
@@ -94,7 +90,7 @@ async def test_a_server_that_is_slow_to_all_is_not_asked_twice_by_all() -> None:
         await warm_up(line, tts, STREAMS)
         line.server.behaviour.generation = 1.7 * TIMEOUT
         texts = [f"Slow {number}." for number in range(STREAMS)]
-        heard = await asyncio.gather(*(speak(tts, text, PATIENT) for text in texts))
+        heard = await asyncio.gather(*(speak(tts, text, FIVE_SECONDS) for text in texts))
         for text, each in zip(texts, heard, strict=True):
             check_heard(line, text, each)
         assert len(line.server.utterances) <= 2 * STREAMS + 2
@@ -110,7 +106,7 @@ async def test_who_waited_to_the_end_is_sent_again_before_it_fails() -> None:
         await warm_up(line, tts, STREAMS)
         line.server.behaviour.generation = 1.3 * LIMIT
         texts = [f"Slow {number}." for number in range(STREAMS)]
-        heard = await asyncio.gather(*(speak(tts, text, PATIENT) for text in texts))
+        heard = await asyncio.gather(*(speak(tts, text, FIVE_SECONDS) for text in texts))
         for text, each in zip(texts, heard, strict=True):
             check_heard(line, text, each)
         assert line.errors == []
@@ -126,7 +122,7 @@ async def test_sessions_that_are_dead_are_replaced_together() -> None:
         line.server.behaviour.handshake_delay = 0.15
         texts = [f"Dead {number}." for number in range(STREAMS)]
         began = asyncio.get_running_loop().time()
-        heard = await asyncio.gather(*(speak(tts, text, PATIENT) for text in texts))
+        heard = await asyncio.gather(*(speak(tts, text, FIVE_SECONDS) for text in texts))
         took = asyncio.get_running_loop().time() - began
         for text, each in zip(texts, heard, strict=True):
             check_heard(line, text, each)
@@ -142,7 +138,7 @@ async def fail(line: Line, tts: xai.TTS, **faults: Any) -> tuple[Heard, float]:
     for name, value in faults.items():
         setattr(line.server.behaviour, name, value)
     began = asyncio.get_running_loop().time()
-    heard = await asyncio.wait_for(speak(tts, "Never heard.", PATIENT), 5.0)
+    heard = await asyncio.wait_for(speak(tts, "Never heard.", FIVE_SECONDS), 5.0)
     assert heard.samples == set()
     assert len(line.errors) == 1
     return heard, asyncio.get_running_loop().time() - began

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 import xai_pool_patch
-from tests.kit import hear_whole, interrupted, line_to, quick, registry, speak
+from tests.kit import hear_whole, interrupted, line_to, quick, round_trips_are_known, speak
 from tests.live.peer import until
 from xai_pool_patch import PoolOptions
 from xai_pool_patch.testing import End
@@ -30,14 +30,6 @@ def interruption(request: pytest.FixtureRequest) -> Iterator[str]:
     xai_pool_patch.uninstall()
 
 
-async def round_trip_known() -> None:
-    def is_known() -> bool:
-        connections = [c for pool in registry()._pools() for c in pool._entries]
-        return bool(connections) and all(c.round_trip is not None for c in connections)
-
-    await until(is_known)
-
-
 @pytest.mark.parametrize("delay", [0.03, 0.07])
 async def test_audio_in_flight_as_the_next_turn_begins(interruption: str, delay: float) -> None:
     """It is dropped, and the turn goes on over the same connection as if nothing had come."""
@@ -45,7 +37,7 @@ async def test_audio_in_flight_as_the_next_turn_begins(interruption: str, delay:
         tts = line.tts()
         await interrupted(line, tts)
         await speak(tts, "Before.")
-        await round_trip_known()
+        await until(round_trips_are_known)
         connections = len(line.server.connections)
         line.server.behaviour.late_audio = delay
         for number in range(TURNS):
@@ -77,7 +69,7 @@ async def test_pongs_that_come_too_late_to_tell_anything(interruption: str) -> N
     async with line_to(quick(), 0.02) as line:
         tts = line.tts()
         await hear_whole(line, tts, "First.")
-        await round_trip_known()
+        await until(round_trips_are_known)
         line.server.behaviour.pong_delay = 3.0
         held = await hear_whole(line, tts, "Second.")
         for text in ("Third.", "Fourth."):
@@ -100,12 +92,12 @@ async def test_pongs_that_always_come_after_the_audio(
         tts = line.tts()
         if is_prewarmed:
             tts.prewarm()
-            await round_trip_known()
+            await until(round_trips_are_known)
         waits = []
         for number in range(TURNS):
             heard = await hear_whole(line, tts, f"Turn {number}.")
             waits.append(heard.first_audio or 0.0)
-            await round_trip_known()
+            await until(round_trips_are_known)
         assert sorted(waits)[TURNS // 2] < AT_ONCE
         assert (len(line.server.connections), len(line.server.utterances)) == (1, TURNS)
         assert line.errors == []

@@ -12,7 +12,7 @@ import pytest
 from livekit.agents import APIConnectOptions
 
 import xai_pool_patch
-from tests.kit import ONCE, Line, line_to, quick, registry, speak
+from tests.kit import ONCE, Line, line_to, quick, round_trips_are_known, speak
 from tests.live.peer import until
 from xai_pool_patch.testing import Utterance, Wordless
 
@@ -66,11 +66,6 @@ async def converse(text: str, wordless: Wordless, options: APIConnectOptions, wa
         outcome.handshakes = len(line.server.handshakes) - handshakes
         await tts.aclose()
     return outcome
-
-
-def round_trips_are_known() -> bool:
-    """So that the connections are asked for a sign of life, and have time to give one."""
-    return all(c.round_trip is not None for pool in registry()._pools() for c in pool._entries)
 
 
 def unused_are_open(line: Line, warm: int, sent: list[Utterance]) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import random
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.virtual import run
+from tests.virtual import in_virtual_time
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool.backoff import Backoff, FailureKind, RateLimit
 from xai_pool_patch.pool.pool import Pool, Reason
@@ -141,24 +143,47 @@ def make_pool(
     )
 
 
-Scenario = Callable[[Network, Pool[Wire]], Coroutine[Any, Any, None]]
+AsyncTest = Callable[..., Coroutine[Any, Any, None]]
 
 
-def play(scenario: Scenario, options: PoolOptions | None = None) -> None:
-    """Runs a scenario on a pool, and holds the pool to leaving nothing behind."""
+def with_pool(options: PoolOptions | None = None) -> Callable[[AsyncTest], Callable[..., None]]:
+    """Decorates an async test that takes a `pool`, a `network`, or both, beside its fixtures.
 
-    async def whole() -> None:
-        network = Network()
-        pool = make_pool(network, options)
-        await scenario(network, pool)
-        pool.close()
-        for wire in network.open:
-            pool.discard(wire, Reason.INTERRUPTED)
-        await pool.aclose()
-        assert pool.is_empty, pool
-        assert network.open == []
+    The test runs in virtual time. The pool has to leave nothing behind when it is closed after it.
+    """
 
-    run(whole())
+    def decorate(test: AsyncTest) -> Callable[..., None]:
+        signature = inspect.signature(test)
+        fixtures = [p for name, p in signature.parameters.items() if name not in PROVIDED]
+
+        @functools.wraps(test)
+        async def on_a_pool(**kwargs: Any) -> None:
+            network = Network()
+            pool = make_pool(network, options)
+            provided = {"network": network, "pool": pool}
+            wanted = {name: provided[name] for name in PROVIDED & signature.parameters.keys()}
+            await test(**wanted, **kwargs)
+            await close_all(network, pool)
+
+        # pytest looks for a fixture for each parameter that it finds here.
+        on_a_pool.__signature__ = signature.replace(parameters=fixtures)  # type: ignore[attr-defined]
+        return in_virtual_time(on_a_pool)
+
+    return decorate
+
+
+PROVIDED = {"network", "pool"}
+"""What `with_pool` passes to the test that it decorates."""
+
+
+async def close_all(network: Network, pool: Pool[Wire]) -> None:
+    """Close the pool as an application does, and check that nothing is left of it."""
+    pool.close()
+    for wire in network.open:
+        pool.discard(wire, Reason.INTERRUPTED)
+    await pool.aclose()
+    assert pool.is_empty, pool
+    assert network.open == []
 
 
 async def leased(pool: Pool[Wire]) -> Wire:

@@ -1,22 +1,12 @@
-"""What the pool does with connections that can be made clean again, and proven alive."""
+"""When the pool clears interrupted connections and verifies idle ones."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
 
 import pytest
 
-from tests.unit.pool_kit import (
-    HANDSHAKE,
-    ROUND_TRIP,
-    Network,
-    Wire,
-    idle,
-    leased,
-    now,
-)
-from tests.unit.pool_kit import play as play_with
+from tests.unit.pool_kit import HANDSHAKE, ROUND_TRIP, Network, Wire, idle, leased, now, with_pool
 from tests.virtual import block
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool.clearing import CLEAR, RELIANCE
@@ -26,12 +16,12 @@ RELIED_ON = RELIANCE.times * ROUND_TRIP
 VERIFY_AFTER = 300.0
 STOPPED = "clearing stopped"
 
-play = functools.partial(play_with, options=PoolOptions(interruption="clear"))
-play_verifying = functools.partial(play_with, options=PoolOptions(verify_after=VERIFY_AFTER))
+CLEARS = PoolOptions(interruption="clear")
+VERIFIES = PoolOptions(verify_after=VERIFY_AFTER)
 
 
 def interrupt(pool: Pool[Wire], wire: Wire) -> None:
-    """In the middle of an utterance: something is owed."""
+    """In the middle of an utterance, so that the server still owes audio."""
     wire.is_reusable = False
     pool.release_cut_off(wire)
 
@@ -48,191 +38,172 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
     return [(record.getMessage(), vars(record)["xai_pool_reason"]) for record in records]
 
 
-# Reclaiming
+# Clearing
 
 
-def test_the_default_discards() -> None:
-    """Nothing is asked of the server, not even where nothing was asked of it before."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        for is_clean in (True, False):
-            wire = await leased(pool)
-            wire.is_reusable = is_clean
-            pool.release_cut_off(wire)
-            assert (wire.is_open, wire.clears) == (False, 0)
-        assert pool.metrics.counters.totals["closed_interrupted"] == 2
-
-    play_with(scenario)
-
-
-def test_an_interrupted_connection_is_reclaimed_in_the_background() -> None:
-    """It waits for nothing; a round trip later the connection is there, and no other was made."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.resize(1)
-        wire = await interrupted(pool)
-        assert (pool.idle, pool.leased, pool.clearing) == (0, 0, 1)
-        await asyncio.sleep(ROUND_TRIP + 0.01)
-        assert (pool.idle, pool.leased, pool.clearing) == (1, 0, 0)
-        acquired = await pool.acquire(10.0)
-        assert (acquired.connection, acquired.reused, acquired.fresh) == (wire, True, False)
-        assert len(network.dialled_at) == 1, "it counts as kept"
-        assert pool.metrics.counters.totals["connections_cleared"] == 1
-
-    play(scenario)
-
-
-def test_nothing_is_cleared_where_nothing_is_owed() -> None:
-    """Interrupted before anything was sent, a connection is as good as before."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
+@with_pool()
+async def test_by_default_an_interrupted_connection_is_discarded(pool: Pool[Wire]) -> None:
+    """The pool sends no clear, and does not keep even a clean connection."""
+    for is_clean in (True, False):
         wire = await leased(pool)
+        wire.is_reusable = is_clean
         pool.release_cut_off(wire)
-        assert (pool.idle, wire.clears) == (1, 0)
+        assert (wire.is_open, wire.clears) == (False, 0)
+    assert pool.metrics.counters.totals["closed_interrupted"] == 2
 
-    play(scenario)
+
+@with_pool(CLEARS)
+async def test_an_interrupted_connection_is_cleared_in_the_background(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """A round trip later it is idle again, and the pool has dialled no other."""
+    pool.resize(1)
+    wire = await interrupted(pool)
+    assert (pool.idle, pool.leased, pool.clearing) == (0, 0, 1)
+    await asyncio.sleep(ROUND_TRIP + 0.01)
+    assert (pool.idle, pool.leased, pool.clearing) == (1, 0, 0)
+    acquired = await pool.acquire(10.0)
+    assert (acquired.connection, acquired.reused, acquired.fresh) == (wire, True, False)
+    assert len(network.dialled_at) == 1, "it counts as kept"
+    assert pool.metrics.counters.totals["connections_cleared"] == 1
 
 
-def test_a_caller_gets_the_connection_that_is_being_cleared() -> None:
-    """On time, that is sooner than a dial: none is made. The connection is no fresh one."""
+@with_pool(CLEARS)
+async def test_a_connection_that_owes_nothing_is_kept_without_a_clear(pool: Pool[Wire]) -> None:
+    """It was interrupted before anything was sent."""
+    wire = await leased(pool)
+    pool.release_cut_off(wire)
+    assert (pool.idle, wire.clears) == (1, 0)
 
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        wire = await interrupted(pool)
-        await asyncio.sleep(0.1)
-        acquired = await pool.acquire(10.0)
-        assert acquired.connection is wire
-        assert acquired.waited == pytest.approx(ROUND_TRIP - 0.1)
-        assert (acquired.reused, acquired.fresh) == (False, False)
-        assert len(network.dialled_at) == 1
 
-    play(scenario)
+@with_pool(CLEARS)
+async def test_a_caller_gets_the_connection_that_is_being_cleared(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """A clear on time is faster than a dial, so none is made. The connection is not fresh."""
+    wire = await interrupted(pool)
+    await asyncio.sleep(0.1)
+    acquired = await pool.acquire(10.0)
+    assert acquired.connection is wire
+    assert acquired.waited == pytest.approx(ROUND_TRIP - 0.1)
+    assert (acquired.reused, acquired.fresh) == (False, False)
+    assert len(network.dialled_at) == 1
 
 
 @pytest.mark.parametrize("clear_takes", [0.4, 1e9])
-def test_a_caller_does_not_rely_on_a_clear_that_is_late(clear_takes: float) -> None:
-    """After two round trips it dials, and takes whichever is first."""
+@with_pool(CLEARS)
+async def test_a_caller_does_not_rely_on_a_clear_that_is_late(
+    network: Network, pool: Pool[Wire], clear_takes: float
+) -> None:
+    """After two round trips the pool dials, and the caller takes whichever is first."""
+    first = await leased(pool)
+    first.cleared_after = clear_takes
+    interrupt(pool, first)
+    began = now()
+    wire = await leased(pool)
+    assert network.dialled_at[1:] == [pytest.approx(began + RELIED_ON)]
+    assert (wire is first) == (clear_takes == 0.4)
+    assert now() - began == pytest.approx(min(clear_takes, RELIED_ON + HANDSHAKE))
 
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        first = await leased(pool)
-        first.cleared_after = clear_takes
-        interrupt(pool, first)
-        began = now()
-        wire = await leased(pool)
-        assert network.dialled_at[1:] == [pytest.approx(began + RELIED_ON)]
-        assert (wire is first) == (clear_takes == 0.4)
-        assert now() - began == pytest.approx(min(clear_takes, RELIED_ON + HANDSHAKE))
 
-    play(scenario)
-
-
-def test_a_caller_relies_on_a_clear_that_could_not_get_on() -> None:
+@with_pool(CLEARS)
+async def test_time_in_which_the_loop_is_blocked_does_not_count_against_a_clear(
+    network: Network, pool: Pool[Wire]
+) -> None:
     """Its acknowledgement came while the loop was blocked, and is not read yet."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        wire = await interrupted(pool)
-        await asyncio.sleep(0.1)
-        block(2 * RELIED_ON)
-        assert await leased(pool) is wire
-        assert len(network.dialled_at) == 1
-
-    play(scenario)
+    wire = await interrupted(pool)
+    await asyncio.sleep(0.1)
+    block(2 * RELIED_ON)
+    assert await leased(pool) is wire
+    assert len(network.dialled_at) == 1
 
 
-def test_a_caller_does_not_rely_on_a_clear_over_an_unknown_distance() -> None:
-    """It dials at once."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        wire = await leased(pool)
-        wire.round_trip = None
-        interrupt(pool, wire)
-        began = now()
-        assert await leased(pool) is wire
-        assert network.dialled_at[1:] == [began]
-
-    play(scenario)
-
-
-def test_over_no_distance_a_clear_still_has_a_moment() -> None:
-    """The server's own time is not in the round trip."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        wire = await leased(pool)
-        wire.round_trip, wire.cleared_after = 0.0, RELIANCE.at_least - 0.01
-        interrupt(pool, wire)
-        assert await leased(pool) is wire
-        assert len(network.dialled_at) == 1
-
-    play(scenario)
+@with_pool(CLEARS)
+async def test_a_caller_does_not_rely_on_a_clear_of_unknown_round_trip(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """The pool dials for it at once."""
+    wire = await leased(pool)
+    wire.round_trip = None
+    interrupt(pool, wire)
+    began = now()
+    assert await leased(pool) is wire
+    assert network.dialled_at[1:] == [began]
 
 
-def test_only_as_many_callers_rely_on_clears_as_there_are() -> None:
-    """The second one dials at once."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        wire = await interrupted(pool)
-        began = now()
-        first, second = await asyncio.gather(leased(pool), leased(pool))
-        assert first is wire
-        assert second is not wire
-        assert network.dialled_at[1:] == [began]
-
-    play(scenario)
+@with_pool(CLEARS)
+async def test_a_clear_over_a_short_round_trip_has_a_minimum_of_time(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """The server's own time is not part of the round trip."""
+    wire = await leased(pool)
+    wire.round_trip, wire.cleared_after = 0.0, RELIANCE.at_least - 0.01
+    interrupt(pool, wire)
+    assert await leased(pool) is wire
+    assert len(network.dialled_at) == 1
 
 
-def test_whoever_wants_a_fresh_one_does_not_rely_on_a_clear() -> None:
-    """A replacement is dialled at once."""
+@with_pool(CLEARS)
+async def test_each_clear_is_relied_on_by_one_caller(network: Network, pool: Pool[Wire]) -> None:
+    """The pool dials for the second caller at once."""
+    wire = await interrupted(pool)
+    began = now()
+    first, second = await asyncio.gather(leased(pool), leased(pool))
+    assert first is wire
+    assert second is not wire
+    assert network.dialled_at[1:] == [began]
 
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        wire = await interrupted(pool)
-        began = now()
-        assert (await pool.acquire(10.0, fresh=True)).connection is not wire
-        assert network.dialled_at[1:] == [began]
 
-    play(scenario)
+@with_pool(CLEARS)
+async def test_a_caller_that_wants_a_fresh_connection_does_not_rely_on_a_clear(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """The pool dials for its replay at once."""
+    wire = await interrupted(pool)
+    began = now()
+    assert (await pool.acquire(10.0, fresh=True)).connection is not wire
+    assert network.dialled_at[1:] == [began]
 
 
 @pytest.mark.parametrize("fresh_first", [True, False])
-def test_one_wants_a_fresh_one_and_another_relies_on_a_clear(fresh_first: bool) -> None:
-    """Each gets its own, by one dial, whoever came first."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        wire = await interrupted(pool)
-        began = now()
-        callers = [pool.acquire(10.0, fresh=True), pool.acquire(10.0)]
-        results = await asyncio.gather(*(callers if fresh_first else callers[::-1]))
-        fresh, other = results if fresh_first else results[::-1]
-        assert other.connection is wire
-        assert fresh.connection is not wire
-        assert network.dialled_at[1:] == [began]
-
-    play(scenario)
-
-
-def test_whoever_wants_a_fresh_one_is_dialled_for_however_many_clears_there_are() -> None:
-    """A clear is relied on for one caller, and not for another that has no use for it."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        for wire in await asyncio.gather(leased(pool), leased(pool)):
-            interrupt(pool, wire)
-        began = now()
-        await asyncio.gather(pool.acquire(10.0), pool.acquire(10.0, fresh=True))
-        assert network.dialled_at[2:] == [began]
-
-    play(scenario)
+@with_pool(CLEARS)
+async def test_a_dial_for_one_caller_and_a_clear_for_another(
+    network: Network, pool: Pool[Wire], fresh_first: bool
+) -> None:
+    """Each gets its own, whoever came first, and the pool dials once."""
+    wire = await interrupted(pool)
+    began = now()
+    callers = [pool.acquire(10.0, fresh=True), pool.acquire(10.0)]
+    results = await asyncio.gather(*(callers if fresh_first else callers[::-1]))
+    fresh, other = results if fresh_first else results[::-1]
+    assert other.connection is wire
+    assert fresh.connection is not wire
+    assert network.dialled_at[1:] == [began]
 
 
-def test_a_caller_that_gives_up_leaves_the_clear_alone() -> None:
-    """P3: the next one finds the connection."""
+@with_pool(CLEARS)
+async def test_clears_do_not_count_for_a_caller_that_wants_a_fresh_connection(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """However many clears are under way, the pool dials for it."""
+    for wire in await asyncio.gather(leased(pool), leased(pool)):
+        interrupt(pool, wire)
+    began = now()
+    await asyncio.gather(pool.acquire(10.0), pool.acquire(10.0, fresh=True))
+    assert network.dialled_at[2:] == [began]
 
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        wire = await interrupted(pool)
-        with pytest.raises(AcquireTimeoutError):
-            await pool.acquire(0.1)
-        await asyncio.sleep(0.1)
-        assert await leased(pool) is wire
-        assert len(network.dialled_at) == 1
 
-    play(scenario)
+@with_pool(CLEARS)
+async def test_a_caller_that_gives_up_does_not_stop_the_clear(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """P3: the next caller finds the connection."""
+    wire = await interrupted(pool)
+    with pytest.raises(AcquireTimeoutError):
+        await pool.acquire(0.1)
+    await asyncio.sleep(0.1)
+    assert await leased(pool) is wire
+    assert len(network.dialled_at) == 1
 
 
 # Clears that fail
@@ -241,55 +212,48 @@ def test_a_caller_that_gives_up_leaves_the_clear_alone() -> None:
 @pytest.mark.parametrize(
     ("round_trip", "bound"), [(0.001, CLEAR.at_least), (0.1, 0.6), (1.0, 1.0), (None, 1.0)]
 )
-def test_a_clear_that_is_not_acknowledged_is_given_up(
-    round_trip: float | None, bound: float
+@with_pool(CLEARS)
+async def test_a_clear_without_acknowledgement_is_given_up(
+    network: Network, pool: Pool[Wire], round_trip: float | None, bound: float
 ) -> None:
-    """By the distance, and after clear_timeout at most; P4: a standby is dialled at once."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.resize(1)
-        wire = await leased(pool)
-        wire.round_trip, wire.cleared_after = round_trip, 1e9
-        interrupt(pool, wire)
-        given_up_at = now() + bound
-        await asyncio.sleep(5.0)
-        assert wire.closed_at == pytest.approx(given_up_at)
-        assert network.dialled_at[1:] == [pytest.approx(given_up_at)]
-        assert pool.metrics.counters.totals["closed_interrupted"] == 1
-
-    play(scenario)
+    """After a time by the round trip, clear_timeout at most. P4: a standby is dialled at once."""
+    pool.resize(1)
+    wire = await leased(pool)
+    wire.round_trip, wire.cleared_after = round_trip, 1e9
+    interrupt(pool, wire)
+    given_up_at = now() + bound
+    await asyncio.sleep(5.0)
+    assert wire.closed_at == pytest.approx(given_up_at)
+    assert network.dialled_at[1:] == [pytest.approx(given_up_at)]
+    assert pool.metrics.counters.totals["closed_interrupted"] == 1
 
 
-def test_a_connection_that_is_lost_meanwhile_is_replaced_at_once() -> None:
+@with_pool(CLEARS)
+async def test_a_connection_lost_during_its_clear_is_replaced_at_once(pool: Pool[Wire]) -> None:
     """C3: nobody waits for an acknowledgement that cannot come."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.resize(1)
-        wire = await interrupted(pool)
-        await asyncio.sleep(0.1)
-        wire.break_off()
-        assert (pool.clearing, pool.connecting) == (0, 1)
-        await asyncio.sleep(5.0)
-        assert pool.metrics.counters.totals["closed_interrupted"] == 1
-
-    play(scenario)
+    pool.resize(1)
+    wire = await interrupted(pool)
+    await asyncio.sleep(0.1)
+    wire.break_off()
+    assert (pool.clearing, pool.connecting) == (0, 1)
+    await asyncio.sleep(5.0)
+    assert pool.metrics.counters.totals["closed_interrupted"] == 1
 
 
-def test_a_connection_that_grew_old_meanwhile_is_not_handed_on() -> None:
+@with_pool(CLEARS)
+async def test_a_connection_that_expired_during_its_clear_is_not_handed_on(
+    pool: Pool[Wire],
+) -> None:
     """P5: though a caller waits for it."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        wire = await leased(pool)
-        await asyncio.sleep(1800.0)
-        interrupt(pool, wire)
-        assert await leased(pool) is not wire
-        assert pool.metrics.counters.totals["closed_expired"] == 1
-
-    play(scenario)
+    wire = await leased(pool)
+    await asyncio.sleep(1800.0)
+    interrupt(pool, wire)
+    assert await leased(pool) is not wire
+    assert pool.metrics.counters.totals["closed_expired"] == 1
 
 
-async def _refuse(pool: Pool[Wire]) -> Wire:
-    """An interruption whose clear is not acknowledged; the connection that nothing came of."""
+async def _fail_to_clear(pool: Pool[Wire]) -> Wire:
+    """Interrupt an utterance whose clear the server does not acknowledge."""
     wire = await leased(pool)
     wire.is_clearable = False
     interrupt(pool, wire)
@@ -298,48 +262,46 @@ async def _refuse(pool: Pool[Wire]) -> Wire:
     return wire
 
 
-def test_after_two_refusals_in_a_row_it_discards(caplog: pytest.LogCaptureFixture) -> None:
-    """And says so once."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        wires = [await _refuse(pool) for _ in range(4)]
-        assert [wire.clears for wire in wires] == [1, 1, 0, 0]
-        assert pool.metrics.counters.totals["closed_interrupted"] == 4
-
-    play(scenario)
+@with_pool(CLEARS)
+async def test_after_two_failed_clears_in_a_row_the_pool_stops_clearing(
+    pool: Pool[Wire], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It logs that once, and discards from then on."""
+    wires = [await _fail_to_clear(pool) for _ in range(4)]
+    assert [wire.clears for wire in wires] == [1, 1, 0, 0]
+    assert pool.metrics.counters.totals["closed_interrupted"] == 4
     assert warnings(caplog) == [(STOPPED, "clears are not acknowledged")]
 
 
-def test_a_refusal_is_forgiven(caplog: pytest.LogCaptureFixture) -> None:
-    """As soon as a clear is acknowledged."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        for _ in range(3):
-            await _refuse(pool)
-            wire = await interrupted(pool)
-            await asyncio.sleep(ROUND_TRIP + 0.01)
-            assert wire.is_open
-            pool.release(await leased(pool))
-
-    play(scenario)
+@with_pool(CLEARS)
+async def test_an_acknowledged_clear_resets_the_count_of_failed_ones(
+    pool: Pool[Wire], caplog: pytest.LogCaptureFixture
+) -> None:
+    """One failure in every two clears does not stop clearing."""
+    for _ in range(3):
+        await _fail_to_clear(pool)
+        wire = await interrupted(pool)
+        await asyncio.sleep(ROUND_TRIP + 0.01)
+        assert wire.is_open
+        pool.release(await leased(pool))
+    await pool.aclose()
     assert warnings(caplog) == []
 
 
 @pytest.mark.parametrize("use", ["idle", "leased"])
-def test_a_broken_word_is_not_forgiven(use: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A server whose acknowledgement proved wrong once is not asked for another."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        wire = await interrupted(pool)
-        await asyncio.sleep(ROUND_TRIP + 0.01)
-        if use == "leased":
-            assert await leased(pool) is wire
-        wire.sent_stale_audio = True
-        wire.break_off()
-        other = await interrupted(pool)
-        assert (other.is_open, other.clears) == (False, 0)
-
-    play(scenario)
+@with_pool(CLEARS)
+async def test_audio_after_an_acknowledgement_stops_clearing(
+    pool: Pool[Wire], use: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The acknowledgement was wrong, so the pool sends no clear any more."""
+    wire = await interrupted(pool)
+    await asyncio.sleep(ROUND_TRIP + 0.01)
+    if use == "leased":
+        assert await leased(pool) is wire
+    wire.sent_stale_audio = True
+    wire.break_off()
+    other = await interrupted(pool)
+    assert (other.is_open, other.clears) == (False, 0)
     reason = "audio came after the acknowledgement of a clear"
     assert warnings(caplog) == [(STOPPED, reason)]
 
@@ -347,188 +309,162 @@ def test_a_broken_word_is_not_forgiven(use: str, caplog: pytest.LogCaptureFixtur
 # Closing
 
 
-def test_closing_does_not_wait_for_an_acknowledgement() -> None:
-    """P7: what is being cleared is closed at once, like an idle connection."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        wire = await leased(pool)
-        wire.cleared_after = 1e9
-        interrupt(pool, wire)
-        began = now()
-        await pool.aclose()
-        assert wire.closed_at == began
-        assert now() - began < 0.2
-        assert pool.metrics.counters.totals["closed_shutdown"] == 1
-
-    play(scenario)
+@with_pool(CLEARS)
+async def test_aclose_does_not_wait_for_an_acknowledgement(pool: Pool[Wire]) -> None:
+    """P7: a connection that is being cleared is closed at once, like an idle one."""
+    wire = await leased(pool)
+    wire.cleared_after = 1e9
+    interrupt(pool, wire)
+    began = now()
+    await pool.aclose()
+    assert wire.closed_at == began
+    assert now() - began < 0.2
+    assert pool.metrics.counters.totals["closed_shutdown"] == 1
 
 
-def test_closing_leaves_whoever_relies_on_a_clear_a_dial() -> None:
+@with_pool(CLEARS)
+async def test_close_dials_for_a_caller_that_relied_on_a_clear(pool: Pool[Wire]) -> None:
     """No turn falls silent because its pool ends."""
+    cleared = await interrupted(pool)
+    caller = asyncio.create_task(leased(pool))
+    await asyncio.sleep(0.05)
+    pool.close()
+    wire = await caller
+    assert wire is not cleared
+    assert wire.is_open
 
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        cleared = await interrupted(pool)
-        caller = asyncio.create_task(leased(pool))
-        await asyncio.sleep(0.05)
-        pool.close()
-        wire = await caller
-        assert wire is not cleared
+
+@with_pool(CLEARS)
+async def test_a_closed_pool_clears_nothing(pool: Pool[Wire]) -> None:
+    """It discards what is released after its end."""
+    wire = await leased(pool)
+    pool.close()
+    interrupt(pool, wire)
+    assert (wire.is_open, wire.clears) == (False, 0)
+
+
+# Verifying
+
+
+@with_pool()
+async def test_by_default_idle_connections_are_not_verified(pool: Pool[Wire]) -> None:
+    """PINGs have to do."""
+    pool.resize(1)
+    [wire] = await idle(pool, 1)
+    await asyncio.sleep(1500.0)
+    assert wire.clears == 0
+
+
+@with_pool(VERIFIES)
+async def test_an_idle_connection_is_verified_again_and_again(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """Each time verify_after seconds after its last use or verification."""
+    pool.resize(1)
+    [wire] = await idle(pool, 1)
+    await asyncio.sleep(VERIFY_AFTER - 1.0)
+    await idle(pool, 1)
+    await asyncio.sleep(VERIFY_AFTER - 1.0)
+    assert wire.clears == 0
+    await asyncio.sleep(2.0)
+    assert wire.clears == 1
+    await asyncio.sleep(3 * VERIFY_AFTER)
+    assert wire.clears == 4
+    assert (pool.idle, len(network.dialled_at)) == (1, 1)
+    assert pool.metrics.counters.totals["connections_cleared"] == 0
+
+
+@with_pool(VERIFIES)
+async def test_a_connection_that_fails_verification_is_lost_and_replaced(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """P4: long before a turn would meet it. It does not count as a failed clear of an utterance."""
+    pool.resize(1)
+    for count in (1, 2, 3):
+        [wire] = await idle(pool, 1)
+        wire.cleared_after = 1e9
+        await asyncio.sleep(VERIFY_AFTER + 5.0)
+        assert not wire.is_open
+        assert (pool.idle, len(network.dialled_at)) == (1, count + 1)
+        assert pool.metrics.counters.totals["closed_lost"] == count
+        [wire] = await idle(pool, 1)
+        await asyncio.sleep(VERIFY_AFTER + 5.0)
         assert wire.is_open
 
-    play(scenario)
 
-
-def test_a_closed_pool_clears_nothing() -> None:
-    """What comes back after the end is discarded."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        wire = await leased(pool)
-        pool.close()
-        interrupt(pool, wire)
-        assert (wire.is_open, wire.clears) == (False, 0)
-
-    play(scenario)
-
-
-# Proving
-
-
-def test_pings_are_proof_enough_by_default() -> None:
-    """Nothing else is asked of an idle connection."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.resize(1)
+@with_pool(VERIFIES)
+async def test_after_two_failed_verifications_in_a_row_the_pool_stops_verifying(
+    network: Network, pool: Pool[Wire], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise it would dial, verify and lose connections for ever."""
+    pool.resize(1)
+    for _ in range(2):
         [wire] = await idle(pool, 1)
-        await asyncio.sleep(1500.0)
-        assert wire.clears == 0
-
-    play_with(scenario)
-
-
-def test_an_idle_connection_proves_that_it_lives() -> None:
-    """Again and again, each time that long after the last use or proof."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.resize(1)
-        [wire] = await idle(pool, 1)
-        await asyncio.sleep(VERIFY_AFTER - 1.0)
-        await idle(pool, 1)
-        await asyncio.sleep(VERIFY_AFTER - 1.0)
-        assert wire.clears == 0
-        await asyncio.sleep(2.0)
-        assert wire.clears == 1
-        await asyncio.sleep(3 * VERIFY_AFTER)
-        assert wire.clears == 4
-        assert (pool.idle, len(network.dialled_at)) == (1, 1)
-        assert pool.metrics.counters.totals["connections_cleared"] == 0
-
-    play_verifying(scenario)
+        wire.is_clearable = False
+        lost_at = now() + VERIFY_AFTER
+        await asyncio.sleep(VERIFY_AFTER + 5.0)
+        assert not wire.is_open
+        assert network.dialled_at[-1] > lost_at + ROUND_TRIP + 0.1, "no backoff"
+    [wire] = await idle(pool, 1)
+    await asyncio.sleep(3 * VERIFY_AFTER)
+    assert (wire.is_open, wire.clears) == (True, 0)
+    assert warnings(caplog) == [("verifying stopped", "clears are not acknowledged")]
 
 
-def test_one_that_does_not_is_lost_and_replaced() -> None:
-    """P4: long before a turn would have found out; and no clear of an utterance was refused."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.resize(1)
-        for count in (1, 2, 3):
-            [wire] = await idle(pool, 1)
-            wire.cleared_after = 1e9
-            await asyncio.sleep(VERIFY_AFTER + 5.0)
-            assert not wire.is_open
-            assert (pool.idle, len(network.dialled_at)) == (1, count + 1)
-            assert pool.metrics.counters.totals["closed_lost"] == count
-            [wire] = await idle(pool, 1)
-            await asyncio.sleep(VERIFY_AFTER + 5.0)
-            assert wire.is_open
-
-    play_verifying(scenario)
+@with_pool(VERIFIES)
+async def test_connections_are_verified_one_at_a_time(pool: Pool[Wire]) -> None:
+    """So that a caller finds another one idle."""
+    pool.resize(2)
+    wires = await idle(pool, 2)
+    await asyncio.sleep(VERIFY_AFTER + 0.01)
+    pool.resize(2)  # any event will do
+    await asyncio.sleep(0.01)
+    assert (pool.idle, pool.clearing) == (1, 1)
+    assert (await pool.acquire(10.0)).waited == 0.0
+    await asyncio.sleep(3 * ROUND_TRIP)
+    assert [wire.clears for wire in wires] == [1, 0]
+    pool.release(wires[1])
 
 
-def test_a_server_that_refuses_is_asked_twice(caplog: pytest.LogCaptureFixture) -> None:
-    """Else each connection would be dialled, asked and lost, for ever and without a word."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.resize(1)
-        for _ in range(2):
-            [wire] = await idle(pool, 1)
-            wire.is_clearable = False
-            lost_at = now() + VERIFY_AFTER
-            await asyncio.sleep(VERIFY_AFTER + 5.0)
-            assert not wire.is_open
-            assert network.dialled_at[-1] > lost_at + ROUND_TRIP + 0.1, "no backoff"
-        [wire] = await idle(pool, 1)
-        await asyncio.sleep(3 * VERIFY_AFTER)
-        assert (wire.is_open, wire.clears) == (True, 0)
-
-    play_verifying(scenario)
-    kept = "verifying stopped"
-    assert warnings(caplog) == [(kept, "clears are not acknowledged")]
+@with_pool(VERIFIES)
+async def test_a_caller_waits_for_the_verification_of_the_only_connection(pool: Pool[Wire]) -> None:
+    """If the acknowledgement is late, the pool dials."""
+    pool.resize(1)
+    [wire] = await idle(pool, 1)
+    await asyncio.sleep(VERIFY_AFTER + 0.1)
+    acquired = await pool.acquire(10.0)
+    assert acquired.connection is wire
+    assert acquired.waited == pytest.approx(ROUND_TRIP - 0.1)
+    pool.release(wire)
+    wire.cleared_after = 1e9
+    await asyncio.sleep(VERIFY_AFTER + 0.1)
+    acquired = await pool.acquire(10.0)
+    assert acquired.connection is not wire
+    assert acquired.waited == pytest.approx(RELIED_ON - 0.1 + HANDSHAKE)
 
 
-def test_while_one_proves_it_the_others_serve() -> None:
-    """One at a time: a caller finds a connection."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.resize(2)
-        wires = await idle(pool, 2)
-        await asyncio.sleep(VERIFY_AFTER + 0.01)
-        pool.resize(2)  # any event will do
-        await asyncio.sleep(0.01)
-        assert (pool.idle, pool.clearing) == (1, 1)
-        assert (await pool.acquire(10.0)).waited == 0.0
-        await asyncio.sleep(3 * ROUND_TRIP)
-        assert [wire.clears for wire in wires] == [1, 0]
-        pool.release(wires[1])
-
-    play_verifying(scenario)
+@with_pool(PoolOptions(verify_after=10000.0))
+async def test_a_verification_due_later_does_not_delay_rotation(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """P5: whichever is due first sets the timer."""
+    pool.resize(1)
+    await asyncio.sleep(1800.0)
+    assert len(network.dialled_at) == 2
+    assert network.wires[0].clears == 0
 
 
-def test_a_caller_takes_the_only_one_as_soon_as_it_has_proven_it() -> None:
-    """Or dials, when the proof is late."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.resize(1)
-        [wire] = await idle(pool, 1)
-        await asyncio.sleep(VERIFY_AFTER + 0.1)
-        acquired = await pool.acquire(10.0)
-        assert acquired.connection is wire
-        assert acquired.waited == pytest.approx(ROUND_TRIP - 0.1)
-        pool.release(wire)
-        wire.cleared_after = 1e9
-        await asyncio.sleep(VERIFY_AFTER + 0.1)
-        acquired = await pool.acquire(10.0)
-        assert acquired.connection is not wire
-        assert acquired.waited == pytest.approx(RELIED_ON - 0.1 + HANDSHAKE)
-
-    play_verifying(scenario)
-
-
-def test_a_proof_that_is_not_due_does_not_put_off_rotation() -> None:
-    """P5: whichever comes first sets the timer."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.resize(1)
-        await asyncio.sleep(1800.0)
-        assert len(network.dialled_at) == 2
-        assert network.wires[0].clears == 0
-
-    play_with(scenario, PoolOptions(verify_after=10_000.0))
-
-
-def test_a_proof_is_no_use() -> None:
-    """P1, P6: last in is still first out, and a spare connection is still trimmed in its time."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.resize(1)
-        first, second = await asyncio.gather(leased(pool), leased(pool))
-        pool.release(first)
-        await asyncio.sleep(1.0)
-        pool.release(second)
-        await asyncio.sleep(3.7)
-        assert (first.clears, second.clears) == (3, 2)
-        assert await leased(pool) is second
-        pool.release(second)
-        await asyncio.sleep(1.0)
-        assert (first.is_open, second.is_open) == (False, True)
-
-    play_with(scenario, PoolOptions(verify_after=1.3))
+@with_pool(PoolOptions(verify_after=1.3))
+async def test_a_verification_does_not_count_as_a_use(pool: Pool[Wire]) -> None:
+    """P1, P6: it changes neither the order of use nor when a connection is trimmed."""
+    pool.resize(1)
+    first, second = await asyncio.gather(leased(pool), leased(pool))
+    pool.release(first)
+    await asyncio.sleep(1.0)
+    pool.release(second)
+    await asyncio.sleep(3.7)
+    assert (first.clears, second.clears) == (3, 2)
+    assert await leased(pool) is second
+    pool.release(second)
+    await asyncio.sleep(1.0)
+    assert (first.is_open, second.is_open) == (False, True)

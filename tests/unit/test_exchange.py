@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 
 from tests.unit.pool_kit import TakesBack, no_fault
-from tests.virtual import run
+from tests.virtual import in_virtual_time
 from xai_pool_patch.pool.pool import Acquired, Reason
 from xai_pool_patch.pool.supervisor import Supervisor
 from xai_pool_patch.protocol.connection import Connection, Heartbeat
@@ -37,38 +37,34 @@ class Socket:
         self.sent.append(frame)
 
 
-def exchange_of(cut_off: Reason | None, *, fresh: bool) -> tuple[Socket, TakesBack]:
+async def exchange_of(cut_off: Reason | None, *, fresh: bool) -> tuple[Socket, TakesBack]:
     socket: Any = Socket()
     pool: Any = TakesBack()
-
-    async def utterance() -> None:
-        supervisor = Supervisor(no_fault, close_timeout=1.0)
-        connection = Connection(
-            socket,
-            supervisor=supervisor,
-            heartbeat=Heartbeat(20.0),
-            close_timeout=1.0,
-            on_rate_limited=_raise,
-        )
-        await asyncio.sleep(0)
-        frames: list[Frame] = []
-        exchange = Exchange(
-            Acquired(connection, waited=0.0, reused=not fresh, fresh=fresh),
-            pool,
-            frames,
-            supervisor=supervisor,
-            acquire_fresh=_no_replay,
-            first_audio=FirstAudio(5.0),
-            on_replayed=_raise,
-        )
-        for frame in (TEXT, DONE):
-            frames.append(Frame("send_str", (frame, None), {}))
-            await exchange.send()
-        exchange.end(cut_off)
-        connection.reader.cancel()
-        await asyncio.wait([connection.reader])
-
-    run(utterance())
+    supervisor = Supervisor(no_fault, close_timeout=1.0)
+    connection = Connection(
+        socket,
+        supervisor=supervisor,
+        heartbeat=Heartbeat(20.0),
+        close_timeout=1.0,
+        on_rate_limited=_raise,
+    )
+    await asyncio.sleep(0)
+    frames: list[Frame] = []
+    exchange = Exchange(
+        Acquired(connection, waited=0.0, reused=not fresh, fresh=fresh),
+        pool,
+        frames,
+        supervisor=supervisor,
+        acquire_fresh=_no_replay,
+        first_audio=FirstAudio(5.0),
+        on_replayed=_raise,
+    )
+    for frame in (TEXT, DONE):
+        frames.append(Frame("send_str", (frame, None), {}))
+        await exchange.send()
+    exchange.end(cut_off)
+    connection.reader.cancel()
+    await asyncio.wait([connection.reader])
     return socket, pool
 
 
@@ -83,12 +79,12 @@ def _raise(fault: object, _: object) -> None:
 @pytest.mark.parametrize(
     ("fresh", "sent"), [(True, ["PING", TEXT, DONE]), (False, ["PING", "PING", TEXT, DONE])]
 )
-def test_a_ping_leaves_ahead_of_the_text(fresh: bool, sent: list[str]) -> None:
-    """Of a connection that was used before: its PONG comes between old audio and new.
-
-    The first PING is that of the dial.
-    """
-    socket, _ = exchange_of(None, fresh=fresh)
+@in_virtual_time
+async def test_a_ping_precedes_the_text_on_a_reused_connection(
+    fresh: bool, sent: list[str]
+) -> None:
+    """Its PONG separates old audio from new. The first PING is the one of the dial."""
+    socket, _ = await exchange_of(None, fresh=fresh)
     assert socket.sent == sent
 
 
@@ -100,7 +96,10 @@ def test_a_ping_leaves_ahead_of_the_text(fresh: bool, sent: list[str]) -> None:
         (Reason.FAILED, Reason.FAILED),
     ],
 )
-def test_only_an_interruption_is_worth_a_clear(cut_off: Reason | None, comes_back: Any) -> None:
-    """What ended otherwise proves nothing good of its connection."""
-    _, pool = exchange_of(cut_off, fresh=True)
+@in_virtual_time
+async def test_only_an_interruption_is_released_as_cut_off(
+    cut_off: Reason | None, comes_back: Any
+) -> None:
+    """The pool may clear such a connection. After a failure it is discarded."""
+    _, pool = await exchange_of(cut_off, fresh=True)
     assert pool.came_back == [comes_back]

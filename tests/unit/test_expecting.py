@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from tests.unit.pool_kit import HANDSHAKE, Network, Wire, idle, leased, now, play
+from tests.unit.pool_kit import HANDSHAKE, Network, Wire, idle, leased, now, with_pool
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool.backoff import FailureKind
 from xai_pool_patch.pool.pool import PREWARM_LASTS, SPARE_IDLE_TIME, Pool
@@ -19,224 +19,193 @@ async def speak(pool: Pool[Wire], caller: object) -> Wire:
     return wire
 
 
-def test_lean_keeps_nothing_between_replies() -> None:
+@with_pool()
+async def test_lean_keeps_nothing_between_replies(network: Network, pool: Pool[Wire]) -> None:
     """S1: a connection closes some tenths of a second after its last use, and none is dialled."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.resize(1)
-        pool.set_lean(True)
-        await asyncio.sleep(1.0)
-        assert network.wires == []
-        await speak(pool, ANN)
-        await asyncio.sleep(LINGER / 2)
-        await speak(pool, ANN)
-        assert len(network.wires) == 1
-        await asyncio.sleep(LINGER / 2)
-        assert len(network.open) == 1
-        await asyncio.sleep(LINGER)
-        assert (network.open, len(network.wires)) == ([], 1)
-
-    play(scenario)
+    pool.resize(1)
+    pool.set_lean(True)
+    await asyncio.sleep(1.0)
+    assert network.wires == []
+    await speak(pool, ANN)
+    await asyncio.sleep(LINGER / 2)
+    await speak(pool, ANN)
+    assert len(network.wires) == 1
+    await asyncio.sleep(LINGER / 2)
+    assert len(network.open) == 1
+    await asyncio.sleep(LINGER)
+    assert (network.open, len(network.wires)) == ([], 1)
 
 
-def test_one_dial_however_many_signs() -> None:
+@with_pool()
+async def test_one_dial_however_many_signs(network: Network, pool: Pool[Wire]) -> None:
     """S2: and the reply that was expected finds it ready."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.set_lean(True)
-        for _ in range(3):
-            pool.expect(ANN, now() + 10.0)
-            await asyncio.sleep(HANDSHAKE)
-        assert (await pool.acquire(1.0, caller=ANN)).reused
-        assert len(network.wires) == 1
-        counted = pool.metrics.counters.totals
-        assert (counted["signs_used"], counted["signs_unused"]) == (1, 0)
-
-    play(scenario)
+    pool.set_lean(True)
+    for _ in range(3):
+        pool.expect(ANN, now() + 10.0)
+        await asyncio.sleep(HANDSHAKE)
+    assert (await pool.acquire(1.0, caller=ANN)).reused
+    assert len(network.wires) == 1
+    counted = pool.metrics.counters.totals
+    assert (counted["signs_used"], counted["signs_unused"]) == (1, 0)
 
 
-def test_each_expected_caller_has_one() -> None:
+@with_pool()
+async def test_each_expected_caller_has_one(pool: Pool[Wire]) -> None:
     """S2: two sessions of one voice reply at the same time."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.resize(1)
-        pool.expect(ANN, now() + 10.0)
-        pool.expect(BOB, now() + 10.0)
-        await asyncio.sleep(1.0)
-        assert pool.idle == 2
-        for caller in (ANN, BOB):
-            assert (await pool.acquire(1.0, caller=caller)).reused
-
-    play(scenario)
+    pool.resize(1)
+    pool.expect(ANN, now() + 10.0)
+    pool.expect(BOB, now() + 10.0)
+    await asyncio.sleep(1.0)
+    assert pool.idle == 2
+    for caller in (ANN, BOB):
+        assert (await pool.acquire(1.0, caller=caller)).reused
 
 
-def test_a_connection_in_use_by_another_is_none_to_expect() -> None:
+@with_pool()
+async def test_a_connection_in_use_by_another_is_none_to_expect(pool: Pool[Wire]) -> None:
     """S2: Bob needs one of his own while Ann speaks."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.set_lean(True)
-        await pool.acquire(1.0, caller=ANN)
-        pool.expect(BOB, now() + 10.0)
-        await asyncio.sleep(1.0)
-        assert (pool.leased, pool.idle) == (1, 1)
-
-    play(scenario)
+    pool.set_lean(True)
+    await pool.acquire(1.0, caller=ANN)
+    pool.expect(BOB, now() + 10.0)
+    await asyncio.sleep(1.0)
+    assert (pool.leased, pool.idle) == (1, 1)
 
 
-def test_who_speaks_next_takes_the_connection_that_it_has() -> None:
+@with_pool()
+async def test_who_speaks_next_takes_the_connection_that_it_has(
+    network: Network, pool: Pool[Wire]
+) -> None:
     """S2: a queued reply waits for the one that speaks, and needs no second session."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.set_lean(True)
-        wire = (await pool.acquire(1.0, caller=ANN)).connection
-        pool.expect(ANN, now() + 10.0)
-        await asyncio.sleep(2.0)
-        pool.release(wire)
-        await asyncio.sleep(10 * LINGER)
-        assert (await pool.acquire(1.0, caller=ANN)).connection is wire
-        assert len(network.wires) == 1
-
-    play(scenario)
+    pool.set_lean(True)
+    wire = (await pool.acquire(1.0, caller=ANN)).connection
+    pool.expect(ANN, now() + 10.0)
+    await asyncio.sleep(2.0)
+    pool.release(wire)
+    await asyncio.sleep(10 * LINGER)
+    assert (await pool.acquire(1.0, caller=ANN)).connection is wire
+    assert len(network.wires) == 1
 
 
-def test_a_reply_that_does_not_come_costs_one_connection_for_a_while() -> None:
+@with_pool()
+async def test_a_reply_that_does_not_come_costs_one_connection_for_a_while(
+    network: Network, pool: Pool[Wire]
+) -> None:
     """S2: withdrawn, or not heard of any more."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.set_lean(True)
-        pool.expect(ANN, now() + 3.0)
-        pool.expect(ANN, now() + 2.0)
-        await asyncio.sleep(2.9)
-        assert len(network.open) == 1
-        await asyncio.sleep(0.2)
-        assert network.open == []
-        pool.expect(ANN, now() + 10.0)
-        await asyncio.sleep(1.0)
-        pool.withdraw(ANN)
-        pool.withdraw(BOB)
-        assert network.open == []
-        assert pool.metrics.counters.totals["signs_unused"] == 2
-
-    play(scenario)
+    pool.set_lean(True)
+    pool.expect(ANN, now() + 3.0)
+    pool.expect(ANN, now() + 2.0)
+    await asyncio.sleep(2.9)
+    assert len(network.open) == 1
+    await asyncio.sleep(0.2)
+    assert network.open == []
+    pool.expect(ANN, now() + 10.0)
+    await asyncio.sleep(1.0)
+    pool.withdraw(ANN)
+    pool.withdraw(BOB)
+    assert network.open == []
+    assert pool.metrics.counters.totals["signs_unused"] == 2
 
 
-def test_prewarm_is_for_whoever_asks_first() -> None:
+@with_pool()
+async def test_prewarm_is_for_whoever_asks_first(network: Network, pool: Pool[Wire]) -> None:
     """S2: and only for so long, unless something else keeps it."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.set_lean(True)
-        pool.prewarm()
-        await asyncio.sleep(PREWARM_LASTS - 0.1)
-        assert pool.idle == 1
-        assert (await pool.acquire(1.0, caller=ANN)).reused
-        pool.prewarm()
-        await asyncio.sleep(PREWARM_LASTS + LINGER)
-        assert len(network.wires) == 1
-
-    play(scenario)
+    pool.set_lean(True)
+    pool.prewarm()
+    await asyncio.sleep(PREWARM_LASTS - 0.1)
+    assert pool.idle == 1
+    assert (await pool.acquire(1.0, caller=ANN)).reused
+    pool.prewarm()
+    await asyncio.sleep(PREWARM_LASTS + LINGER)
+    assert len(network.wires) == 1
 
 
-def test_warm_keeps_what_it_keeps() -> None:
+@with_pool()
+async def test_warm_keeps_what_it_keeps(network: Network, pool: Pool[Wire]) -> None:
     """S1: a sign makes no second connection where one is ready."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.resize(1)
-        await asyncio.sleep(1.0)
-        pool.expect(ANN, now() + 10.0)
-        await asyncio.sleep(1.0)
-        await speak(pool, ANN)
-        await asyncio.sleep(100.0)
-        assert len(network.wires) == len(network.open) == 1
-
-    play(scenario)
+    pool.resize(1)
+    await asyncio.sleep(1.0)
+    pool.expect(ANN, now() + 10.0)
+    await asyncio.sleep(1.0)
+    await speak(pool, ANN)
+    await asyncio.sleep(100.0)
+    assert len(network.wires) == len(network.open) == 1
 
 
-def test_lean_begins_and_ends() -> None:
+@with_pool()
+async def test_lean_begins_and_ends(network: Network, pool: Pool[Wire]) -> None:
     """S1, S3: idle connections close at once when it begins; when it ends, the pool is warm."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.resize(1)
-        wires = await idle(pool, 2)
-        await asyncio.sleep(2 * LINGER)
-        pool.set_lean(True)
-        await asyncio.sleep(0.01)
-        assert [wire.is_open for wire in wires] == [False, False]
-        await asyncio.sleep(10.0)
-        assert network.open == []
-        pool.set_lean(False)
-        await asyncio.sleep(1.0)
-        assert pool.idle == 1
-
-    play(scenario)
+    pool.resize(1)
+    wires = await idle(pool, 2)
+    await asyncio.sleep(2 * LINGER)
+    pool.set_lean(True)
+    await asyncio.sleep(0.01)
+    assert [wire.is_open for wire in wires] == [False, False]
+    await asyncio.sleep(10.0)
+    assert network.open == []
+    pool.set_lean(False)
+    await asyncio.sleep(1.0)
+    assert pool.idle == 1
 
 
-def test_an_expected_reply_dials_no_sooner_than_the_backoff_says() -> None:
+@with_pool()
+async def test_an_expected_reply_dials_no_sooner_than_the_backoff_says(
+    network: Network, pool: Pool[Wire]
+) -> None:
     """P4: a sign is no caller."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        network.refuse = [FailureKind.RATE_LIMITED, None]
-        pool.set_lean(True)
-        pool.expect(ANN, now() + 10.0)
-        await asyncio.sleep(HANDSHAKE + 0.1)
-        pool.expect(ANN, now() + 10.0)
-        assert len(network.dialled_at) == 1
-        await asyncio.sleep(0.5 + HANDSHAKE)
-        assert pool.idle == 1
-
-    play(scenario)
+    network.refuse = [FailureKind.RATE_LIMITED, None]
+    pool.set_lean(True)
+    pool.expect(ANN, now() + 10.0)
+    await asyncio.sleep(HANDSHAKE + 0.1)
+    pool.expect(ANN, now() + 10.0)
+    assert len(network.dialled_at) == 1
+    await asyncio.sleep(0.5 + HANDSHAKE)
+    assert pool.idle == 1
 
 
-def test_closing_idle_connections_makes_room() -> None:
+@with_pool()
+async def test_closing_idle_connections_makes_room(network: Network, pool: Pool[Wire]) -> None:
     """S4: the tasks end when the closes do; what is leased stays."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        wire = await leased(pool)
-        await idle(pool, 1)
-        tasks = pool.close_idle()
-        await asyncio.wait(tasks)
-        assert [each.is_open for each in network.wires] == [True, False]
-        await asyncio.sleep(0.0)
-        assert pool.close_idle() == []
-        pool.release(wire)
-
-    play(scenario)
+    wire = await leased(pool)
+    await idle(pool, 1)
+    tasks = pool.close_idle()
+    await asyncio.wait(tasks)
+    assert [each.is_open for each in network.wires] == [True, False]
+    await asyncio.sleep(0.0)
+    assert pool.close_idle() == []
+    pool.release(wire)
 
 
-def test_a_spare_closes_within_seconds() -> None:
+@with_pool()
+async def test_a_spare_closes_within_seconds(pool: Pool[Wire]) -> None:
     """S5: a dial that came too late to be needed."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.resize(1)
-        [wire] = await idle(pool, 1)
-        taken = await leased(pool)
-        late = asyncio.create_task(leased(pool))
-        await asyncio.sleep(HANDSHAKE / 2)
-        pool.release(taken)
-        assert await late is wire
-        pool.release(wire)
-        await asyncio.sleep(HANDSHAKE)
-        assert pool.idle == 2
-        await asyncio.sleep(SPARE_IDLE_TIME)
-        assert pool.idle == 1
-
-    play(scenario)
+    pool.resize(1)
+    [wire] = await idle(pool, 1)
+    taken = await leased(pool)
+    late = asyncio.create_task(leased(pool))
+    await asyncio.sleep(HANDSHAKE / 2)
+    pool.release(taken)
+    assert await late is wire
+    pool.release(wire)
+    await asyncio.sleep(HANDSHAKE)
+    assert pool.idle == 2
+    await asyncio.sleep(SPARE_IDLE_TIME)
+    assert pool.idle == 1
 
 
-def test_a_dial_for_a_voice_left_meanwhile_is_closed() -> None:
+@with_pool()
+async def test_a_dial_for_a_voice_left_meanwhile_is_closed(
+    network: Network, pool: Pool[Wire]
+) -> None:
     """P11: at once; a voice that has spoken keeps its connection for a while."""
-
-    async def scenario(network: Network, pool: Pool[Wire]) -> None:
-        pool.resize(1)
-        await asyncio.sleep(HANDSHAKE / 2)
-        pool.leave()
-        await asyncio.sleep(HANDSHAKE)
-        assert (len(network.wires), network.open) == (1, [])
-        pool.resize(1)
-        await speak(pool, ANN)
-        pool.leave()
-        await asyncio.sleep(50.0)
-        assert pool.idle == 1
-        await asyncio.sleep(11.0)
-        assert pool.idle == 0
-
-    play(scenario)
+    pool.resize(1)
+    await asyncio.sleep(HANDSHAKE / 2)
+    pool.leave()
+    await asyncio.sleep(HANDSHAKE)
+    assert (len(network.wires), network.open) == (1, [])
+    pool.resize(1)
+    await speak(pool, ANN)
+    pool.leave()
+    await asyncio.sleep(50.0)
+    assert pool.idle == 1
+    await asyncio.sleep(11.0)
+    assert pool.idle == 0

@@ -15,13 +15,7 @@ import aiohttp
 from aiohttp import WSMsgType
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.unit.pool_kit import no_fault
 from tests.virtual import VirtualLoop, block

@@ -1,4 +1,4 @@
-"""T1: what a pool tells of each event, in the log and in its statistics."""
+"""T1: each event of a pool, in the log and in its statistics."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.pool_kit import HANDSHAKE, Network, make_pool
-from tests.virtual import run
-from xai_pool_patch.options import PoolOptions
+from tests.unit.pool_kit import HANDSHAKE, Network, with_pool
 from xai_pool_patch.pool.backoff import FailureKind
 from xai_pool_patch.pool.pool import Pool, Reason
 from xai_pool_patch.telemetry.log import FIELD_PREFIX, LogEvent
@@ -22,31 +20,21 @@ ABOUT_1600 = pytest.approx(1600.0, abs=100.0)
 Scenario = Callable[[Network, Pool[Any]], Coroutine[Any, Any, None]]
 
 
-def told(
-    caplog: pytest.LogCaptureFixture, scenario: Scenario, options: PoolOptions | None = None
-) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, Any]]:
-    """What a scenario had logged, each with its own attributes, and what it was counted as."""
+@pytest.fixture(autouse=True)
+def everything_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "xai_pool_patch")
 
-    async def whole() -> dict[str, Any]:
-        network = Network()
-        pool = make_pool(network, options)
-        await scenario(network, pool)
-        counted = dict(pool.metrics.counters.totals)
-        caplog.set_level(logging.CRITICAL, "xai_pool_patch")
-        await pool.aclose()
-        return counted
 
-    counted = run(whole())
+def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[str, dict[str, Any]]]:
+    """Each message so far, with its own fields."""
     usual = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
-    records = [
+    return [
         (
             r.getMessage(),
             {k.removeprefix(FIELD_PREFIX): v for k, v in vars(r).items() if k not in usual},
         )
         for r in caplog.records
     ]
-    return records, counted
 
 
 async def one_idle(pool: Pool[Any]) -> Any:
@@ -55,14 +43,14 @@ async def one_idle(pool: Pool[Any]) -> Any:
     return wire
 
 
-def test_connected_waited_and_reused(caplog: pytest.LogCaptureFixture) -> None:
-    """INFO for the connection, DEBUG for each turn; waits and handshakes in milliseconds."""
-
-    async def scenario(network: Network, pool: Pool[Any]) -> None:
-        await one_idle(pool)
-        await one_idle(pool)
-
-    records, counted = told(caplog, scenario)
+@with_pool()
+async def test_dials_waits_and_reuse_are_logged_and_counted(
+    pool: Pool[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """INFO for a connection, DEBUG for a turn; waits and handshakes in milliseconds."""
+    await one_idle(pool)
+    await one_idle(pool)
+    records, counted = logged(caplog), pool.metrics.counters.totals
     assert records == [
         ("connected", {"number": 1, "connect_ms": 450.0}),
         ("waited", {"number": 1, "wait_ms": 450.0}),
@@ -130,15 +118,19 @@ async def close(network: Network, pool: Pool[Any]) -> None:
         (close, "shutdown", 0.0, 0.0),
     ],
 )
-def test_the_end_of_a_connection(
+@with_pool()
+async def test_the_end_of_a_connection_is_logged_and_counted_once(
+    network: Network,
+    pool: Pool[Any],
     operation: Scenario,
     reason: str,
     age_s: float,
     idle_s: float | None,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """One event says why and after what time, and is counted once."""
-    records, counted = told(caplog, operation)
+    """One event `closed`, with its reason, its age and how long it was idle."""
+    await operation(network, pool)
+    records, counted = logged(caplog), pool.metrics.counters.totals
     [fields] = [fields for message, fields in records if message == "closed"]
     assert (fields["reason"], fields["age_s"]) == (reason, age_s)
     assert fields.get("idle_s") == idle_s
@@ -150,17 +142,19 @@ def test_the_end_of_a_connection(
     ("failure_kind", "retry_in_s"),
     [(FailureKind.TRANSIENT, pytest.approx(0.45, abs=0.06)), (FailureKind.PERMANENT, None)],
 )
-def test_a_failed_standby_says_when_the_next_try_is(
-    failure_kind: FailureKind, retry_in_s: float | None, caplog: pytest.LogCaptureFixture
+@with_pool()
+async def test_a_failed_standby_is_logged_with_the_time_to_the_next_attempt(
+    network: Network,
+    pool: Pool[Any],
+    failure_kind: FailureKind,
+    retry_in_s: float | None,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A WARNING; no number where only a caller's success makes another: JSON has no infinity."""
-
-    async def scenario(network: Network, pool: Pool[Any]) -> None:
-        network.refuse = [failure_kind]
-        pool.resize(1)
-        await asyncio.sleep(HANDSHAKE + 0.1)
-
-    records, counted = told(caplog, scenario)
+    """A WARNING. After a permanent failure the field is None: JSON has no infinity."""
+    network.refuse = [failure_kind]
+    pool.resize(1)
+    await asyncio.sleep(HANDSHAKE + 0.1)
+    records, counted = logged(caplog), pool.metrics.counters.totals
     [(message, fields)] = records
     assert (message, caplog.records[0].levelname) == ("standby failed", "WARNING")
     assert fields["retry_in_s"] == retry_in_s
@@ -168,21 +162,21 @@ def test_a_failed_standby_says_when_the_next_try_is(
     assert counted["standby_failures"] == 1
 
 
-def test_no_field_hides_what_a_log_record_says_itself(caplog: pytest.LogCaptureFixture) -> None:
+@with_pool()
+async def test_no_field_collides_with_an_attribute_of_log_records(
+    network: Network, pool: Pool[Any], caplog: pytest.LogCaptureFixture
+) -> None:
     """`logging` refuses a record whose extra fields overwrite its own."""
     assert len({event.message for event in LogEvent}) == len(LogEvent)
-
-    async def scenario(network: Network, pool: Pool[Any]) -> None:
-        for operation in (lose, interrupt, trim):
-            await operation(network, pool)
-        pool.metrics.replayed(0.1, "no answer")
-        pool.metrics.replay_failed(OSError("no"), "no answer")
-
-    records, _ = told(caplog, scenario)
+    for operation in (lose, interrupt, trim):
+        await operation(network, pool)
+    pool.metrics.replayed(0.1, "no answer")
+    pool.metrics.replay_failed(OSError("no"), "no answer")
+    records = logged(caplog)
     assert all(fields.keys() >= {"number"} for _, fields in records)
 
 
-def test_counters_of_a_pool_are_counted_into_those_of_its_loop() -> None:
+def test_counts_of_a_pool_are_added_to_those_of_its_loop() -> None:
     """So what a pool did stays in the totals when the pool is gone."""
     loop = Counters()
     first, second = Counters(loop), Counters(loop)
@@ -194,8 +188,8 @@ def test_counters_of_a_pool_are_counted_into_those_of_its_loop() -> None:
     assert loop.totals["connect_ms_max"] == 200.0
 
 
-def test_the_tally_of_a_tts() -> None:
-    """What is told when it closes: a replay's wait is a wait of the same utterance."""
+def test_usage_of_a_tts_includes_the_waits_of_replays() -> None:
+    """A replay's wait belongs to the same utterance."""
     usage = UsageStats()
     usage.begun(0.45, reused=False)
     usage.begun(0.0, reused=True)

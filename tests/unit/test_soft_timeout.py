@@ -1,4 +1,4 @@
-"""A time that passes only while the event loop runs, on a loop whose time is injected."""
+"""A timeout that counts only the time in which the event loop runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.unit.pool_kit import no_fault
-from tests.virtual import block, run
+from tests.virtual import block, in_virtual_time
 from xai_pool_patch.pool.soft_timeout import TICKS, SoftTimeout
 from xai_pool_patch.pool.supervisor import Supervisor
 
@@ -19,52 +19,55 @@ TICK = SECONDS / TICKS
 Meanwhile = Callable[[SoftTimeout], Coroutine[Any, Any, None]]
 
 
-def ends_of(meanwhile: Meanwhile, seconds: float = SECONDS) -> list[float]:
-    """When it ended, by the clock, while that happened."""
-
-    async def scenario() -> list[float]:
-        loop = asyncio.get_running_loop()
-        began, ends = loop.time(), list[float]()
-        supervisor = Supervisor(no_fault, close_timeout=1.0)
-        patience = SoftTimeout(supervisor, seconds, lambda: ends.append(loop.time() - began))
-        await meanwhile(patience)
-        await asyncio.sleep(10.0)
-        assert patience.is_over == (seconds == 0.0 or ends != [])
-        return ends
-
-    return run(scenario())
+async def ends_of(meanwhile: Meanwhile, seconds: float = SECONDS) -> list[float]:
+    """After how many seconds a soft timeout called back, while that happened."""
+    loop = asyncio.get_running_loop()
+    began, ends = loop.time(), list[float]()
+    supervisor = Supervisor(no_fault, close_timeout=1.0)
+    timeout = SoftTimeout(supervisor, seconds, lambda: ends.append(loop.time() - began))
+    await meanwhile(timeout)
+    await asyncio.sleep(10.0)
+    assert timeout.is_over == (seconds == 0.0 or ends != [])
+    return ends
 
 
-async def nothing(patience: SoftTimeout) -> None:
+async def nothing(timeout: SoftTimeout) -> None:
     await asyncio.sleep(SECONDS - TICK / 2)
-    assert not patience.is_over
+    assert not timeout.is_over
 
 
-async def a_block(patience: SoftTimeout) -> None:
+async def a_block(timeout: SoftTimeout) -> None:
     await asyncio.sleep(2.5 * TICK)
     block(5.0)
     await asyncio.sleep(0.0)
-    assert not patience.is_over
+    assert not timeout.is_over
 
 
-async def a_stop(patience: SoftTimeout) -> None:
+async def a_stop(timeout: SoftTimeout) -> None:
     await asyncio.sleep(2.5 * TICK)
-    patience.stop()
-    patience.stop()
+    timeout.stop()
+    timeout.stop()
 
 
-def test_it_ends_once_and_on_time() -> None:
-    assert ends_of(nothing) == [pytest.approx(SECONDS)]
+@in_virtual_time
+async def test_it_calls_back_once_and_on_time() -> None:
+    """Nothing else happens on the loop."""
+    assert await ends_of(nothing) == [pytest.approx(SECONDS)]
 
 
-def test_a_block_costs_one_tick_at_most() -> None:
-    assert ends_of(a_block) == [pytest.approx(2.5 * TICK + 5.0 + (TICKS - 3) * TICK)]
+@in_virtual_time
+async def test_a_blocked_loop_counts_as_one_tick_at_most() -> None:
+    """Five seconds of blocking stand for the rest of one tick."""
+    assert await ends_of(a_block) == [pytest.approx(2.5 * TICK + 5.0 + (TICKS - 3) * TICK)]
 
 
-def test_one_that_is_stopped_never_ends() -> None:
-    assert ends_of(a_stop) == []
+@in_virtual_time
+async def test_a_stopped_one_never_calls_back() -> None:
+    """A second stop() changes nothing."""
+    assert await ends_of(a_stop) == []
 
 
-def test_none_at_all_is_over_from_the_start() -> None:
-    """Nobody waited, so nobody is told; and stopping it is no fault."""
-    assert ends_of(a_stop, seconds=0.0) == []
+@in_virtual_time
+async def test_a_timeout_of_zero_is_over_from_the_start() -> None:
+    """Nobody waited, so it does not call back; stop() is harmless."""
+    assert await ends_of(a_stop, seconds=0.0) == []

@@ -152,6 +152,11 @@ class Pool(Generic[C]):
         )
 
     @property
+    def connections(self) -> tuple[C, ...]:
+        """The connections that the pool holds: idle, leased, or being cleared."""
+        return tuple(self._entries)
+
+    @property
     def idle(self) -> int:
         return len(self._idle)
 

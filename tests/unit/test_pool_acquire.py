@@ -1,0 +1,133 @@
+"""Which connection a caller gets, and how it gives it back."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.unit.pool_kit import HANDSHAKE, Network, Wire, idle, leased, now, with_pool
+from xai_pool_patch.pool.pool import Pool, Reason
+
+
+@with_pool()
+async def test_an_idle_connection_is_handed_out_without_waiting(pool: Pool[Wire]) -> None:
+    """P1: with an idle connection, acquire() does not even yield to the event loop."""
+    [wire] = await idle(pool, 1)
+    with pytest.raises(StopIteration) as finished:
+        pool.acquire(10.0).send(None)
+    acquired = finished.value.value
+    assert (acquired.connection, acquired.waited, acquired.reused) == (wire, 0.0, True)
+    pool.release(wire)
+
+
+@with_pool()
+async def test_the_connection_used_last_is_used_next(pool: Pool[Wire]) -> None:
+    """P1: so the others can grow old and be trimmed."""
+    wires = await idle(pool, 3)
+    assert [await leased(pool) for _ in wires] == wires[::-1]
+
+
+@with_pool()
+async def test_a_first_caller_waits_for_a_handshake(pool: Pool[Wire]) -> None:
+    """P2: the connection counts as fresh and not as reused; the wait is the handshake."""
+    acquired = await pool.acquire(10.0)
+    assert acquired.waited == pytest.approx(HANDSHAKE)
+    assert (acquired.reused, acquired.fresh) == (False, True)
+
+
+@with_pool()
+async def test_a_connection_waited_for_and_used_before_is_neither_reused_nor_fresh(
+    pool: Pool[Wire],
+) -> None:
+    """Reused means that nobody waited for it, fresh that nobody has used it."""
+    wire = await leased(pool)
+    waiting = asyncio.create_task(pool.acquire(10.0))
+    await asyncio.sleep(0.1)
+    pool.release(wire)
+    acquired = await waiting
+    assert (acquired.connection, acquired.reused, acquired.fresh) == (wire, False, False)
+
+
+@with_pool()
+async def test_ten_callers_wait_as_long_as_one_handshake(pool: Pool[Wire]) -> None:
+    """P2: dials run side by side."""
+    began = now()
+    wires = await asyncio.gather(*(leased(pool) for _ in range(10)))
+    assert now() - began == pytest.approx(HANDSHAKE)
+    assert len(set(wires)) == 10
+
+
+@with_pool()
+async def test_a_released_connection_goes_to_the_first_waiter(pool: Pool[Wire]) -> None:
+    """P2: first come, first served, and a hand-off is faster than a dial."""
+    first, second = await asyncio.gather(leased(pool), leased(pool))
+    earlier = asyncio.create_task(leased(pool))
+    later = asyncio.create_task(leased(pool))
+    await asyncio.sleep(HANDSHAKE / 2)
+    pool.release(first)
+    assert await earlier is first
+    assert not later.done()
+    pool.release(second)
+    assert await later is second
+
+
+@with_pool()
+async def test_waiters_are_served_in_order_whichever_dial_ends_first(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """P2: a quick dial serves the first waiter, and a slow one the caller of the quick dial."""
+    network.handshake = 0.9
+    slow = asyncio.create_task(leased(pool))
+    await asyncio.sleep(0.1)
+    network.handshake = 0.2
+    quick = asyncio.create_task(leased(pool))
+    await asyncio.sleep(0.25)
+    assert slow.done()
+    assert not quick.done()
+    await quick
+    assert now() - network.dialled_at[0] == pytest.approx(0.9)
+
+
+@with_pool()
+async def test_a_fresh_connection_is_one_that_nobody_has_used(pool: Pool[Wire]) -> None:
+    """L3: a replay takes neither an idle connection nor one that is released meanwhile."""
+    [used] = await idle(pool, 1)
+    wanting = asyncio.create_task(pool.acquire(10.0, fresh=True))
+    await asyncio.sleep(0.1)
+    pool.release(await leased(pool))
+    assert (await wanting).connection is not used
+    assert pool.idle == 1
+
+
+@with_pool()
+async def test_evicting_a_connection_closes_those_as_old_or_older(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """L3: of the idle ones only; younger connections stay."""
+    older = await asyncio.gather(*(leased(pool) for _ in range(3)))
+    await asyncio.sleep(1.0)
+    younger = await leased(pool)
+    for wire in [*older[:2], younger]:
+        pool.release(wire)
+    pool.evict(older[2])
+    assert network.open == [younger]
+
+
+@with_pool()
+async def test_releasing_a_connection_that_is_not_reusable_discards_it(pool: Pool[Wire]) -> None:
+    """A connection that broke while it was leased never becomes idle."""
+    wire = await leased(pool)
+    wire.is_reusable = False
+    pool.release(wire)
+    assert (pool.idle, pool.leased) == (0, 0)
+
+
+@with_pool()
+async def test_only_the_first_release_or_discard_of_a_lease_counts(pool: Pool[Wire]) -> None:
+    """Another discard or release of the same lease changes nothing."""
+    wire = await leased(pool)
+    pool.discard(wire, Reason.FAILED)
+    pool.discard(wire, Reason.FAILED)
+    pool.release(wire)
+    assert (pool.idle, pool.leased) == (0, 0)
