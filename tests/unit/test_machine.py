@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -20,9 +21,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.unit.pool_kit import no_fault
 from tests.virtual import VirtualLoop, block
 from xai_pool_patch.manager import Connect, PoolKey, PoolManager
-from xai_pool_patch.options import PoolOptions
+from xai_pool_patch.options import PoolOptions, Warm
 from xai_pool_patch.pool.pool import AcquireTimeoutError, DialFailedError, Pool, Reason
 from xai_pool_patch.protocol.connection import TEXT_CLEAR, Connection
+from xai_pool_patch.sessions.limit import SessionLimit
+from xai_pool_patch.sessions.mark import Mark, digest_of
 
 T = TypeVar("T")
 
@@ -41,6 +44,7 @@ CLEARS = {
     "twice": {0.0: [CLEARED, CLEARED]},
 }
 """What comes of a clear, by the seconds over the round trip that it takes."""
+CALLERS = ["Ann", "Bob"]
 VOICES = st.sampled_from(["ara", "eve", "rex"])
 
 
@@ -103,6 +107,8 @@ class World:
     clearing: str = "acknowledged"
     """What the connections dialled from now on do."""
     session: Session = field(default_factory=Session)
+    limit: int = 1000
+    """Open sockets above which a dial is refused."""
 
     def at(self, voice: str) -> tuple[PoolKey, Callable[[], Connect]]:
         async def connect(timeout: float) -> Any:
@@ -110,6 +116,8 @@ class World:
             await asyncio.wait_for(asyncio.sleep(1e9 if fate == "hangs" else HANDSHAKE), timeout)
             if isinstance(fate, int):
                 raise RefusedError(fate)
+            if len(self.open) >= self.limit:
+                raise RefusedError(429)
             self.sockets.append(Socket(voice, self.clearing))
             return self.sockets[-1]
 
@@ -119,6 +127,24 @@ class World:
     @property
     def open(self) -> list[Socket]:
         return [socket for socket in self.sockets if socket.is_open]
+
+
+class Others:
+    """What other processes know: a store of marks."""
+
+    name, interval = "others", 0.5
+
+    def __init__(self) -> None:
+        self.mark: Mark | None = None
+
+    async def read(self, digest: str) -> Mark | None:
+        return self.mark
+
+    async def write(self, digest: str, mark: Mark) -> None:
+        self.mark = mark
+
+    async def aclose(self) -> None:
+        pass
 
 
 @dataclass(eq=False)
@@ -133,8 +159,13 @@ class Turn:
 
 
 class Agents(RuleBasedStateMachine):
-    @initialize(min_size=st.integers(0, 2), clears=st.booleans(), verifies=st.booleans())
-    def begin(self, min_size: int, clears: bool, verifies: bool) -> None:
+    @initialize(
+        min_size=st.integers(0, 2),
+        clears=st.booleans(),
+        verifies=st.booleans(),
+        warm=st.sampled_from(["auto", "auto", "always", "reply"]),
+    )
+    def begin(self, min_size: int, clears: bool, verifies: bool, warm: Warm) -> None:
         self.loop = VirtualLoop()
         self.complaints: list[Any] = []
         self.loop.set_exception_handler(lambda _, context: self.complaints.append(context))
@@ -143,7 +174,10 @@ class Agents(RuleBasedStateMachine):
             max_age=MAX_AGE,
             interruption="clear" if clears else "discard",
             verify_after=30.0 if verifies else None,
+            warm=warm,
         )
+        self.others = Others()
+        limit = SessionLimit(self.loop.time, self.loop.time, random.Random(1))
         self.world = World()
         self.ttss = [TTS()]
         self.turns: list[Turn] = []
@@ -151,7 +185,7 @@ class Agents(RuleBasedStateMachine):
         """Each, and when it was first seen."""
 
         async def make() -> PoolManager:
-            return PoolManager(self.options, no_fault, {}, [])
+            return PoolManager(self.options, no_fault, {digest_of("key"): limit}, [self.others])
 
         self.pools = self.loop.run_until_complete(make())
         self.pools._jitter.seed(1)
@@ -188,12 +222,17 @@ class Agents(RuleBasedStateMachine):
             self.ttss[-1].voice = voice
 
     @precondition(lambda self: self.ttss)
-    @rule(data=st.data(), timeout=st.sampled_from([0.1, 2.0, 10.0]), settle=st.booleans())
-    def ask(self, data: st.DataObject, timeout: float, settle: bool) -> None:
+    @rule(
+        data=st.data(),
+        timeout=st.sampled_from([0.1, 2.0, 10.0]),
+        caller=st.sampled_from([None, *CALLERS]),
+        settle=st.booleans(),
+    )
+    def ask(self, data: st.DataObject, timeout: float, caller: str | None, settle: bool) -> None:
         tts = self.pick(data, self.ttss)
 
         async def acquire(pool: Pool[Connection], voice: str) -> Connection:
-            connection = (await pool.acquire(timeout)).connection
+            connection = (await pool.acquire(timeout, caller=caller)).connection
             socket: Any = connection.ws
             assert connection.is_reusable
             assert socket.voice == voice
@@ -207,6 +246,24 @@ class Agents(RuleBasedStateMachine):
         self.inside(begin)
         if settle:
             self.let()
+
+    @precondition(lambda self: self.pools.pools)
+    @rule(
+        data=st.data(), caller=st.sampled_from(CALLERS), seconds=st.sampled_from([0.0, 1.0, 10.0])
+    )
+    def show_signs_of_a_reply(self, data: st.DataObject, caller: str, seconds: float) -> None:
+        pool = self.pick(data, list(self.pools.pools.values()))
+        self.inside(lambda: pool.expect(caller, self.loop.time() + seconds))
+
+    @precondition(lambda self: self.pools.pools)
+    @rule(data=st.data(), caller=st.sampled_from(CALLERS))
+    def end_a_reply_without_a_word(self, data: st.DataObject, caller: str) -> None:
+        self.inside(self.pick(data, list(self.pools.pools.values())).withdraw, caller)
+
+    @precondition(lambda self: self.pools.pools)
+    @rule(data=st.data())
+    def prewarm(self, data: st.DataObject) -> None:
+        self.inside(self.pick(data, list(self.pools.pools.values())).prewarm)
 
     @precondition(lambda self: self.speaking)
     @rule(data=st.data(), how=st.sampled_from(["completed", "failed", "interrupted", "cut early"]))
@@ -267,6 +324,14 @@ class Agents(RuleBasedStateMachine):
     def prepare_dials(self, fates: list[int | str]) -> None:
         self.world.next_dials = fates
 
+    @rule(limit=st.sampled_from([0, 1, 2, 1000]))
+    def limit_the_sessions(self, limit: int) -> None:
+        self.world.limit = limit
+
+    @rule(seconds=st.sampled_from([5.0, 120.0]))
+    def others_are_refused(self, seconds: float) -> None:
+        self.others.mark = Mark(self.loop.time() + seconds, 120.0)
+
     @rule(clearing=st.sampled_from(sorted(CLEARS)))
     def answer_clears(self, clearing: str) -> None:
         self.world.clearing = clearing
@@ -289,7 +354,7 @@ class Agents(RuleBasedStateMachine):
     @rule()
     def rest(self) -> None:
         """Nothing fails for a while: then everything is as it should be."""
-        self.world.next_dials, self.world.clearing = [], "acknowledged"
+        self.world.next_dials, self.world.clearing, self.world.limit = [], "acknowledged", 1000
         self.let(120.0)
         if any(pool.connecting for pool in self.pools.pools.values()):
             self.let(1.0)  # a rotation, of all moments in this one
@@ -299,7 +364,7 @@ class Agents(RuleBasedStateMachine):
                 tts.voice == dict(key.options)["voice"] and self.pools.knows(tts)
                 for tts in self.ttss
             )
-            least = self.options.min_size if used else 0
+            least = self.options.min_size if used and not pool.is_lean else 0
             assert pool.connecting == 0
             unused = pool.idle + pool.clearing
             assert pool.leased + unused <= max(least, pool.leased), "holds more than it uses"
@@ -324,6 +389,18 @@ class Agents(RuleBasedStateMachine):
             for clear in pool._clearing.under_way.values():
                 began = self.clears.setdefault(clear, now)
                 assert now - began <= self.options.clear_timeout
+
+    @invariant()
+    def at_most_two_voices_each(self) -> None:
+        for tts in self.ttss:
+            if self.pools.knows(tts):
+                assert len(self.pools._users[tts].visited) <= 2
+
+    @invariant()
+    def warm_and_lean_are_as_the_options_say(self) -> None:
+        lean = {pool.is_lean for pool in self.pools.pools.values()}
+        if self.options.warm != "auto":
+            assert lean <= {self.options.warm == "reply"}
 
     @invariant()
     def failures_are_those_that_callers_know(self) -> None:
