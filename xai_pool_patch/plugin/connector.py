@@ -92,10 +92,10 @@ class _View:
     """
 
     def __init_subclass__(cls) -> None:
-        pass  # the TTS's class means its hook for the application's subclasses
+        pass  # not the hook of the TTS's class, which is for the application's subclasses
 
     def __del__(self) -> None:
-        pass  # the TTS's class means its finalizer for the TTS
+        pass  # not the finalizer of the TTS's class, which is for the TTS
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self).get("_viewed"), name)

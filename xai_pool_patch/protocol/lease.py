@@ -269,7 +269,7 @@ class _Bare:
     ws: aiohttp.ClientWebSocketResponse
     frames: list[Frame]
     progress: _Progress | Attempt
-    """Shared with a send that may still be under way, so that no frame is sent twice."""
+    """Shared with a send that may still be running, so that no frame is sent twice."""
     received: asyncio.Queue[aiohttp.WSMessage | Exception] | None = None
     """Messages that came before, for the plugin to receive first."""
     reader: asyncio.Task[None] | None = None

@@ -31,13 +31,13 @@ class Stage(enum.Enum):
     CLEARING = "clearing"
     """The acknowledgement of a `text.clear`. Audio of the utterance may come before it."""
     VERIFYING = "verifying"
-    """The acknowledgement of a `text.clear` and nothing else: no utterance is under way."""
+    """The acknowledgement of a `text.clear` and nothing else: there is no utterance to cancel."""
     DIRTY = "dirty"
     """Nobody can say. Such a connection never serves another utterance."""
 
 
 # A frame that is not listed for a stage makes the connection dirty. So does every frame that is
-# sent before a clear is acknowledged: there is never more than one clear under way.
+# sent before a clear is acknowledged: there is never more than one clear at a time.
 _AFTER_SENDING = {
     (Stage.CLEAN, "text.delta"): Stage.ASKED,
     (Stage.CLEAN, "text.done"): Stage.EMPTY,
