@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import sys
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
@@ -118,13 +117,6 @@ def _reporting_stream() -> Any:
     return reference() if reference is not None else None
 
 
-def cut_off_by(error: BaseException | None) -> Reason | None:
-    """Why the utterance was cut off, given the exception in progress; None if it has finished."""
-    if error is None:
-        return None
-    return Reason.INTERRUPTED if isinstance(error, asyncio.CancelledError) else Reason.FAILED
-
-
 class ConnectionProvider:
     """Does for the plugin what the wrappers replace. Fails open.
 
@@ -169,10 +161,16 @@ class ConnectionProvider:
         """The turn that runs in this block. The end of the block ends its lease."""
         turn = Turn(stream)
         token = _turn.set(turn)
+        cut_off = None
         try:
             yield turn
+        except asyncio.CancelledError:
+            cut_off = Reason.INTERRUPTED
+            raise
+        except BaseException:
+            cut_off = Reason.FAILED
+            raise
         finally:
-            cut_off = cut_off_by(sys.exc_info()[1])
             _turn.reset(token)
             self.attempt("ending a turn", turn.end, cut_off)
             await self.attempt_to_wait("closing", turn.closed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import sys
@@ -13,10 +14,11 @@ import wrapt
 from livekit.agents.tts import ChunkedStream
 
 from ..manager import Registry
+from ..pool.pool import Reason
 from ..protocol.lease import NETWORK_ERRORS, Lease
 from .native_pool import PoolAttribute
 from .patching import Patch
-from .provider import ConnectionProvider, current_turn, cut_off_by, report_on
+from .provider import ConnectionProvider, current_turn, report_on
 from .releases import Shape
 
 
@@ -172,7 +174,7 @@ class Wrappers:
         The plugin calls this in a `finally`, so an exception in progress is what cut the utterance
         off. If the plugin does not get here, `run_ws` ends the lease.
         """
-        cut_off = cut_off_by(sys.exc_info()[1])
+        cut_off = _cut_off_by(sys.exc_info()[1])
         turn = current_turn()
         closed = await wrapped(*args, **kwargs)
         if turn is not None and isinstance(_socket(*args, **kwargs), Lease):
@@ -189,6 +191,13 @@ class Wrappers:
 
     async def aclose(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
         await self._provider.close(tts, lambda: wrapped(*args, **kwargs))
+
+
+def _cut_off_by(error: BaseException | None) -> Reason | None:
+    """Why the utterance was cut off, given the exception in progress; None if it has finished."""
+    if error is None:
+        return None
+    return Reason.INTERRUPTED if isinstance(error, asyncio.CancelledError) else Reason.FAILED
 
 
 def _socket(ws: Any) -> Any:
