@@ -1,5 +1,5 @@
-# The commands of the README, and what they need. Everything goes into a virtual environment. The
-# checks are in noxfile.py.
+# The commands of the README. Everything that they need goes into a virtual environment. The checks
+# are in noxfile.py.
 PYTHON ?= python3
 PLUGIN ?= 1.6.0
 CONSTRAINTS := constraints/plugin-$(PLUGIN).txt
@@ -15,13 +15,13 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/nox --session tests
 
-# Every environment of noxfile.py, two at a time: most of a test is waiting. A pyenv shows only the
-# interpreters it is asked for.
+# Every environment of noxfile.py, two at a time, since most of a test is waiting. pyenv shows only
+# the interpreters that PYENV_VERSION names.
 matrix: $(VENV)/ready
 	PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | paste -sd:) $(BIN)/nox --parallel 2 \
 		$(if $(SESSION),--session '$(SESSION)')
 
-# The names of its sessions, as a JSON list.
+# The names of the matrix's sessions, as a JSON list.
 sessions: $(VENV)/ready
 	@$(BIN)/nox --list --json | $(BIN)/python -c \
 		'import json, sys; print(json.dumps([run["session"] for run in json.load(sys.stdin)]))'
@@ -36,8 +36,8 @@ bench: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/nox --session lint
 
-# Debian and Ubuntu have ensurepip, which puts pip into the environment, in a package of its own.
-# Without it that Python's pip does, if there is one.
+# ensurepip puts pip into the environment. Debian and Ubuntu have it in a package of its own. Without
+# that package, the pip of $(PYTHON) does it, if there is one.
 $(VENV)/ready: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) xai_pool_patch/python.py
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(PYTHON) -c 'import pip, venv' 2>/dev/null || { \

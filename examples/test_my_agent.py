@@ -1,4 +1,4 @@
-"""Tests of an agent's speech, without a key and without xAI. Copy, and put your own agent in.
+"""Tests an agent's speech without a key and without xAI. Copy it and use your own agent.
 
 `pip install "xai_pool_patch[testing]" pytest pytest-asyncio`, then `pytest test_my_agent.py`.
 """
@@ -20,16 +20,16 @@ pytestmark = pytest.mark.asyncio
 
 
 ONCE = APIConnectOptions(max_retry=0)
-"""An error ends a turn, instead of being tried again some seconds later."""
+"""An error ends the turn. LiveKit does not retry."""
 
 
 def my_tts(**options: Any) -> xai.TTS:
-    """Stands for the function with which your agent makes its TTS."""
+    """Replace this with the function that makes your agent's TTS."""
     return xai.TTS(voice="ara", **options)
 
 
 async def say(tts: xai.TTS, text: str) -> set[int]:
-    """One turn of the agent; the values of all samples that were heard in it."""
+    """Speak one turn, and return the values of all samples that were heard."""
     samples: set[int] = set()
     async with tts.stream(conn_options=ONCE) as stream:
         stream.push_text(text)
@@ -48,7 +48,7 @@ def patched() -> Iterator[None]:
 
 @pytest.fixture
 def quick_server(fake_xai_server: FakeServer) -> FakeServer:
-    """It speaks at once, and a hundred times faster than anybody listens."""
+    """A server that answers at once and sends audio a hundred times faster than real time."""
     fake_xai_server.behaviour.generation = 0.01
     fake_xai_server.behaviour.pace = 100.0
     return fake_xai_server
@@ -56,7 +56,7 @@ def quick_server(fake_xai_server: FakeServer) -> FakeServer:
 
 @pytest.mark.usefixtures("patched")
 async def test_every_turn_is_spoken_over_one_connection(quick_server: FakeServer) -> None:
-    """And in each the audio of its own text is heard, and no other."""
+    """In each turn, the audio of its own text is heard, and no other."""
     async with quick_server.client_session() as http:
         tts = my_tts(api_key=quick_server.behaviour.api_key, http_session=http)
         for text in ("Good morning.", "How can I help you?"):
@@ -71,7 +71,7 @@ async def test_every_turn_is_spoken_over_one_connection(quick_server: FakeServer
 
 @pytest.mark.usefixtures("patched")
 async def test_a_connection_that_the_server_drops_costs_no_turn(quick_server: FakeServer) -> None:
-    """The next turn is spoken, whether the drop was noticed before or not."""
+    """The next turn is spoken, whether or not the pool has noticed the drop."""
     async with quick_server.client_session() as http:
         tts = my_tts(api_key=quick_server.behaviour.api_key, http_session=http)
         await say(tts, "Good morning.")
@@ -83,7 +83,7 @@ async def test_a_connection_that_the_server_drops_costs_no_turn(quick_server: Fa
 
 
 async def test_a_wrong_key_is_an_error(quick_server: FakeServer) -> None:
-    """This one is not patched: the server takes the plugin either way."""
+    """This test is not patched: the server serves the plugin either way."""
     async with quick_server.client_session() as http:
         tts = my_tts(api_key="wrong", http_session=http)
         with pytest.raises(APIError):
@@ -94,7 +94,7 @@ async def test_a_wrong_key_is_an_error(quick_server: FakeServer) -> None:
 
 @pytest.mark.usefixtures("patched")
 async def test_a_server_far_away() -> None:
-    """Without the fixture: 150 ms there and back, the handshake before the turn."""
+    """A server of its own, 150 ms away. The handshake takes place before the turn."""
     async with FakeServer(round_trip=0.15) as server, server.client_session() as http:
         tts = my_tts(api_key=server.behaviour.api_key, http_session=http)
         tts.prewarm()  # as AgentSession does at its start

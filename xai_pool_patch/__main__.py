@@ -24,7 +24,7 @@ from .python import check_python
 from .telemetry.log import FIELD_PREFIX, describe
 
 if TYPE_CHECKING:
-    from .demo.conversation import OpenLine, Setting
+    from .demo.conversation import OpenEndpoint, Setting
 
 NAME = "xai-pool-patch"
 
@@ -34,10 +34,10 @@ FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 """Exit codes."""
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-"""click's, which some versions of typer have a copy of, under no public name."""
+"""click's class. Some versions of typer have a copy of it, without a public name."""
 
 app = typer.Typer(
-    # Its tracebacks show local variables, and with them the API key.
+    # typer's tracebacks show local variables, and with them the API key.
     pretty_exceptions_enable=False,
 )
 
@@ -48,7 +48,7 @@ def main() -> NoReturn:
 
 
 def run(app: typer.Typer, name: str) -> NoReturn:
-    """Runs a command line to its end. Whatever goes wrong is one line on stderr."""
+    """Run a command line to its end. Every error is one line on stderr."""
     logging.getLogger().addHandler(_OneLine(logging.WARNING))
     try:
         code = app(prog_name=name, standalone_mode=False)
@@ -63,7 +63,7 @@ def run(app: typer.Typer, name: str) -> NoReturn:
 
 
 def complain(name: str, message: str, code: int) -> int:
-    """Prints what went wrong, and returns the exit code."""
+    """Print what went wrong, and return the exit code."""
     _print_line(f"{name}: {message}")
     return code
 
@@ -119,13 +119,13 @@ def demo(
     svg: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Draw what is shown into a file, too.", callback=arguments.writable
+            metavar="FILE", help="Draw the report into a file, too.", callback=arguments.writable
         ),
     ] = None,
 ) -> None:
     """Hold the same conversation with the plugin as it is and patched, and compare.
 
-    The agent and the plugin are real; the server is a fake one, unless --live is given.
+    The agent and the plugin are real. The server is a fake one, unless you give --live.
     """
     api_key = _api_key() if live else None
     _check_plugin()
@@ -134,11 +134,11 @@ def demo(
     pause = conversation.sufficient_pause(rtt / 1e3)
     plan = conversation.Plan(turns=turns, interrupted_share=interrupt, pause=pause)
     if api_key is None:
-        line = functools.partial(conversation.line_to_fake_server, rtt / 1e3)
-        _compare(conversation.Setting(plan, rtt / 1e3), line, as_json=as_json, svg=svg)
+        endpoint = functools.partial(conversation.fake_endpoint, rtt / 1e3)
+        _compare(conversation.Setting(plan, rtt / 1e3), endpoint, as_json=as_json, svg=svg)
     else:
-        line = functools.partial(conversation.line_to_xai, api_key)
-        _compare(conversation.Setting(plan, round_trip=None), line, as_json=as_json, svg=svg)
+        endpoint = functools.partial(conversation.xai_endpoint, api_key)
+        _compare(conversation.Setting(plan, round_trip=None), endpoint, as_json=as_json, svg=svg)
 
 
 def _api_key() -> str:
@@ -149,7 +149,7 @@ def _api_key() -> str:
 
 
 def _check_plugin() -> None:
-    """Ends the command if the plugin cannot be patched."""
+    """End the command if the plugin cannot be patched."""
     try:
         importlib.import_module(MODULE)
         xai_pool_patch.install()
@@ -160,7 +160,9 @@ def _check_plugin() -> None:
     xai_pool_patch.uninstall()
 
 
-def _compare(setting: Setting, open_line: OpenLine, *, as_json: bool, svg: Path | None) -> None:
+def _compare(
+    setting: Setting, open_endpoint: OpenEndpoint, *, as_json: bool, svg: Path | None
+) -> None:
     from rich.console import Console
 
     from .demo import conversation, report
@@ -169,7 +171,7 @@ def _compare(setting: Setting, open_line: OpenLine, *, as_json: bool, svg: Path 
     report.announce(console, setting)
     try:
         with report.Progress(console, setting) as progress:
-            comparison = asyncio.run(conversation.compare(setting.plan, open_line, progress))
+            comparison = asyncio.run(conversation.compare(setting.plan, open_endpoint, progress))
     except conversation.TurnFailedError as error:
         _fail(str(error))
     if as_json:
@@ -182,7 +184,7 @@ def _compare(setting: Setting, open_line: OpenLine, *, as_json: bool, svg: Path 
 
 @app.command()
 def check() -> None:
-    """Tell which plugin is installed, and whether it can be patched. Exit code 1: it cannot."""
+    """Show which plugin is installed and whether it can be patched. Exit code 1: it cannot."""
     try:
         check_python()
         version = installed_version()
@@ -197,7 +199,7 @@ def check() -> None:
     print(f"file: {'as' if is_as_published(module, version) else 'not as'} published")
     if is_switched_off():
         _fail(f"can be patched, but {OFF_SWITCH}=off keeps the patch out")
-    print("can be patched: all that is wrapped or relied on is as expected")
+    print("can be patched: everything that is wrapped or relied on is as expected")
 
 
 class _OneLine(logging.Handler):
@@ -209,9 +211,9 @@ class _OneLine(logging.Handler):
 
 
 def _print_line(text: str) -> None:
-    """To stderr as it is at the moment, so that a live display is not torn.
+    """Print a line to the current `sys.stderr`, which a live display may have replaced.
 
-    Without the API key: asyncio quotes exceptions in full, and aiohttp's quote the headers.
+    The API key is masked: asyncio quotes exceptions in full, and aiohttp's quote the headers.
     """
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if key:
@@ -220,7 +222,7 @@ def _print_line(text: str) -> None:
 
 
 def _details(record: logging.LogRecord) -> list[str]:
-    """What the pool adds to its messages, and the kind of an exception."""
+    """The fields of a record of ours, and a description of its exception."""
     details = []
     if record.name == xai_pool_patch.__name__:
         plain = vars(logging.makeLogRecord({}))

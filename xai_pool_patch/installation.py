@@ -32,7 +32,7 @@ OFF_SWITCH = "XAI_POOL_PATCH"
 
 @dataclass(eq=False)
 class Installation:
-    """From `install()` to `uninstall()`."""
+    """What `install()` sets up and `uninstall()` undoes."""
 
     options: PoolOptions
     version: str
@@ -41,7 +41,7 @@ class Installation:
     patches: list[Patch] = field(default_factory=list)
 
     def apply(self, module: ModuleType) -> None:
-        """Patch the imported plugin, or leave it as it was.
+        """Patch the imported plugin. If that fails, leave the plugin as it was.
 
         Raises:
             UnsupportedPluginError: this plugin may not be patched.
@@ -148,7 +148,7 @@ def _install(options: PoolOptions | None, allow_unverified: bool, on_unsupported
 def uninstall() -> None:
     """Restore the plugin as it was.
 
-    Utterances under way are spoken to their end. Idle connections are closed in the background,
+    Current utterances are spoken to their end. Idle connections are closed in the background,
     leased ones when their utterance ends. If nothing is installed, this does nothing.
     """
     global _installation
@@ -189,7 +189,7 @@ def stats() -> Stats:
 
 
 def pool_stats() -> list[PoolStats]:
-    """A snapshot of each pool, otherwise like `stats()`.
+    """A snapshot of each pool. Units and threads as with `stats()`.
 
     There is a pool for every event loop, API key, HTTP session and set of options in use. Each has
     a number, which its log records carry too. A snapshot holds no secret.
@@ -244,7 +244,7 @@ def _prepare(options: PoolOptions, allow_unverified: bool) -> Installation:
 
 
 def _hook_import(hook: Callable[[ModuleType], None]) -> None:
-    """Call a hook with the plugin's module when its import ends. It may be under way already."""
+    """Call a hook with the plugin's module when its import ends, even if it has begun already."""
     import wrapt
 
     from .plugin.releases import MODULE
@@ -253,8 +253,8 @@ def _hook_import(hook: Callable[[ModuleType], None]) -> None:
     package, _, name = MODULE.rpartition(".")
     parent = sys.modules.get(package)
     if parent is not None and not hasattr(parent, name):
-        # An import under way may be past the point at which wrapt notices it. Waiting for it could
-        # be for ever: this very thread may run it, or it may need a lock that this thread holds.
+        # The import may have begun, and be past the point at which wrapt notices it. Waiting for
+        # its end could be a deadlock: this thread may run it, or hold a lock that it needs.
         _hook_binding(parent, name, hook)
 
 

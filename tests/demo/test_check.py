@@ -32,7 +32,7 @@ def test_the_installed_plugin() -> None:
             f"found: livekit-plugins-xai {VERSION}",
             f"shape: {SHAPE.value}",
             "file: as published",
-            "can be patched: all that is wrapped or relied on is as expected",
+            "can be patched: everything that is wrapped or relied on is as expected",
         ],
         "",
     )

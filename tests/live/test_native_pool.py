@@ -239,7 +239,7 @@ async def test_restoring_does_not_depend_on_the_log(monkeypatch: pytest.MonkeyPa
     "part",
     [
         "PooledConnections.__init__",
-        "PooledConnections._close_own",
+        "PooledConnections._close_native",
         "PoolAttribute._replacement_for",
         "PoolAttribute._connects_as_published",
         "PoolAttribute.restore",

@@ -32,7 +32,7 @@ from tests.kit import (
 from tests.live.peer import until
 from xai_pool_patch.plugin.connector import Connector
 from xai_pool_patch.plugin.releases import Shape
-from xai_pool_patch.plugin.wrappers import _as_its_pool_does
+from xai_pool_patch.plugin.wrappers import _connect_as_native_pool
 
 Sees = Callable[[Any], object]
 
@@ -226,7 +226,7 @@ async def test_without_a_tts_the_plugin_dials_as_ever(patched: None) -> None:
         tts = line.tts(voice="eve")
         pools = registry().here()
         connect = vars(xai.TTS)["_connect_ws"]
-        connect = _as_its_pool_does if HAS_NATIVE_POOL else connect.__wrapped__
+        connect = _connect_as_native_pool if HAS_NATIVE_POOL else connect.__wrapped__
         dial = Connector(connect, tts, tts._opts, shape=SHAPE, heartbeat=pools.heartbeat)
         del tts
         gc.collect()

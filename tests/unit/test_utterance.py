@@ -189,11 +189,11 @@ def test_an_utterance_without_words_may_be_answered_by_silence(steps: list[Step]
 def test_an_end_without_audio_is_believed_when_it_is_known_whose_it_is() -> None:
     """Old messages have been told apart from new ones by a PONG."""
     tracker = after(up(TEXT, DONE))
-    tracker.is_told_apart = True
+    tracker.is_unambiguous = True
     assert tracker.received("audio.done")
     assert tracker.stage is Stage.CLEAN
     tracker = after(ROUND + up(TEXT, DONE))
-    assert not tracker.is_told_apart
+    assert not tracker.is_unambiguous
 
 
 def test_silence_after_a_clear_is_heard_only_when_it_is_known_whose_it_is() -> None:
@@ -201,7 +201,7 @@ def test_silence_after_a_clear_is_heard_only_when_it_is_known_whose_it_is() -> N
     cleared = [*up(TEXT, CLEAR), *down(CLEARED), *up(DONE)]
     assert after(cleared).received(type_of(AUDIO)) is False
     tracker = after(cleared)
-    tracker.is_told_apart = True
+    tracker.is_unambiguous = True
     assert tracker.received(type_of(AUDIO)) is True
 
 

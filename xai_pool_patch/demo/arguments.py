@@ -1,4 +1,4 @@
-"""What the commands take, and what they say of anything else."""
+"""Checks the values of the commands' options."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 LONGEST_ROUND_TRIP = 1000
-"""Milliseconds. Much more, and a handshake does not fit the plugin's timeout of 10 s."""
+"""Milliseconds. With much more, a handshake does not fit the plugin's timeout of 10 s."""
 
 
 def turns(value: int) -> int:

@@ -1,4 +1,4 @@
-"""A conversation: a real AgentSession with the real plugin speaks turn after turn.
+"""Holds a conversation: a real AgentSession with the real plugin speaks turn after turn.
 
 There is no room and no model. The agent says given sentences, a `Loudspeaker` plays them, and
 some are interrupted. All times are in seconds.
@@ -49,7 +49,7 @@ TYPICAL_ROUND_TRIP = 0.15
 """To xAI: a third of the shortest handshake, 0.45 s, in livekit/agents issue 6078."""
 
 INTERRUPT_AFTER = 0.2
-"""Time from a turn's first audio to its interruption: audio is still on its way by then."""
+"""Time from a turn's first audio to its interruption. Audio is still coming at that moment."""
 
 TURN_TIMEOUT = 30.0
 """Longest time from `say()` to the end of a turn."""
@@ -66,7 +66,7 @@ def sufficient_pause(round_trip: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is said, and how."""
+    """What the agent says, and how."""
 
     turns: int
     interrupted_share: float = 0.0
@@ -89,15 +89,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is said, and how far away the server is."""
+    """What the agent says, and how far away the server is."""
 
     plan: Plan
     round_trip: float | None
-    """The fake server's; None if the server is xAI's, of which this is not known."""
+    """That of the fake server; None for xAI's server, where it is not known."""
 
     @property
     def floor(self) -> float | None:
-        """Time to first audio when the connection is simply there."""
+        """Time to first audio over a connection that is ready; None if it is not known."""
         return None if self.round_trip is None else self.round_trip + Behaviour().generation
 
     @property
@@ -126,14 +126,14 @@ class Turn:
     time_to_first_audio: float
     """From `say()` to the first frame that reached the audio output."""
     connection_reused: bool | None
-    """As the plugin's TTSMetrics say; None if there were none, as after an interruption."""
+    """From the plugin's TTSMetrics; None if there were none, as after an interruption."""
     acquire_time: float | None
-    """As the plugin's TTSMetrics say, or None."""
+    """From the plugin's TTSMetrics; None if there were none."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One conversation. What only the server knows is None when it is xAI's."""
+    """One conversation. What only the server knows is None for xAI's server."""
 
     turns: list[Turn]
     connections_made: int | None
@@ -149,8 +149,8 @@ class Comparison:
     patched: Run
 
 
-class Audience(Protocol):
-    """Is told how the conversations go on."""
+class Observer(Protocol):
+    """Receives the progress of the conversations."""
 
     def run_begins(self, *, patched: bool) -> None: ...
     def turn_begins(self, number: int) -> None: ...
@@ -158,81 +158,81 @@ class Audience(Protocol):
 
 
 @dataclass(frozen=True)
-class Line:
-    """The way to a server."""
+class Endpoint:
+    """A server to speak to, and the session and key for it."""
 
     http: aiohttp.ClientSession
     api_key: str = field(repr=False)
     server: FakeServer | None = None
-    """None if it is xAI's."""
+    """None for xAI's server."""
 
 
-OpenLine = Callable[[], AbstractAsyncContextManager[Line]]
+OpenEndpoint = Callable[[], AbstractAsyncContextManager[Endpoint]]
 
 
 @contextlib.asynccontextmanager
-async def line_to_fake_server(round_trip: float) -> AsyncIterator[Line]:
-    """A server of its own, `round_trip` seconds away."""
+async def fake_endpoint(round_trip: float) -> AsyncIterator[Endpoint]:
+    """Start a fake server that is `round_trip` seconds away."""
     async with (
         FakeServer(round_trip=round_trip) as server,
         server.client_session() as http,
     ):
-        yield Line(http, server.behaviour.api_key, server)
+        yield Endpoint(http, server.behaviour.api_key, server)
 
 
 @contextlib.asynccontextmanager
-async def line_to_xai(api_key: str) -> AsyncIterator[Line]:
-    """api.x.ai itself."""
+async def xai_endpoint(api_key: str) -> AsyncIterator[Endpoint]:
+    """Use api.x.ai itself."""
     async with aiohttp.ClientSession() as http:
-        yield Line(http, api_key)
+        yield Endpoint(http, api_key)
 
 
-async def compare(plan: Plan, open_line: OpenLine, audience: Audience) -> Comparison:
-    """Holds the conversation with the plugin as it is, then patched. Takes the patch out again.
+async def compare(plan: Plan, open_endpoint: OpenEndpoint, observer: Observer) -> Comparison:
+    """Hold the conversation with the plugin as it is, then patched, then uninstall the patch.
 
     Raises:
         TurnFailedError: a turn could not be spoken.
         UnsupportedPluginError: the plugin cannot be patched.
     """
-    audience.run_begins(patched=False)
-    async with open_line() as line:
-        unpatched = await hold(plan, line, audience)
+    observer.run_begins(patched=False)
+    async with open_endpoint() as endpoint:
+        unpatched = await hold(plan, endpoint, observer)
     xai_pool_patch.install()
     try:
-        audience.run_begins(patched=True)
-        async with open_line() as line:
-            patched = await hold(plan, line, audience)
+        observer.run_begins(patched=True)
+        async with open_endpoint() as endpoint:
+            patched = await hold(plan, endpoint, observer)
     finally:
         xai_pool_patch.uninstall()
     return Comparison(unpatched, patched)
 
 
-async def hold(plan: Plan, line: Line, audience: Audience) -> Run:
-    """Holds one conversation.
+async def hold(plan: Plan, endpoint: Endpoint, observer: Observer) -> Run:
+    """Hold one conversation.
 
     Raises:
         TurnFailedError: a turn could not be spoken.
     """
     turns = []
-    async with _session(plan, line) as speaker:
+    async with _session(plan, endpoint) as speaker:
         for number in range(1, plan.turns + 1):
-            audience.turn_begins(number)
+            observer.turn_begins(number)
             turns.append(await speaker.speak(number))
-            audience.turn_ended(turns[-1])
-    if line.server is None:
+            observer.turn_ended(turns[-1])
+    if endpoint.server is None:
         return Run(turns, connections_made=None, peak_open=None)
-    return Run(turns, len(line.server.connections), line.server.peak_open)
+    return Run(turns, len(endpoint.server.connections), endpoint.server.peak_open)
 
 
 @contextlib.asynccontextmanager
-async def _session(plan: Plan, line: Line) -> AsyncIterator[_Speaker]:
+async def _session(plan: Plan, endpoint: Endpoint) -> AsyncIterator[_Speaker]:
     asyncio.get_running_loop().set_exception_handler(ignore_reported)
     async with contextlib.AsyncExitStack() as stack:
-        tts = xai.TTS(api_key=line.api_key, http_session=line.http)
+        tts = xai.TTS(api_key=endpoint.api_key, http_session=endpoint.http)
         stack.push_async_callback(tts.aclose)
         session: AgentSession[None] = AgentSession(
             tts=tts,
-            # Nobody is listened to, and the loudspeaker cannot pause.
+            # There is no speech input, and the loudspeaker cannot pause.
             turn_handling={"interruption": {"resume_false_interruption": False}},
         )
         stack.push_async_callback(session.aclose)
@@ -246,13 +246,13 @@ async def _session(plan: Plan, line: Line) -> AsyncIterator[_Speaker]:
 
 
 def ignore_reported(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """LiveKit awaits a failed turn's task nowhere; its error has come as a TTSError."""
+    """Ignore the error of a failed turn: LiveKit never awaits its task, and has sent a TTSError."""
     if not isinstance(context.get("exception"), APIError):
         loop.default_exception_handler(context)
 
 
 class _Speaker:
-    """Speaks the turns of one session, and notes what the plugin reports of them."""
+    """Speaks the turns of one session, and keeps what the plugin reports about them."""
 
     def __init__(self, plan: Plan, session: AgentSession[None], loudspeaker: Loudspeaker) -> None:
         self._plan = plan
@@ -279,9 +279,9 @@ class _Speaker:
             playback.add_done_callback(
                 lambda _: self._loop.call_later(INTERRUPT_AFTER, handle.interrupt)
             )
-        await self._until_over(number, handle)
+        await self._wait_until_over(number, handle)
         if self._error is not None:
-            raise TurnFailedError(f"turn {number} failed: {_told(self._error)}")
+            raise TurnFailedError(f"turn {number} failed: {_description(self._error)}")
         if not playback.done():
             raise TurnFailedError(f"turn {number} failed: it ended without any audio")
         return Turn(
@@ -292,7 +292,7 @@ class _Speaker:
             acquire_time=self._metrics.acquire_time if self._metrics else None,
         )
 
-    async def _until_over(self, number: int, handle: SpeechHandle) -> None:
+    async def _wait_until_over(self, number: int, handle: SpeechHandle) -> None:
         try:
             await asyncio.wait_for(handle.wait_for_playout(), TURN_TIMEOUT)
         except asyncio.TimeoutError:
@@ -301,7 +301,7 @@ class _Speaker:
             ) from None
 
 
-def _told(error: Exception) -> str:
+def _description(error: Exception) -> str:
     kind = type(error).__name__
     if isinstance(error, APIStatusError) and error.status_code > 0:
         kind += f", HTTP status {error.status_code}"
@@ -310,16 +310,16 @@ def _told(error: Exception) -> str:
 
 @dataclass(eq=False)
 class Playback:
-    """One utterance as it came out of a `Loudspeaker`. Moments are loop times."""
+    """One utterance that a `Loudspeaker` played. Moments are loop times."""
 
     began_at: float
     """When its first frame came."""
     ends_at: float
-    """When what came so far has been played."""
+    """When everything that has come so far will have been played."""
     captured: float = 0.0
     """Seconds of audio that came."""
     played: float = 0.0
-    """Seconds of audio that were played; known when it is over."""
+    """Seconds of audio that were played; set at the end of the playback."""
     interrupted: bool = False
     samples: array.array[int] = field(default_factory=lambda: array.array("h"), repr=False)
     """Every sample that came, if the loudspeaker keeps them."""
@@ -347,7 +347,7 @@ class Loudspeaker(io.AudioOutput):
         self._expecting: list[asyncio.Future[Playback]] = []
 
     def next_playback(self) -> asyncio.Future[Playback]:
-        """Done at the first frame of the next utterance."""
+        """A future that is done at the first frame of the next utterance."""
         expected: asyncio.Future[Playback] = self._loop.create_future()
         self._expecting.append(expected)
         return expected

@@ -1,4 +1,4 @@
-"""What the demo shows: progress, a table and a bar per turn, a summary. Or all of it as JSON."""
+"""Shows progress, a table and a bar per turn, and a summary; or prints all of it as JSON."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ PATCHED = "patched"
 GOOD, BAD, QUIET = "green", "red", "dim"
 NAME_WIDTH = len(UNPATCHED)
 PICTURE_WIDTH = 88
-"""Columns, whatever terminal the picture is made in."""
+"""Columns. The same for every terminal."""
 
 
 @dataclass(frozen=True)
 class _Yardstick:
-    """What times to first audio are measured against. Seconds."""
+    """What the report compares times to first audio with. Seconds."""
 
     name: str
     seconds: float
 
     @classmethod
     def choose(cls, floor: float | None, comparison: Comparison) -> _Yardstick:
-        """The floor, or the fastest turn where the floor is not known."""
+        """The floor, or the fastest turn if the floor is not known."""
         if floor is not None:
             return cls("floor", floor)
         runs = (comparison.unpatched, comparison.patched)
@@ -43,7 +43,7 @@ class _Yardstick:
 
 
 class Progress:
-    """Tells of every turn as it ends, and in a terminal also which one is under way."""
+    """Prints every turn as it ends; in a terminal, also which turn is running."""
 
     def __init__(self, console: Console, setting: Setting) -> None:
         self._console = console
@@ -83,7 +83,7 @@ def _remark(turn: Turn) -> str:
 
 
 def announce(console: Console, setting: Setting) -> None:
-    """Prints what will be done, and how long it will take."""
+    """Print what the demo will do, and how long it will take."""
     plan = setting.plan
     interrupted = sum(plan.is_interrupted(number) for number in range(1, plan.turns + 1))
     plugin = f"{DISTRIBUTION} {importlib.metadata.version(DISTRIBUTION)}"
@@ -97,7 +97,7 @@ def announce(console: Console, setting: Setting) -> None:
 
 def _server(setting: Setting) -> str:
     if setting.round_trip is None or setting.floor is None:
-        return "It is spoken by api.x.ai, which charges for it."
+        return "The server is api.x.ai, which charges for this."
     return (
         f"The server is a fake one on this machine, {_ms(setting.round_trip)} (round trip) away."
         f" Floor of the time to first audio: {_ms(setting.floor)}."
@@ -105,7 +105,7 @@ def _server(setting: Setting) -> str:
 
 
 def show(console: Console, comparison: Comparison, setting: Setting) -> None:
-    """Prints the whole report."""
+    """Print the whole report."""
     yardstick = _Yardstick.choose(setting.floor, comparison)
     console.print()
     console.print(_table(comparison))
@@ -118,7 +118,7 @@ def show(console: Console, comparison: Comparison, setting: Setting) -> None:
 
 
 def picture(comparison: Comparison, setting: Setting) -> str:
-    """All that a terminal shows of it in the end, as SVG."""
+    """Everything that a terminal shows at the end, as SVG."""
     console = Console(record=True, file=io.StringIO(), width=PICTURE_WIDTH, highlight=False)
     announce(console, setting)
     for name, run in ((UNPATCHED, comparison.unpatched), (PATCHED, comparison.patched)):
@@ -183,7 +183,7 @@ def _bars(console: Console, comparison: Comparison, yardstick: _Yardstick) -> Re
 
 @dataclass(frozen=True)
 class _Scale:
-    """How times to first audio become bars: one block for what is due, another for the rest."""
+    """Turns times to first audio into bars: one block up to the yardstick, another above it."""
 
     yardstick: _Yardstick
     cells_per_second: float
@@ -246,11 +246,11 @@ def _saving(comparison: Comparison) -> Text:
     return Text(f"  {seconds:.1f} s less silence over {_plural(turns, 'turn')}", style="bold")
 
 
-# The same for machines
+# JSON
 
 
 def as_json(comparison: Comparison, setting: Setting) -> dict[str, Any]:
-    """The report as one document. Times are in milliseconds, what is not known is null."""
+    """The report as one document. Times are in milliseconds; unknown values are null."""
     return {
         "plugin_version": importlib.metadata.version(DISTRIBUTION),
         "live": setting.round_trip is None,

@@ -1,9 +1,8 @@
-"""All that knows LiveKit's xAI plugin: which releases there are, and how each one is patched.
+"""Everything that knows LiveKit's xAI plugin: which releases there are, and how each is patched.
 
-`releases` tells the supported releases apart, `patching` replaces and restores attributes,
-`wrappers` and `native_pool` are what replaces them, `provider` and `connector` connect what they
-do to the pools.
+`releases` detects the installed release, `patching` replaces and restores attributes, `wrappers`
+and `native_pool` are the replacements, `provider` and `connector` connect these to the pools.
 
-The modules import `manager` and the packages below it. A new release of the plugin is entered in
-`releases`; only a release of a new shape needs more than that.
+The modules import `manager` and the packages below it. Enter a new release of the plugin in
+`releases`. Only a release of a new shape needs more than that.
 """

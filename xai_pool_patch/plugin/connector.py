@@ -1,4 +1,4 @@
-"""Dials with the plugin's own `_connect_ws`, for a pool rather than for the TTS that asked."""
+"""Dials for a pool, with the plugin's own `_connect_ws`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOT_IN_THE_URL = {"tokenizer"}
 
 
 def key_of(tts: Any, opts: Any) -> PoolKey:
-    """What that TTS shares its connections by when it speaks with those options."""
+    """The key of the pool that serves this TTS when it speaks with these options."""
     options_type: Any = type(opts)
     options = tuple((name, getattr(opts, name)) for name in _names_in_url(options_type))
     return PoolKey(tts._api_key, tts._ensure_session(), options)
@@ -38,9 +38,9 @@ class Connector:
     """Connects with the plugin's own `_connect_ws`, with one set of options.
 
     Args:
-        connect: the plugin's `TTS._connect_ws`, as a plain function. Where the plugin has a pool of
-            its own, what that calls instead, which takes no options.
-        tts: whose connect, key and session; held only while it connects.
+        connect: the plugin's `TTS._connect_ws`, as a plain function. If the plugin has a native
+            pool, the function that this pool calls, which takes no options.
+        tts: the TTS that `connect` gets a view of. Only a dial holds a reference to it.
         opts: copied, since the TTS changes them in place.
     """
 
@@ -58,7 +58,7 @@ class Connector:
         self._shape = shape
         self._tts = weakref.ref(tts)
         self._view_type = _view_type_of(tts_type)
-        self._own = {
+        self._attributes = {
             "_api_key": tts._api_key,
             "_opts": dataclasses.replace(opts),
             "_session": _PooledSession(tts._ensure_session(), heartbeat),
@@ -66,7 +66,7 @@ class Connector:
 
     async def __call__(self, timeout: float) -> Any:
         view = object.__new__(self._view_type)
-        vars(view).update(self._own, _viewed=self._tts())
+        vars(view).update(self._attributes, _viewed=self._tts())
         takes_options = self._shape is Shape.TAKES_OPTIONS
         arguments = (timeout, view._opts) if takes_options else (timeout,)
         return await self._connect.__get__(view, self._view_type)(*arguments)
@@ -79,21 +79,23 @@ def _view_type_of(tts_type: Any) -> Any:
 
 
 class _View:
-    """What the plugin's `_connect_ws` sees as `self` when the pool dials: the TTS, but for
+    """What the plugin's `_connect_ws` sees as `self` when the pool dials.
 
-    - its options, which are those of the moment, so that a later change does not turn a dial for
-      one voice into a connection for another;
-    - its session, which opens WebSockets as a `Connection` needs them.
+    A view differs from the TTS in two attributes:
 
-    It is of the TTS's class and has its attributes, since wrappers of `_connect_ws` may read any.
-    Nothing keeps the TTS but the dial: it may go while its pool serves others.
+    - The options are those of the pool's key. Otherwise a change of the TTS's options could turn a
+      dial for one voice into a connection for another.
+    - The session opens WebSockets as a `Connection` needs them.
+
+    The view has the TTS's class and all its other attributes, since wrappers of `_connect_ws` may
+    read any of them. Only the dial keeps the TTS alive: its pool may outlive it and serve others.
     """
 
     def __init_subclass__(cls) -> None:
-        pass  # what the TTS's class would do there is for the application's own subclasses
+        pass  # not the hook of the TTS's class, which is for the application's subclasses
 
     def __del__(self) -> None:
-        pass  # the TTS's is for its own end
+        pass  # not the finalizer of the TTS's class, which is for the TTS
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self).get("_viewed"), name)
@@ -115,7 +117,7 @@ class _View:
 
 
 class _PooledSession:
-    """The plugin's HTTP session, which opens WebSockets as a `Connection` needs them."""
+    """The plugin's HTTP session, except that it opens WebSockets as a `Connection` needs them."""
 
     def __init__(self, session: aiohttp.ClientSession, heartbeat: Heartbeat) -> None:
         self._session = session
@@ -130,11 +132,11 @@ class _PooledSession:
 
 
 def with_status(error: Exception) -> Exception:
-    """A refused handshake as the error from which the plugin makes an `APIStatusError`.
+    """Convert the error of a refused handshake to one that the plugin reports with its status.
 
-    From 1.8.0 on its connect makes one itself, which its stream then takes for a connection that
-    failed: without a status, and to be tried again. Before that, it is aiohttp's, with the headers
-    of the request, and so with the API key, for everybody who prints it.
+    From 1.8.0 on the plugin's connect raises an `APIStatusError`. The plugin's stream takes that
+    for a failed connection, drops the status and retries. Before 1.8.0 the connect raises aiohttp's
+    error, which holds the headers of the request. Whoever prints that error prints the API key.
     """
     if isinstance(error, APIStatusError) and 400 <= error.status_code < 500:
         status = error.status_code

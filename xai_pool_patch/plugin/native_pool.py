@@ -1,4 +1,4 @@
-"""What stands in for the pool that the plugin has of its own from 1.6.5 on."""
+"""Replaces the native pool, which the plugin has from 1.6.5 on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def _fails_open(method: Method) -> Method:
-    """After a fault of the patch the native pool does what the method should have."""
+    """After a fault of the patch, call the same method of the native pool."""
     name = method.__name__
 
     @functools.wraps(method)
@@ -37,7 +37,7 @@ def _fails_open(method: Method) -> Method:
             return method(pool, *args, **kwargs)
         except Exception as fault:
             pool._provider.fail(name, fault)
-        return getattr(pool._own, name)(*args, **kwargs)
+        return getattr(pool._native, name)(*args, **kwargs)
 
     @functools.wraps(method)
     async def guarded_async(pool: PooledConnections, *args: Any, **kwargs: Any) -> Any:
@@ -47,18 +47,19 @@ def _fails_open(method: Method) -> Method:
             raise
         except Exception as fault:
             pool._provider.fail(name, fault)
-        return await getattr(pool._own, name)(*args, **kwargs)
+        return await getattr(pool._native, name)(*args, **kwargs)
 
     return guarded_async if inspect.iscoroutinefunction(method) else guarded  # type: ignore[return-value]
 
 
 class PooledConnections(ConnectionPool[aiohttp.ClientWebSocketResponse]):
-    """The shared pools, as one TTS of the plugin asks for connections.
+    """What one TTS sees as its native pool: it gets its connections from the shared pools.
 
-    Only what the plugin calls is overridden; `connection()` is the base class's, and built on it.
+    Only the methods that the plugin calls are overridden. The base class's `connection()` calls
+    them too.
 
     Args:
-        tts: which keeps this pool alive, and not the other way round.
+        tts: the TTS. It keeps this object alive, not the other way round.
         provider: the shared pools.
     """
 
@@ -66,27 +67,28 @@ class PooledConnections(ConnectionPool[aiohttp.ClientWebSocketResponse]):
         super().__init__()
         self._tts = weakref.ref(tts)
         self._provider = provider
-        own = self._own
-        prewarming = own._prewarm_task and own._prewarm_task()
+        native = self._native
+        prewarming = native._prewarm_task and native._prewarm_task()
         if prewarming is not None:
             prewarming.cancel()
-        for ws in list(own._available):
-            self._close_own(ws)
-        # Replaced on the instance, since nothing else tells when a connection comes back that was
-        # in use, or being dialled, when this pool took over. Last, so that nothing fails after it.
-        own.put = own.remove = self._close_own
+        for ws in list(native._available):
+            self._close_native(ws)
+        # A connection that was in use, or being dialled, when this object took over comes back
+        # through these methods, and through nothing else. They are replaced last, so that nothing
+        # can fail afterwards.
+        native.put = native.remove = self._close_native
 
     def __repr__(self) -> str:
         return f"<PooledConnections for {type(self._tts()).__name__}>"
 
     @property
-    def _own(self) -> Any:
+    def _native(self) -> Any:
         return vars(self._tts())[NAME]
 
     def restore(self) -> None:
-        """The native pool serves again."""
+        """Let the native pool serve again."""
         tts = self._tts()
-        if tts is not None:  # else its pool has gone with it
+        if tts is not None:  # otherwise the native pool is gone, too
             for name in ("put", "remove"):
                 vars(vars(tts)[NAME]).pop(name, None)
 
@@ -95,9 +97,9 @@ class PooledConnections(ConnectionPool[aiohttp.ClientWebSocketResponse]):
         tts = self._tts()
         turn = current_turn() or Turn()
         opts = turn.stream._opts if turn.stream is not None else None
-        own = self._own
+        native = self._native
         ws = await self._provider.connect(
-            turn, tts, timeout, opts, lambda: own.get(timeout=timeout)
+            turn, tts, timeout, opts, lambda: native.get(timeout=timeout)
         )
         self.last_acquire_time, self.last_connection_reused = turn.waited, turn.reused
         return ws  # type: ignore[no-any-return]
@@ -107,18 +109,18 @@ class PooledConnections(ConnectionPool[aiohttp.ClientWebSocketResponse]):
         if isinstance(conn, Lease):
             self._end(conn, None)
         else:
-            self._own.put(conn)
+            self._native.put(conn)
 
     @_fails_open
     def remove(self, conn: aiohttp.ClientWebSocketResponse) -> None:
         if isinstance(conn, Lease):
             self._end(conn, Reason.FAILED)
         else:
-            self._own.remove(conn)
+            self._native.remove(conn)
 
     @_fails_open
     def invalidate(self) -> None:
-        """The options have changed. What was made for the old ones is not asked for any more."""
+        """Warm the pool of the new options. Nobody asks for connections of the old ones now."""
         self._provider.follow(self._tts())
 
     @_fails_open
@@ -127,18 +129,19 @@ class PooledConnections(ConnectionPool[aiohttp.ClientWebSocketResponse]):
 
     @_fails_open
     async def aclose(self) -> None:
-        await self._provider.close(self._tts(), self._own.aclose)
+        await self._provider.close(self._tts(), self._native.aclose)
 
     def _end(self, lease: Lease, cut_off: Reason | None) -> None:
-        # Within a turn, how that ends decides: the plugin may yet fail after it gave it back.
+        # Within a turn, the end of the turn ends the lease: the plugin may return the connection
+        # and fail afterwards.
         if current_turn() is None:
             lease.end(cut_off)
 
-    def _close_own(self, ws: Any) -> None:
-        own = self._own
-        type(own).remove(own, ws)
+    def _close_native(self, ws: Any) -> None:
+        native = self._native
+        type(native).remove(native, ws)
         if has_loop():
-            spawn(own._drain_to_close(), name="xai_pool_patch.close_own")
+            spawn(native._drain_to_close(), name="xai_pool_patch.close_native")
 
 
 class PoolAttribute(Patch):
@@ -164,19 +167,19 @@ class PoolAttribute(Patch):
             return self
         if NAME not in vars(tts):
             raise AttributeError(f"{type(tts).__name__!r} object has no attribute {NAME!r}")
-        own = vars(tts)[NAME]
+        native = vars(tts)[NAME]
         try:
             is_off = not self.switch or self._provider.has_failed
             if is_off and not self._is_restored:
                 self.restore()
-            return own if self._is_restored else self._replacement_for(tts, own) or own
+            return native if self._is_restored else self._replacement_for(tts, native) or native
         except Exception as fault:
             self._provider.fail(NAME, fault)
-            return own
+            return native
 
-    def __set__(self, tts: Any, own: Any) -> None:
-        self._provider.attempt("standing in", self._let_go, tts)
-        vars(tts)[NAME] = own
+    def __set__(self, tts: Any, native: Any) -> None:
+        self._provider.attempt(NAME, self._remove_replacement, tts)
+        vars(tts)[NAME] = native
 
     def undo(self) -> None:
         try:
@@ -185,35 +188,36 @@ class PoolAttribute(Patch):
             self.restore()
 
     def restore(self) -> None:
-        """From here on the native pools serve again."""
+        """Let all native pools serve again, for good."""
         with self._lock, contextlib.ExitStack() as steps:
             self._is_restored = True
             for replacement in filter(None, self._replacements.values()):
                 steps.callback(replacement.restore)
             self._replacements.clear()
 
-    def _replacement_for(self, tts: Any, own: Any) -> PooledConnections | None:
+    def _replacement_for(self, tts: Any, native: Any) -> PooledConnections | None:
         if not WAYS_TO_CONNECT.isdisjoint(vars(tts)):
-            # One that is set on an instance, which may come and go, keeps it likewise.
-            self._let_go(tts)
+            # Somebody has replaced the connect of this instance, which only the native pool calls.
+            # Not remembered, since the instance may lose that attribute again.
+            self._remove_replacement(tts)
             return None
         with self._lock:
             if tts not in self._replacements:
-                is_known = type(own) is ConnectionPool and self._connects_as_published(type(tts))
+                is_known = type(native) is ConnectionPool and self._connects_as_published(type(tts))
                 self._replacements[tts] = (
                     PooledConnections(tts, self._provider) if is_known else None
                 )
             return self._replacements[tts]
 
-    def _let_go(self, tts: Any) -> None:
-        """Its native pool serves, for now at least."""
+    def _remove_replacement(self, tts: Any) -> None:
+        """Let the native pool of this TTS serve, until `_pool` is read again."""
         with self._lock:
             replacement = self._replacements.pop(tts, None)
         if replacement is not None:
             replacement.restore()
 
     def _connects_as_published(self, tts_type: type) -> bool:
-        """A subclass that connects in a way of its own keeps the pool that calls it."""
+        """False for a subclass with a connect of its own, which only the native pool calls."""
         return all(
             inspect.getattr_static(tts_type, name) is vars(self.owner)[name]
             for name in WAYS_TO_CONNECT

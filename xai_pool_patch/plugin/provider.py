@@ -1,11 +1,10 @@
-"""Leases connections to the plugin's TTS instances, whichever way they come to ask for them."""
+"""Provides the plugin's TTS instances with connections from the shared pools."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import contextvars
-import sys
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
@@ -41,12 +40,12 @@ class Turn:
     """One run of the plugin's `_run_ws`: one utterance, on one lease at a time.
 
     Args:
-        stream: whose; None if somebody asks for a connection outside of any.
+        stream: the stream that runs; None if somebody asks for a connection outside of a stream.
 
     Attributes:
-        waited: seconds waited for the connection that is heard.
-        reused: it was there when asked for.
-        pools: those of its event loop, once it has asked for a connection.
+        waited: seconds that the turn waited for the connection that is heard.
+        reused: the connection was ready when the turn asked for it.
+        pools: the pools of the turn's event loop; None until the turn asks for a connection.
     """
 
     def __init__(self, stream: Any = None) -> None:
@@ -59,19 +58,19 @@ class Turn:
         self.pools: PoolManager | None = None
 
     def begin(self, lease: Lease, pools: PoolManager, usage: UsageStats) -> None:
-        self.end(Reason.FAILED)  # of a subclass that connects more than once
+        self.end(Reason.FAILED)  # a subclass may connect more than once
         self._lease = lease
         self._usage = usage
         pools.leases.add(lease)
 
     def end(self, cut_off: Reason | None) -> None:
         if self._lease is not None and self.pools is not None:
-            # First: should it fail to end, nobody keeps its socket open.
+            # First, so that a fault in `Lease.end` leaves nobody who would keep the socket open.
             self.pools.leases.discard(self._lease)
             self._lease.end(cut_off)
 
     async def closed(self) -> None:
-        """Waits for its connection to be closed, if its job is over: there will be no later."""
+        """If the job is over, close what is open, and wait for it: nothing would do so later."""
         if self.pools is not None and self.pools.is_over(_job()):
             await self.pools.aclose()
 
@@ -92,12 +91,12 @@ class Turn:
     def note(self, waited: float, *, reused: bool = False) -> None:
         self.waited, self.reused = waited, reused
         for stream in filter(None, self._reporting):
-            # Where livekit-agents takes it from for its TTSMetrics.
+            # livekit-agents reads these two for its TTSMetrics.
             stream._acquire_time = waited
             stream._connection_reused = reused
 
     def _mark(self, event: str, **attributes: str | float) -> None:
-        """On the stream's own span: the pool's tasks, which notice what happens, have none."""
+        """Add an event to the stream's span. The pool's own tasks run outside of any span."""
         span = getattr(self.stream, "_tts_request_span", None)
         if span is not None:
             span.add_event(f"xai_pool_patch.{event}", attributes)
@@ -123,21 +122,13 @@ def _reporting_stream() -> Any:
     return reference() if reference is not None else None
 
 
-def cut_off_by(error: BaseException | None) -> Reason | None:
-    """Why the utterance was cut off, given the exception in progress; None if it has finished."""
-    if error is None:
-        return None
-    return Reason.INTERRUPTED if isinstance(error, asyncio.CancelledError) else Reason.FAILED
-
-
 class ConnectionProvider:
-    """What the plugin asks of the pools of one installation. Fails open.
+    """Does for the plugin what the wrappers replace. Fails open.
 
     Args:
-        registry: the pools.
-        shape: how the plugin comes by its connections.
-        connect: the plugin's own `TTS._connect_ws`, as a plain function. Where it has a pool of its
-            own, what that calls instead, which takes no options.
+        registry: the pools of the installation.
+        shape: how the plugin gets its connections.
+        connect: see `Connector`.
     """
 
     def __init__(self, registry: Registry, shape: Shape, connect: Callable[..., Any]) -> None:
@@ -150,11 +141,11 @@ class ConnectionProvider:
         return self._registry.has_failed
 
     def fail(self, operation: str, fault: Exception) -> None:
-        """From here on the plugin is as if unpatched."""
+        """Report a fault of the patch. From here on the plugin works as if it were not patched."""
         self._registry.fail(operation, fault)
 
     def attempt(self, operation: str, do: Callable[..., T], *args: Any) -> T | None:
-        """A fault of the pools' own must not become one of the agent's."""
+        """Call a function of ours. Its exception is a fault, and does not reach the agent."""
         try:
             return do(*args)
         except Exception as fault:
@@ -164,7 +155,7 @@ class ConnectionProvider:
     async def attempt_to_wait(
         self, operation: str, wait: Callable[..., Awaitable[None]], *args: Any
     ) -> None:
-        """Likewise, of what takes time."""
+        """Do the same as `attempt` with a coroutine function."""
         try:
             await wait(*args)
         except Exception as fault:
@@ -175,10 +166,16 @@ class ConnectionProvider:
         """The turn that runs in this block. The end of the block ends its lease."""
         turn = Turn(stream)
         token = _turn.set(turn)
+        cut_off = None
         try:
             yield turn
+        except asyncio.CancelledError:
+            cut_off = Reason.INTERRUPTED
+            raise
+        except BaseException:
+            cut_off = Reason.FAILED
+            raise
         finally:
-            cut_off = cut_off_by(sys.exc_info()[1])
             _turn.reset(token)
             self.attempt("ending a turn", turn.end, cut_off)
             await self.attempt_to_wait("closing", turn.closed)
@@ -186,7 +183,7 @@ class ConnectionProvider:
     async def connect(
         self, turn: Turn, tts: Any, timeout: float, opts: Any, fallback: Callable[[], Any]
     ) -> Any:
-        """A lease for that turn, or what the plugin would have used without the patch.
+        """A lease for the turn; after a fault, what the plugin would have used without the patch.
 
         Args:
             opts: the options to speak with; None for the TTS's current ones.
@@ -203,7 +200,7 @@ class ConnectionProvider:
         began = asyncio.get_running_loop().time()
         ws = await fallback()
         turn.note(asyncio.get_running_loop().time() - began)
-        # Had the plugin failed as well, the fault would not be the pool's.
+        # Not before the fallback: if that fails too, the patch is not the cause.
         if not isinstance(fault, PoolClosedError):
             self.fail("connecting", fault)
         return ws
@@ -224,16 +221,16 @@ class ConnectionProvider:
             self._use(pools, tts).prewarm()
 
     def follow(self, tts: Any) -> None:
-        """The TTS has other options now: warms what it speaks with next, if it speaks at all."""
+        """Warm the pool of the TTS's new options, if the TTS has used a pool before."""
         if has_loop() and not self.has_failed:
             pools = self._registry.here()
             if pools.knows(tts) and not pools.is_over(_job()):
                 self._use(pools, tts)
 
     async def close(self, tts: Any, close: Callable[[], Awaitable[Any]]) -> None:
-        """Closes the TTS and the pools that nobody else uses."""
-        # Before its streams are closed, lest each of them calls for a replacement; and again
-        # afterwards, for what they may have begun meanwhile.
+        """Close the TTS, and the pools that no other TTS uses."""
+        # Before the TTS closes its streams: each stream that ends a lease would make the pool dial
+        # a replacement. And again afterwards, since a stream may have used a pool in the meantime.
         ended = self.attempt("aclose", self._leave, tts) or []
         try:
             await close()
@@ -245,14 +242,14 @@ class ConnectionProvider:
         return self._registry.here().unregister(tts)
 
     async def _ended(self, pools: Sequence[Pool[Connection]]) -> None:
-        """Waits until those have closed everything."""
+        """Wait until these pools have closed their connections."""
         await asyncio.gather(*(pool.aclose() for pool in pools))
         await self._registry.here().supervisor.stopped()
 
     async def _lease(self, turn: Turn, tts: Any, timeout: float, opts: Any) -> Lease:
         pools = turn.pools = self._registry.here()
         pool = self._use(pools, tts)
-        usage = pools.usage(tts)  # the TTS may have left by the time there is a connection
+        usage = pools.usage(tts)  # now, since the TTS may be closed before the connection is there
         if opts is not None:
             pool = pools.pool_for(tts, key_of(tts, opts), lambda: self._connector(pools, tts, opts))
 
@@ -260,7 +257,7 @@ class ConnectionProvider:
             return _acquire(pools, pool, tts._api_key, timeout, fresh=fresh)
 
         acquired = await acquire()
-        if self.has_failed:  # between the moment it was handed a connection and this one
+        if self.has_failed:  # since the pool handed out this connection
             raise PoolClosedError("the pool failed")
         exchange = Exchange(
             acquired,
@@ -288,7 +285,7 @@ class ConnectionProvider:
         return take(tts, key_of(tts, opts), lambda: self._connector(pools, tts, opts))
 
     def _plugins_own(self, tts: Any, timeout: float, opts: Any) -> Any:
-        """A WebSocket as the plugin's own connect opens it."""
+        """Open a WebSocket with the plugin's own connect."""
         if self._shape is Shape.TAKES_OPTIONS:
             return self._connect(tts, timeout, opts if opts is not None else tts._opts)
         return self._connect(tts, timeout)
@@ -298,7 +295,7 @@ class ConnectionProvider:
 
 
 def _job() -> Any:
-    """The job that the running code belongs to; None outside of any."""
+    """The job that the running code belongs to; None outside of a job."""
     try:
         return get_job_context()
     except RuntimeError:
@@ -316,7 +313,7 @@ def has_loop() -> bool:
 async def _acquire(
     pools: PoolManager, pool: Pool[Connection], api_key: str, timeout: float, *, fresh: bool
 ) -> Acquired[Connection]:
-    """Raises what the plugin's own connect would have raised."""
+    """Acquire a connection. Raises what the plugin's own connect would have raised."""
     try:
         return await _acquire_or_make_room(pools, pool, api_key, timeout, fresh=fresh)
     except DialFailedError as failure:
@@ -325,11 +322,13 @@ async def _acquire(
         raise APIConnectionError("failed to connect to xAI") from late
     if pool.is_defunct:
         raise APIConnectionError("the HTTP session is closed")
-    # The plugin calls everything that its connect raises a failure of the network.
+    # The plugin turns every exception of its connect into a network error. If it hides a fault, the
+    # fallback may still work, so the fault itself is raised.
     hidden = error.__cause__ or error.__context__
     if isinstance(hidden, Exception) and not isinstance(hidden, NETWORK_ERRORS):
         raise hidden
-    # Out here no other error becomes its context. What the plugin has hidden there carries headers.
+    # Outside of the `except`, so that no other error becomes the context of this one. A context
+    # that the plugin has suppressed is removed: it holds the headers of the request.
     if error.__suppress_context__:
         error.__context__ = None
     raise with_status(error) from error.__cause__

@@ -1,6 +1,6 @@
-"""Recognises the installed plugin: version and capabilities in, a shape or a refusal out.
+"""Detects the shape of the installed plugin from its version and its code, or refuses it.
 
-Nothing is patched here, and nothing is imported: what is looked at has been imported already.
+This module patches nothing and imports nothing of the plugin.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from ..errors import UnsupportedPluginError
 
 DISTRIBUTION = "livekit-plugins-xai"
 FRAMEWORK = "livekit-agents"
-"""Released together with the plugin, under the same numbers."""
+"""LiveKit releases it together with the plugin, under the same numbers."""
 MODULE = "livekit.plugins.xai.tts"
 
 
 class Shape(enum.Enum):
-    """How the plugin comes by its connections."""
+    """How the plugin gets its connections."""
 
     READS_OPTIONS = "reads options"
-    """It opens one for each segment; `TTS._connect_ws` reads `self._opts`."""
+    """The plugin opens one for each segment; `TTS._connect_ws` reads `self._opts`."""
     TAKES_OPTIONS = "takes options"
-    """The same, but `TTS._connect_ws` is given the stream's own copy of the options."""
+    """The same, but `TTS._connect_ws` takes the stream's own copy of the options."""
     NATIVE_POOL = "native pool"
-    """It draws them from a `ConnectionPool` of livekit-agents, one for each TTS."""
+    """Each TTS has a `ConnectionPool` of livekit-agents."""
 
 
 @dataclass(frozen=True)
 class Release:
-    """Versions of the plugin whose `tts.py` is the same to the letter, and has been read."""
+    """Versions of the plugin with one and the same `tts.py`, which somebody has read."""
 
     versions: tuple[str, ...]
     shape: Shape
     sha256: str
-    """Of `livekit/plugins/xai/tts.py` in the published wheels."""
+    """Checksum of `livekit/plugins/xai/tts.py` in the published wheels."""
 
 
 def _series(minor: str, first: int, last: int) -> tuple[str, ...]:
@@ -90,12 +90,12 @@ def release_of(version: str) -> Release | None:
 
 @dataclass(frozen=True)
 class _Method:
-    """What a method that is wrapped or relied on must look like."""
+    """What a method must look like that the patch wraps or relies on."""
 
     owner: str
     name: str
     parameters: tuple[str, ...] | None = None
-    """None where they do not matter."""
+    """None if they do not matter."""
     is_coroutine: bool = True
     uses: frozenset[str] = frozenset()
 
@@ -107,7 +107,7 @@ class _Method:
         parameters = tuple(inspect.signature(function).parameters)
         if self.parameters is not None and parameters != self.parameters:
             return f"{where} takes {parameters}, not {self.parameters}"
-        unwrapped = inspect.unwrap(function)  # of what others have put around it
+        unwrapped = inspect.unwrap(function)  # others may have wrapped it
         if inspect.iscoroutinefunction(unwrapped) != self.is_coroutine:
             return f"{where} is {'not ' if self.is_coroutine else ''}a coroutine function"
         code = getattr(unwrapped, "__code__", None)
@@ -119,7 +119,7 @@ def _uses(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
-_DIALLED_BY = _uses("_ensure_session", "ws_connect", "_api_key")
+_DIAL_USES = _uses("_ensure_session", "ws_connect", "_api_key")
 _RUN_WS = ("self", "input_stream", "output_emitter")
 
 _IN_EVERY_SHAPE = (
@@ -143,16 +143,16 @@ _WITHOUT_POOL = (
 _METHODS = {
     Shape.READS_OPTIONS: (
         *_WITHOUT_POOL,
-        _Method("TTS", "_connect_ws", ("self", "timeout"), uses=_DIALLED_BY | {"_opts"}),
+        _Method("TTS", "_connect_ws", ("self", "timeout"), uses=_DIAL_USES | {"_opts"}),
     ),
     Shape.TAKES_OPTIONS: (
         *_WITHOUT_POOL,
-        _Method("TTS", "_connect_ws", ("self", "timeout", "opts"), uses=_DIALLED_BY),
+        _Method("TTS", "_connect_ws", ("self", "timeout", "opts"), uses=_DIAL_USES),
     ),
     Shape.NATIVE_POOL: (
         *_IN_EVERY_SHAPE,
         _Method("TTS", "__init__", is_coroutine=False, uses=_uses("ConnectionPool", "_pool")),
-        _Method("TTS", "_connect_ws", ("self", "timeout", "opts"), uses=_DIALLED_BY),
+        _Method("TTS", "_connect_ws", ("self", "timeout", "opts"), uses=_DIAL_USES),
         _Method("TTS", "_connect_pooled_ws", ("self", "timeout"), uses=_uses("_connect_ws")),
         _Method("TTS", "_close_pooled_ws", ("self", "ws"), uses=_uses("_close_ws")),
         _Method("TTS", "update_options", is_coroutine=False, uses=_uses("_pool", "invalidate")),
@@ -170,7 +170,7 @@ _METHODS = {
 
 
 def differences(module: ModuleType, shape: Shape) -> list[str]:
-    """What in the imported plugin is not as that shape has it."""
+    """The differences between the imported plugin and a shape, in words."""
     found = [d for method in _METHODS[shape] if (d := method.difference(module))]
     if shape is not Shape.NATIVE_POOL and _has_own_prewarm(getattr(module, "TTS", object)):
         found.append("TTS has a prewarm of its own")
@@ -178,23 +178,24 @@ def differences(module: ModuleType, shape: Shape) -> list[str]:
 
 
 def _has_own_prewarm(tts_type: type) -> bool:
-    """Rather than the base class's, which others may have wrapped where it is inherited."""
+    """Whether the TTS overrides `prewarm`. A wrapper around the inherited one does not count."""
     owners = [vars(owner)["prewarm"] for owner in tts_type.__mro__ if "prewarm" in vars(owner)]
     return "prewarm" in vars(tts_type) and len({inspect.unwrap(each) for each in owners}) > 1
 
 
 def imported_plugin() -> ModuleType | None:
-    """The plugin's module; None as long as its import is to come or under way."""
+    """The plugin's module; None until its import has ended."""
     module = sys.modules.get(MODULE)
     spec = getattr(module, "__spec__", None)
-    # The interpreter goes by the same mark, when a second thread imports a module.
+    # The interpreter itself uses this mark, when a second thread imports the same module.
     return None if getattr(spec, "_initializing", False) else module
 
 
 def installed_version(distribution: str = DISTRIBUTION) -> str:
-    """
+    """The installed version of a distribution.
+
     Raises:
-        UnsupportedPluginError: it is not installed.
+        UnsupportedPluginError: the distribution is not installed.
     """
     try:
         return importlib.metadata.version(distribution)
@@ -205,10 +206,10 @@ def installed_version(distribution: str = DISTRIBUTION) -> str:
 
 
 def check_version(version: str, *, allow_unverified: bool) -> None:
-    """Judges by the version alone, for as long as there is nothing else to judge by.
+    """Check the version alone, before the plugin is imported.
 
     Raises:
-        UnsupportedPluginError: it is not a verified version, and no other is allowed.
+        UnsupportedPluginError: the version is not verified, and no other is allowed.
     """
     if release_of(version) is None and not allow_unverified:
         raise UnsupportedPluginError(
@@ -231,12 +232,12 @@ def detect(module: ModuleType, version: str, *, allow_unverified: bool) -> Shape
     """The shape of the imported plugin.
 
     Raises:
-        UnsupportedPluginError: it is not what its version says, or is of a version that is not
-            verified and not allowed or of no known shape. The message names what differs.
+        UnsupportedPluginError: the plugin is not what its version says, or has no known shape, or
+            its version is neither verified nor allowed. The message names what differs.
     """
     release = release_of(version)
     if release is None:
-        return _resembled(module, version, allow_unverified)
+        return _shape_of_unverified(module, version, allow_unverified)
     found = differences(module, release.shape)
     if found:
         raise UnsupportedPluginError(
@@ -247,7 +248,7 @@ def detect(module: ModuleType, version: str, *, allow_unverified: bool) -> Shape
     return release.shape
 
 
-def _resembled(module: ModuleType, version: str, allow_unverified: bool) -> Shape:
+def _shape_of_unverified(module: ModuleType, version: str, allow_unverified: bool) -> Shape:
     by_shape = {shape: differences(module, shape) for shape in Shape}
     nearest = min(by_shape, key=lambda shape: len(by_shape[shape]))
     if by_shape[nearest]:
@@ -264,7 +265,7 @@ def _resembled(module: ModuleType, version: str, allow_unverified: bool) -> Shap
 
 
 def is_as_published(module: ModuleType, version: str) -> bool:
-    """Whether the plugin's file is, to the letter, the one in that version's wheel."""
+    """Whether the plugin's file is the one in the wheel of that version, byte for byte."""
     release = release_of(version)
     content = Path(module.__file__ or "").read_bytes()
     return release is not None and hashlib.sha256(content).hexdigest() == release.sha256

@@ -1,7 +1,8 @@
-"""What runs in place of the plugin's methods. `installation` decides when these are put in."""
+"""The wrappers of the plugin's methods. `installation` decides when they are applied."""
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import sys
@@ -13,15 +14,16 @@ import wrapt
 from livekit.agents.tts import ChunkedStream
 
 from ..manager import Registry
+from ..pool.pool import Reason
 from ..protocol.lease import NETWORK_ERRORS, Lease
 from .native_pool import PoolAttribute
 from .patching import Patch
-from .provider import ConnectionProvider, current_turn, cut_off_by, report_on
+from .provider import ConnectionProvider, current_turn, report_on
 from .releases import Shape
 
 
 def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> list[Patch]:
-    """What is put into a plugin of that shape."""
+    """The patches for a plugin of this shape."""
     tts, stream = module.TTS, module.SynthesizeStream
     has_pool = shape is Shape.NATIVE_POOL
     provider = ConnectionProvider(registry, shape, connect_of(tts, shape))
@@ -47,12 +49,12 @@ def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> list[Pa
 
 
 def connect_of(tts_type: type, shape: Shape) -> Any:
-    """The plugin's own way to a connection, as a plain function."""
-    return _as_its_pool_does if shape is Shape.NATIVE_POOL else vars(tts_type)["_connect_ws"]
+    """The plugin's own connect, as a plain function. See `Connector`."""
+    return _connect_as_native_pool if shape is Shape.NATIVE_POOL else vars(tts_type)["_connect_ws"]
 
 
-def _as_its_pool_does(tts: Any, timeout: float) -> Any:
-    """Looked up for each dial, since it is not wrapped here: others may wrap it at any time."""
+def _connect_as_native_pool(tts: Any, timeout: float) -> Any:
+    # Looked up for each dial. We do not wrap this method, so others may wrap it at any time.
     return tts._connect_pooled_ws(timeout)
 
 
@@ -70,7 +72,7 @@ def _wrapped(
 
 
 def _guarded(wrapper: Callable[..., Any], provider: ConnectionProvider) -> Callable[..., Any]:
-    """A wrapper that fails before it calls what it wraps does not keep it from being called."""
+    """Make a wrapper fail open: if it raises before it calls the original, call the original."""
 
     def guarded(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         call = None
@@ -87,7 +89,7 @@ def _guarded(wrapper: Callable[..., Any], provider: ConnectionProvider) -> Calla
 
 
 def _guarded_async(wrapper: Callable[..., Any], provider: ConnectionProvider) -> Callable[..., Any]:
-    """`_guarded`, of a coroutine function."""
+    """Do the same as `_guarded` with a coroutine function."""
 
     async def guarded(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         call = None
@@ -108,13 +110,13 @@ def _guarded_async(wrapper: Callable[..., Any], provider: ConnectionProvider) ->
 def _bound(call: _Call, instance: Any, args: Any) -> tuple[Callable[..., Any], Any, Any]:
     if instance is not None:
         return call, instance, args
-    # Called as the plain function that it was, by somebody who took it from the class.
+    # Called as a plain function, by somebody who took it from the class.
     instance, *args = args
     return functools.partial(call, instance), instance, args
 
 
 class _Call:
-    """What is wrapped, and whether it has been called."""
+    """The original, and whether the wrapper has called it."""
 
     def __init__(self, wrapped: Callable[..., Any]) -> None:
         self.was_made = False
@@ -129,7 +131,7 @@ class Wrappers:
     """The wrappers of one installation.
 
     Those of `_connect_ws`, `_close_ws`, `prewarm` and `update_options` are for a plugin without a
-    pool of its own. From 1.6.5 on `native_pool` does what they do.
+    native pool. From 1.6.5 on `native_pool` does what they do.
     """
 
     def __init__(self, provider: ConnectionProvider) -> None:
@@ -161,22 +163,22 @@ class Wrappers:
             return wrapped(*args, **kwargs)
 
         turn = current_turn()
-        if turn is None:  # then nobody would say how the utterance ended
+        if turn is None:  # nobody would end the lease
             return await plain()
         timeout, opts = _asked_for(*args, **kwargs)
         return await self._provider.connect(turn, tts, timeout, opts, plain)
 
     async def close_ws(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
-        """Hands a lease back to its pool; any other WebSocket is the plugin's to close.
+        """End a lease. Any other WebSocket is closed as the plugin does.
 
-        The plugin closes in a `finally`: the exception under way, if any, cut the utterance off.
-        What never gets here, `run_ws` hands back.
+        The plugin calls this in a `finally`, so an exception in progress is what cut the utterance
+        off. If the plugin does not get here, `run_ws` ends the lease.
         """
-        cut_off = cut_off_by(sys.exc_info()[1])
+        cut_off = _cut_off_by(sys.exc_info()[1])
         turn = current_turn()
         closed = await wrapped(*args, **kwargs)
         if turn is not None and isinstance(_socket(*args, **kwargs), Lease):
-            self._provider.attempt("handing back", turn.end, cut_off)
+            self._provider.attempt("ending a lease", turn.end, cut_off)
         return closed
 
     def prewarm(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
@@ -191,11 +193,18 @@ class Wrappers:
         await self._provider.close(tts, lambda: wrapped(*args, **kwargs))
 
 
+def _cut_off_by(error: BaseException | None) -> Reason | None:
+    """Why the utterance was cut off, given the exception in progress; None if it has finished."""
+    if error is None:
+        return None
+    return Reason.INTERRUPTED if isinstance(error, asyncio.CancelledError) else Reason.FAILED
+
+
 def _socket(ws: Any) -> Any:
-    """The argument of `_close_ws`."""
+    """Take the arguments of `_close_ws`, by position or by name."""
     return ws
 
 
 def _asked_for(timeout: float, opts: Any = None) -> tuple[float, Any]:
-    """The arguments of `_connect_ws`, in either shape."""
+    """Take the arguments of `_connect_ws`, of either shape, by position or by name."""
     return timeout, opts

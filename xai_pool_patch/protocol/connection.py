@@ -1,4 +1,4 @@
-"""One WebSocket: its reader, its liveness, its close."""
+"""A WebSocket that is read for its whole life, checked by PINGs, and closed in the background."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ ENDINGS = (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR
 CLOSED_MESSAGE = aiohttp.WSMessage(WSMsgType.CLOSED, None, None)
 
 SUSPICIOUS = 2
-"""The heartbeat stops after so many connections in a row that ended without a PONG. One alone may
-belong to a peer that vanished."""
+"""The heartbeat stops after so many connections in a row that ended without a PONG. A single one
+may have lost its peer."""
 
 SAYS_RATE_LIMITED = re.compile(
     r"(session|connection|concurren|rate|request)\w*\W+(\w+\W+)?limit"
@@ -53,7 +53,7 @@ class _Fence:
     token: bytes
     soft_timeout: SoftTimeout
     is_overdue: bool = False
-    """The PONG took so long that it proves nothing any more."""
+    """The PONG took so long that it no longer separates old audio from new."""
     held: list[tuple[aiohttp.WSMessage, str]] = field(default_factory=list)
     """Audio that came before the PONG, with its type."""
 
@@ -170,7 +170,7 @@ class Connection:
         self._lift_fence()
 
     async def ping(self) -> None:
-        """Ask for a sign of life. The PONG sets `last_heard` and `round_trip`."""
+        """Send a PING. Its PONG sets `last_heard` and `round_trip`."""
         await self.ws.ping(self._new_token())
 
     def _new_token(self) -> bytes:
@@ -180,7 +180,7 @@ class Connection:
         return token
 
     async def ping_as_fence(self, timeout: float) -> None:
-        """Send a PING ahead of an utterance's first text, to tell old audio from new.
+        """Send a PING ahead of an utterance's first text, to separate old audio from new.
 
         Audio that comes before the PONG left the server before the text arrived there. The
         connection holds such audio, and drops it when the PONG comes. If no PONG comes within
@@ -206,7 +206,7 @@ class Connection:
         self.utterance.sent(frame)
 
     async def clear(self) -> None:
-        """Send a `text.clear`: the server cancels the utterance under way, or owes nothing already.
+        """Send a `text.clear`: the server cancels the current utterance, or owes nothing already.
 
         Returns when the acknowledgement has come, or cannot come any more. `is_reusable` says
         which. The connection must not be leased.
@@ -315,7 +315,7 @@ class Connection:
         if self._fence is not None and token == self._fence.token:
             was_stale = bool(self._fence.held)
             self._lift_fence()
-            self.utterance.is_told_apart = True
+            self.utterance.is_unambiguous = True
             if was_stale:
                 self._dropped_stale_audio()
 

@@ -1,6 +1,6 @@
-"""One utterance on its way: which connections carry it, and what to do when one fails.
+"""Carries one utterance over one connection, and over a second one if the first fails.
 
-An idle connection may be dead without anybody knowing. If a reused connection fails before it has
+An idle connection may be dead before anybody notices. If a reused connection fails before it has
 answered, the exchange dials a fresh one and replays the utterance on it, once. The plugin hears
 whichever connection answers first. From then on, and on a fresh connection from the start,
 everything goes to the plugin as it is, failures included.
@@ -27,9 +27,9 @@ from .first_audio import FirstAudio
 from .utterance import UNREADABLE, Stage
 
 PROBE = RoundTrips(4, at_least=0.25, at_most=1.5)
-"""Time for a sign of life after the PING that leaves just ahead of an utterance's first text. The
-exchange begins to dial a replacement after half of it, so that most of a handshake is over by the
-time it is known whether it is needed."""
+"""Time for a sign of life after the PING that leaves just ahead of an utterance's first text. After
+half of it, the exchange begins to dial. So most of a handshake is over by the time the exchange
+knows whether it needs the connection."""
 
 LOOKS = 10
 """How often per `first_audio_timeout` an exchange whose first audio is late checks whether it may
@@ -105,10 +105,10 @@ class Exchange:
         pool: the pool that the connections come from and go back to.
         frames: what the plugin sends; grows by one before each `send`.
         supervisor: owns the tasks and timers.
-        acquire_fresh: dials, and returns the fresh connection.
+        acquire_fresh: dials, and returns the new connection.
         first_audio: decides how long a reused connection may take to answer.
-        on_replayed: called when a replacement is the connection that is heard, with the seconds
-            waited for it and the reason.
+        on_replayed: called when the plugin hears a replay, with the seconds that the utterance
+            waited for the connection and the reason.
     """
 
     def __init__(
@@ -135,11 +135,11 @@ class Exchange:
         self._has_spoken = False
         self._replaying: asyncio.Task[None] | None = None
         self._has_dialled = False
-        """The dial is over; its connection may still be sending."""
+        """The dial for the replay is over. The replay may still be sending."""
         self._replays_unanswered = False
         """`FirstAudio` has allowed this exchange to replay an utterance that was not answered."""
         self._replay_error: Exception | None = None
-        """Why there is no replacement, though the exchange needed one."""
+        """Why the exchange could not replay the utterance, though it had to."""
         self._soft_timeouts: list[SoftTimeout] = []
         first = self._begin(Attempt(acquired.connection, acquired.fresh, acquired.waited))
         self.connection = first.connection
@@ -202,8 +202,8 @@ class Exchange:
     async def _catch_up(self, attempt: Attempt) -> None:
         """Send what has not been sent on this connection yet, in order."""
         if attempt.is_sending:
-            # The plugin's send() and the replay may both be here. The one that came first also
-            # sends what is added meanwhile; two senders would mix up the order of the frames.
+            # The plugin's send() and the replay may both be here. The first one also sends the
+            # frames that the plugin adds in the meantime. Two senders would mix up their order.
             return
         attempt.is_sending = True
         try:
@@ -282,7 +282,7 @@ class Exchange:
 
     def _give_up_waiting(self, attempt: Attempt) -> None:
         attempt.is_overdue = True
-        self._start_replaying(lambda: True, Failure.NO_ANSWER)  # if it was not its turn until now
+        self._start_replaying(lambda: True, Failure.NO_ANSWER)  # if `FirstAudio` made it wait
         self._fail_if_exhausted()
 
     # Hearing
@@ -340,7 +340,7 @@ class Exchange:
         return all(attempt.is_exhausted for attempt in self._attempts if attempt is not without)
 
     def _fail_if_exhausted(self) -> None:
-        """Report why there is no replacement, if no connection will answer.
+        """Report why the utterance was not replayed, if no connection will answer.
 
         Otherwise the plugin would wait for ever.
         """
@@ -358,7 +358,7 @@ class Exchange:
     # Replaying
 
     def _start_replaying(self, is_wanted: Callable[[], bool], failure: Failure) -> None:
-        """Begin to dial a replacement, if none has been dialled for this utterance."""
+        """Begin to dial for a replay, unless this utterance has been replayed already."""
         if self._replaying is None:
             replay = self._replay(is_wanted, failure)
             self._replaying = self._supervisor.spawn(replay, name="xai_pool_patch.replay")
@@ -413,7 +413,7 @@ def _failure_in(attempt: Attempt, message: aiohttp.WSMessage, type_: str) -> Fai
 
 
 def _is_mute(attempt: Attempt) -> bool:
-    """The answer is late, and the PING that asked for a sign of life is not answered either."""
+    """The answer is late, and the PONG of the PING that followed is late, too."""
     connection = attempt.connection
     if attempt.doubted_at is None or connection.round_trip is None:
         return False

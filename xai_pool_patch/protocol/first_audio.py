@@ -1,4 +1,4 @@
-"""How long a server may take until the first audio, judged by the last utterances."""
+"""Learns from the last utterances how long the server may take until the first audio."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MARGIN = 1.5
 
 
 class FirstAudio:
-    """Tells a slow server from a dead session, for the utterances of one event loop.
+    """Distinguishes a slow server from a dead session, for the utterances of one event loop.
 
     If each utterance were replayed after `first_audio_timeout`, a slow server would have to
     generate everything twice. So an utterance that was slow and was heard gives the next ones more

@@ -34,7 +34,7 @@ class _MisuseError(RuntimeError):
 
 
 def _fails_open(method: Method) -> Method:
-    """After a fault of the patch, do the operation on the plugin's own WebSocket instead."""
+    """After a fault of the patch, call the same method of the plugin's own WebSocket."""
     name = method.__name__
 
     @functools.wraps(method)
@@ -61,8 +61,8 @@ class Lease(aiohttp.ClientWebSocketResponse):
     iteration, `async with` …) is built on these and works as it is.
 
     After a fault of the patch the lease steps aside. If the plugin has heard audio, the utterance
-    goes on over the same socket; otherwise it is sent anew over a socket that the plugin's own
-    connect opens. From then on only aiohttp is between the plugin and the server.
+    goes on over the same socket; otherwise the lease replays it over a socket that the plugin's
+    own connect opens. From then on only aiohttp is between the plugin and the server.
 
     Args:
         exchange: carries the utterance.
@@ -213,7 +213,7 @@ class Lease(aiohttp.ClientWebSocketResponse):
             self.is_aside = True
             attempt, inbox = self._exchange.heard, self._exchange.inbox
             if attempt is None:
-                # The plugin has heard nothing yet, and will hear the answer to what is sent anew.
+                # The plugin has heard nothing yet, and will hear the answer to the replay.
                 self._exchange.inbox = asyncio.Queue()
             else:
                 connection = attempt.connection
@@ -269,7 +269,7 @@ class _Bare:
     ws: aiohttp.ClientWebSocketResponse
     frames: list[Frame]
     progress: _Progress | Attempt
-    """Shared with a send that may still be under way, so that no frame is sent twice."""
+    """Shared with a send that may still be running, so that no frame is sent twice."""
     received: asyncio.Queue[aiohttp.WSMessage | Exception] | None = None
     """Messages that came before, for the plugin to receive first."""
     reader: asyncio.Task[None] | None = None

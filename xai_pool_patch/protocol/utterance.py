@@ -1,6 +1,6 @@
-"""Where a connection stands in xAI's protocol. This module does no I/O: frames in, a stage out.
+"""Follows xAI's protocol on one connection. This module does no I/O: frames in, a stage out.
 
-xAI's audio carries no utterance id. Only two frames prove that nothing more will come for an
+xAI's audio carries no utterance id. Only two frames show that nothing more will come for an
 utterance: its `audio.done`, received after its `text.done` was sent, and the `audio.clear` that
 answers a `text.clear`.
 """
@@ -31,13 +31,13 @@ class Stage(enum.Enum):
     CLEARING = "clearing"
     """The acknowledgement of a `text.clear`. Audio of the utterance may come before it."""
     VERIFYING = "verifying"
-    """The acknowledgement of a `text.clear` and nothing else: no utterance is under way."""
+    """The acknowledgement of a `text.clear` and nothing else: there is no utterance to cancel."""
     DIRTY = "dirty"
     """Nobody can say. Such a connection never serves another utterance."""
 
 
 # A frame that is not listed for a stage makes the connection dirty. So does every frame that is
-# sent before a clear is acknowledged: there is never more than one clear under way.
+# sent before a clear is acknowledged: there is never more than one clear at a time.
 _AFTER_SENDING = {
     (Stage.CLEAN, "text.delta"): Stage.ASKED,
     (Stage.CLEAN, "text.done"): Stage.EMPTY,
@@ -67,7 +67,7 @@ _AFTER_RECEIVING = {
 }
 
 _AUDIO_DELTA = re.compile(r'\{\s*"type"\s*:\s*"audio\.delta"\s*,')
-"""Recognises the longest and most frequent frame without parsing it. If the rest of the frame is
+"""Detects the longest and most frequent frame without parsing it. If the rest of the frame is
 malformed, the plugin's parsing raises, and the pool discards the connection all the same."""
 
 UNREADABLE = "unreadable"
@@ -82,7 +82,7 @@ class UtteranceTracker:
             acknowledgement says that nothing more comes of it.
         has_words: the utterance has something to speak. xAI does not document whether it answers
             blanks and punctuation by silence, by `audio.done` alone or by an error.
-        is_told_apart: everything from now on is known to answer this utterance.
+        is_unambiguous: everything from now on is known to answer this utterance.
         is_first: no utterance came before this one, so everything answers this one.
     """
 
@@ -90,7 +90,7 @@ class UtteranceTracker:
         self.stage = Stage.CLEAN
         self.was_cleared = False
         self.has_words = False
-        self.is_told_apart = False
+        self.is_unambiguous = False
         self.is_first = False
         self._is_unused = True
 
@@ -111,7 +111,7 @@ class UtteranceTracker:
 
         Words are answered by audio, so after words it must belong to another utterance.
         """
-        return self.stage is Stage.AWAITING and (self.is_told_apart or not self.has_words)
+        return self.stage is Stage.AWAITING and (self.is_unambiguous or not self.has_words)
 
     def sent(self, frame: object) -> None:
         """Follow a frame to the server.
@@ -121,7 +121,7 @@ class UtteranceTracker:
         message = _parsed(frame)
         type_ = _type_in(message)
         if self.is_clean:
-            self.has_words = self.is_told_apart = False
+            self.has_words = self.is_unambiguous = False
             self.is_first, self._is_unused = self._is_unused, False
         if type_ == "text.delta":
             self.has_words |= any(map(str.isalnum, str(message.get("delta"))))
@@ -140,7 +140,7 @@ class UtteranceTracker:
 
     def _is_unasked(self, type_: str) -> bool:
         if self.stage is Stage.EMPTY and type_ == "audio.delta":
-            return self.was_cleared and not self.is_told_apart
+            return self.was_cleared and not self.is_unambiguous
         return self.is_clean
 
 
