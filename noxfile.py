@@ -27,7 +27,7 @@ SYSTEM = "/usr/bin/python3"
 THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 THOROUGH = ["1.6.0", "1.8.9"]
 """One plugin without and one with a pool of its own: on every Python, and on the floors."""
-FLOORS = ["aiohttp==3.10.6", "structlog==24.1", "typer==0.15.1", "wrapt==1.16"]
+FLOORS = ["aiohttp==3.10.6", "redis==5.0.1", "structlog==24.1", "typer==0.15.1", "wrapt==1.16"]
 """The lowest declared. All other environments have the newest of each."""
 NEWEST_FOR_FLOORS = "3.13"
 """They have no wheels for what came later."""
@@ -63,7 +63,8 @@ WHOLE = [(THIS_PYTHON, f"plugin-{THOROUGH[-1]}")]
 """`make test` is the other plugin's. The rest run a fifth of the soak, and break no functions."""
 LESS = ["--soak-turns=400", "--ignore=tests/live/test_every_fault.py"]
 BY_THE_SERVER_ALONE = [
-    f"--ignore=tests/live/test_{name}.py" for name in ("slow", "stale_audio", "telling", "wordless")
+    f"--ignore=tests/live/test_{name}.py"
+    for name in ("mark_stores", "redis_mark", "slow", "stale_audio", "telling", "wordless")
 ]
 """What they test depends on a server or an application. `THOROUGH` plugins run it everywhere."""
 TOUCH_THE_PLUGIN = [
@@ -139,7 +140,7 @@ def matrix(session: nox.Session, environment: str) -> None:
     """The tests that touch the plugin, in one environment: with the wheel, without its source."""
     if session.python == SYSTEM:
         _skip_if_needless(session)
-    session.install("-r", _file(environment), f"{_wheel()}[demo]", "--group=dev")
+    session.install("-r", _file(environment), f"{_wheel()}[demo,redis]", "--group=dev")
     [sdist] = DIST.glob("*.tar.gz")
     shutil.unpack_archive(sdist, session.create_tmp())
     session.chdir(Path(session.create_tmp(), sdist.name.removesuffix(".tar.gz")))
@@ -183,7 +184,7 @@ def newest(session: nox.Session) -> None:
     """
     from xai_pool_patch.plugin.releases import DISTRIBUTION, FRAMEWORK, release_of
 
-    session.install("--upgrade", "--editable", ".[demo]", "--group=dev")
+    session.install("--upgrade", "--editable", ".[demo,redis]", "--group=dev")
     found = {package: _installed(session, package) for package in (DISTRIBUTION, FRAMEWORK)}
     session.run("xai-pool-patch", "check", success_codes=[0, 1])
     unverified = [f"{name} {v}" for name, v in found.items() if release_of(v) is None]
@@ -202,7 +203,7 @@ def _installed(session: nox.Session, package: str) -> str:
 def mutation(session: nox.Session) -> None:
     """Which changes to the pool's core no test would notice. A quarter of an hour."""
     pinned = _file("plugin-1.6.0")
-    session.install("--constraint", pinned, "--editable", ".[demo]", "--group=dev", MUTMUT)
+    session.install("--constraint", pinned, "--editable", ".[demo,redis]", "--group=dev", MUTMUT)
     session.run("mutmut", "run", *session.posargs)
     session.run("mutmut", "results")
 
@@ -215,5 +216,5 @@ def constraints(session: nox.Session) -> None:
     bare = ["--no-header", "--no-annotate", "--no-emit-index-url"]
     for environment in session.posargs or ENVIRONMENTS:
         fixed.write_text("\n".join([*ENVIRONMENTS[environment], "hatchling"]))
-        inputs = ["pyproject.toml", "--extra=demo", "--group=dev", str(fixed)]
+        inputs = ["pyproject.toml", "--extra=demo", "--extra=redis", "--group=dev", str(fixed)]
         session.run(*command, "--upgrade", *bare, *inputs, "--output-file", _file(environment))
