@@ -35,6 +35,12 @@ def store(folder: Path) -> MachineStore:
     return MachineStore(folder)
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test machine that is busy must not look like a disk that hangs."""
+    monkeypatch.setattr("xai_pool_patch.sessions.limit.TIMEOUT", 60.0)
+
+
 def mark(seconds: float = 100.0, length: float = 120.0) -> Mark:
     return Mark(time.time() + seconds, length)
 
@@ -292,6 +298,7 @@ async def test_a_disk_that_hangs(
         return lstat(path)
 
     monkeypatch.setattr(Path, "lstat", hang)
+    monkeypatch.setattr("xai_pool_patch.sessions.limit.TIMEOUT", 1.0)
     try:
         limit, watches = SessionLimit(), [LimitWatch(DIGEST) for _ in range(100)]
         looks = asyncio.gather(*(watch.look(limit, [store]) for watch in watches))

@@ -31,6 +31,20 @@ PASSWORD = "hunter2hunter2"
 
 
 @pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test machine that is busy must not look like a Redis that is slow."""
+    monkeypatch.setattr("xai_pool_patch.sessions.limit.TIMEOUT", 60.0)
+    monkeypatch.setattr("xai_pool_patch.sessions.redis.TIMEOUT", 30.0)
+
+
+@pytest.fixture
+def usual_timeouts(patient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a Redis that never answers."""
+    monkeypatch.setattr("xai_pool_patch.sessions.limit.TIMEOUT", 1.0)
+    monkeypatch.setattr("xai_pool_patch.sessions.redis.TIMEOUT", 0.8)
+
+
+@pytest.fixture(autouse=True)
 def log_level(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "xai_pool_patch")
 
@@ -252,6 +266,7 @@ async def test_killed_with_a_machines_mark(
     assert (neighbour.limit.is_reached, neighbour.limit.source) == (True, "machine")
 
 
+@pytest.mark.usefixtures("usual_timeouts")
 async def test_paused(
     store: RedisStore, server: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -338,6 +353,7 @@ NONSENSE = {
 
 
 @pytest.mark.parametrize("answer", NONSENSE)
+@pytest.mark.usefixtures("usual_timeouts")
 async def test_it_answers_nonsense(answer: str, caplog: pytest.LogCaptureFixture) -> None:
     """Something else listens there; with "nothing", it closes each connection."""
 
@@ -387,6 +403,7 @@ async def test_tls(server: RedisServer, tmp_path: Path) -> None:
         await store.aclose()
 
 
+@pytest.mark.usefixtures("usual_timeouts")
 async def test_no_tls_there(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
     """A `rediss://` URL of a server without TLS."""
     await fails_open(f"rediss://127.0.0.1:{server.port}/0", caplog)
