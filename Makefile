@@ -47,7 +47,7 @@ $(VENV)/ready: pyproject.toml $(CONSTRAINTS)
 	@$(BIN)/python -m ensurepip >/dev/null 2>&1 || PIP_ROOT_USER_ACTION=ignore $(PYTHON) -m pip install \
 		-qq --target "$$($(BIN)/python -c '$(PURELIB)')" pip
 	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python -m pip install -qq --upgrade pip
-	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python -m pip install -qq --editable ".[demo]" --group dev
+	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python -m pip install -qq --editable ".[demo,redis]" --group dev
 	touch $@
 
 clean:

@@ -27,7 +27,7 @@ SYSTEM = "/usr/bin/python3"
 THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 THOROUGH = ["1.6.0", "1.8.9"]
 """One plugin without a native pool and one with it: on every Python, and on the floors."""
-FLOORS = ["aiohttp==3.10.6", "structlog==24.1", "typer==0.15.1", "wrapt==1.16"]
+FLOORS = ["aiohttp==3.10.6", "redis==5.0.1", "structlog==24.1", "typer==0.15.1", "wrapt==1.16"]
 """The lowest versions that pyproject.toml allows. All other environments have the newest."""
 NEWEST_FOR_FLOORS = "3.13"
 """The newest Python for which `FLOORS` have wheels."""
@@ -64,7 +64,8 @@ WHOLE = [(THIS_PYTHON, f"plugin-{THOROUGH[-1]}")]
 fifth of the soak, and do not break each function."""
 LESS = ["--soak-turns=400", "--ignore=tests/live/test_every_fault.py"]
 BY_THE_SERVER_ALONE = [
-    f"--ignore=tests/live/test_{name}.py" for name in ("slow", "stale_audio", "telling", "wordless")
+    f"--ignore=tests/live/test_{name}.py"
+    for name in ("mark_stores", "redis_mark", "slow", "stale_audio", "telling", "wordless")
 ]
 """These tests depend on the server or the application. Only `THOROUGH` plugins run them."""
 TOUCH_THE_PLUGIN = [
@@ -140,7 +141,7 @@ def matrix(session: nox.Session, environment: str) -> None:
     """Run the tests that touch the plugin in one environment, on the wheel, not the source."""
     if session.python == SYSTEM:
         _skip_if_redundant(session)
-    session.install("-r", _file(environment), f"{_wheel()}[demo]", "--group=dev")
+    session.install("-r", _file(environment), f"{_wheel()}[demo,redis]", "--group=dev")
     [sdist] = DIST.glob("*.tar.gz")
     shutil.unpack_archive(sdist, session.create_tmp())
     session.chdir(Path(session.create_tmp(), sdist.name.removesuffix(".tar.gz")))
@@ -184,7 +185,7 @@ def newest(session: nox.Session) -> None:
     """
     from xai_pool_patch.plugin.releases import DISTRIBUTION, FRAMEWORK, release_of
 
-    session.install("--upgrade", "--editable", ".[demo]", "--group=dev")
+    session.install("--upgrade", "--editable", ".[demo,redis]", "--group=dev")
     found = {package: _installed(session, package) for package in (DISTRIBUTION, FRAMEWORK)}
     session.run("xai-pool-patch", "check", success_codes=[0, 1])
     unverified = [f"{name} {v}" for name, v in found.items() if release_of(v) is None]
@@ -203,7 +204,7 @@ def _installed(session: nox.Session, package: str) -> str:
 def mutation(session: nox.Session) -> None:
     """List the changes to the pool's core that no test notices. Takes a quarter of an hour."""
     pinned = _file("plugin-1.6.0")
-    session.install("--constraint", pinned, "--editable", ".[demo]", "--group=dev", MUTMUT)
+    session.install("--constraint", pinned, "--editable", ".[demo,redis]", "--group=dev", MUTMUT)
     session.run("mutmut", "run", *session.posargs)
     session.run("mutmut", "results")
 
@@ -216,5 +217,5 @@ def constraints(session: nox.Session) -> None:
     bare = ["--no-header", "--no-annotate", "--no-emit-index-url"]
     for environment in session.posargs or ENVIRONMENTS:
         fixed.write_text("\n".join([*ENVIRONMENTS[environment], "hatchling"]))
-        inputs = ["pyproject.toml", "--extra=demo", "--group=dev", str(fixed)]
+        inputs = ["pyproject.toml", "--extra=demo", "--extra=redis", "--group=dev", str(fixed)]
         session.run(*command, "--upgrade", *bare, *inputs, "--output-file", _file(environment))

@@ -20,7 +20,8 @@ PINNED = sorted((ROOT / "constraints").iterdir())
 TOML: dict[str, Any] = nox.project.load_toml(ROOT / "pyproject.toml")
 PROJECT: dict[str, Any] = TOML["project"]
 TOOLS = [Requirement(tool) for tool in TOML["dependency-groups"]["dev"]]
-DECLARED = {r.name: r.specifier for r in map(Requirement, PROJECT["dependencies"])}
+REQUIRED = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["redis"]
+DECLARED = {r.name: r.specifier for r in map(Requirement, REQUIRED)}
 
 
 def pins(environment: str) -> dict[str, str]:

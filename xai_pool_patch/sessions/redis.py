@@ -6,7 +6,6 @@ import asyncio
 import time
 import weakref
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from ..errors import InvalidOptionError
 from .mark import Mark, MarkStore
@@ -111,6 +110,6 @@ class RedisStore:
         except Exception as error:
             # Neither its message nor its cause: both may quote the URL.
             raise InvalidOptionError(
-                f"the {urlsplit(self._url).scheme}:// URL of a store of marks is wrong"
-                f" ({type(error).__name__}); it must be like redis://user:password@host:6379/0"
+                f"the URL of a store of marks is wrong ({type(error).__name__}): "
+                "it must be like redis://user:password@host:6379/0"
             ) from None
