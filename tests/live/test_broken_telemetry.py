@@ -169,8 +169,10 @@ async def converse(line: Line) -> None:
 
 
 @pytest.mark.parametrize("application", APPLICATIONS)
-async def test_a_conversation(application: str, listener: Listener, no_tasks_left: None) -> None:
-    """Installed, heard, counted, closed and taken out again; the trouble is told once."""
+async def test_a_broken_application_costs_no_turn(
+    application: str, listener: Listener, no_tasks_left: None
+) -> None:
+    """Every turn is heard and counted, and the warning is logged once."""
     async with line_to(quick(), 0.01) as line:
         with APPLICATIONS[application]():
             xai_pool_patch.install(PoolOptions(first_audio_timeout=0.2))
@@ -189,6 +191,6 @@ async def test_a_conversation(application: str, listener: Listener, no_tasks_lef
     assert "ERROR" not in [level for level, _ in listener.told]
 
 
-def test_the_names_of_all_fields_are_taken_here() -> None:
-    """Else the record factory above would not be one that could collide."""
+def test_the_list_of_field_names_is_complete() -> None:
+    """Without them the record factory above could not collide."""
     assert {"pool", "operation", "retry_in_s", "utterances", "age_s", "plugin"} <= names_of_fields()

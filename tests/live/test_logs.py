@@ -79,8 +79,8 @@ def logged(
     logging.getLogger("xai_pool_patch").setLevel(logging.NOTSET)
 
 
-def test_a_bare_basic_config(logged: Callable[[logging.Formatter], list[str]]) -> None:
-    """Level, logger and event; the fields are not shown, and nothing is said twice."""
+def test_records_with_basic_config(logged: Callable[[logging.Formatter], list[str]]) -> None:
+    """Level, logger and event, without the fields. Nothing is logged twice."""
     lines = logged(logging.Formatter(logging.BASIC_FORMAT))
     for message in TOLD_ONCE:
         assert len([line for line in lines if line.endswith(f":xai_pool_patch:{message}")]) == 1
@@ -89,8 +89,8 @@ def test_a_bare_basic_config(logged: Callable[[logging.Formatter], list[str]]) -
     assert {line.split(":", 2)[2] for line in lines} <= {event.message for event in LogEvent}
 
 
-def test_livekits_console(logged: Callable[[logging.Formatter], list[str]]) -> None:
-    """The fields stand behind the event."""
+def test_records_in_livekits_console(logged: Callable[[logging.Formatter], list[str]]) -> None:
+    """The fields follow the event."""
     lines = logged(ColoredFormatter(LIVEKITS_CONSOLE))
     [line] = [line for line in lines if "standby failed" in line]
     assert re.search(r"WARNING xai_pool_patch - standby failed \{.*\}$", line)
@@ -115,7 +115,7 @@ def strictly(line: str) -> Any:
     [(JsonFormatter(), "message"), (structlogs(structlog.processors.JSONRenderer()), "event")],
     ids=["LiveKit's", "structlog's"],
 )
-def test_json(
+def test_records_as_json(
     formatter: logging.Formatter,
     event: str,
     logged: Callable[[logging.Formatter], list[str]],
@@ -134,10 +134,10 @@ def test_json(
     assert by_event["connected"]["xai_pool_connect_ms"] > 0
 
 
-def test_an_application_with_its_own_structlog(
+def test_the_applications_own_structlog_configuration_is_left_alone(
     logged: Callable[[logging.Formatter], list[str]], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Its processors and its printing are its own: not used, and not changed."""
+    """The patch neither uses nor changes it."""
     calls: list[Any] = []
 
     def processor(*args: Any) -> Any:
@@ -163,7 +163,7 @@ def test_an_application_with_its_own_structlog(
 
 
 def test_every_event_is_documented_with_its_level() -> None:
-    """Applications rely on the names: whoever renames an event renames it in the documentation."""
+    """Applications rely on the names, so a new name needs a line in the documentation."""
     page = Path(__file__).parents[2].joinpath("docs/observability.md").read_text()
     for event in LogEvent:
         level = logging.getLevelName(event.level)

@@ -116,8 +116,8 @@ def exception_texts(error: BaseException) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-async def test_every_fault(name: str, told: Told) -> None:
-    """While it is dealt with and afterwards."""
+async def test_no_secret_appears_during_any_fault(name: str, told: Told) -> None:
+    """Nor after it."""
     times = {"pace": 20.0, "speech_per_character": 0.02}
     async with line_to(quick(**times), ROUND_TRIP) as line:
         tts = line.tts(voice=VOICE)
@@ -138,8 +138,8 @@ async def test_every_fault(name: str, told: Told) -> None:
 
 
 @pytest.mark.parametrize("name", [*REFUSALS, *FAILURES])
-async def test_every_failed_dial(name: Any, told: Told) -> None:
-    """aiohttp's own errors carry the headers of the request; what is handed on does not."""
+async def test_no_secret_appears_after_a_failed_dial(name: Any, told: Told) -> None:
+    """aiohttp's own errors carry the headers of the request; the patch's must not."""
     async with line_to() as line:
         prepared = {**REFUSALS, **FAILURES}[name](line)
         tts = line.tts(**{"voice": VOICE, **prepared})
@@ -153,8 +153,8 @@ async def test_every_failed_dial(name: Any, told: Told) -> None:
         told.check(*heard)
 
 
-async def test_what_a_server_says_to_nobody(told: Told) -> None:
-    """The type of a message that is ignored is told only if it can be nothing else."""
+async def test_ignored_messages_are_logged_without_their_content(told: Told) -> None:
+    """Their type is logged only if it looks like one."""
     async with line_to() as line:
         tts = line.tts(voice=VOICE)
         await speak(tts, FIRST_TEXT)
@@ -167,8 +167,8 @@ async def test_what_a_server_says_to_nobody(told: Told) -> None:
         await tts.aclose()
 
 
-def test_the_search_finds_what_is_there(told: Told) -> None:
-    """It would find a key in a record, in an object and in an exception that is not printed."""
+def test_the_search_itself_finds_a_key(told: Told) -> None:
+    """In a record, in an object, and in an exception that is not printed."""
     from xai_pool_patch.pool.pool import DialFailedError
     from xai_pool_patch.telemetry.log import LogEvent, log_event
 

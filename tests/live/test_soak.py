@@ -98,10 +98,10 @@ class Conversation:
 
 
 @pytest.mark.parametrize(("options", "share"), [(OPTIONS, 1), (CLEARING, 4)])
-async def test_soak(
+async def test_thousands_of_turns_with_faults_leave_no_wrong_sample_and_no_leak(
     options: PoolOptions, share: int, pytestconfig: pytest.Config, no_tasks_left: None
 ) -> None:
-    """No wrong sample, no turn that stays silent after the framework's retries, nothing leaked."""
+    """No turn stays silent after the framework's retries."""
     turns: int = pytestconfig.getoption("--soak-turns") // share
     xai_pool_patch.install(options)
     logging.disable()  # pytest would keep every record, with the frames of its traceback

@@ -31,8 +31,8 @@ def told(line: Line) -> list[tuple[bool, bool, bool]]:
     return [(m.streamed, m.connection_reused, m.acquire_time > 0) for m in line.metrics]
 
 
-async def test_side_by_side_with_streams() -> None:
-    """Each event is that of its own utterance, also when others run in the same task."""
+async def test_each_metrics_event_belongs_to_its_own_utterance() -> None:
+    """Also when streams run in the same task."""
     async with line_to(round_trip=0.01) as line:
         tts = line.tts()
         await speak(tts, "A connection for one of them.")
@@ -50,8 +50,8 @@ async def test_side_by_side_with_streams() -> None:
         await tts.aclose()
 
 
-async def test_a_stream_made_in_the_same_task_meanwhile() -> None:
-    """Its connection is its own, and not that of what is still being synthesized."""
+async def test_a_stream_made_during_a_synthesis_reports_its_own_connection() -> None:
+    """Both are made in the same task."""
     async with line_to(quick(pace=5.0, speech_per_character=0.02), round_trip=0.01) as line:
         tts = line.tts()
         await speak(tts, "A connection for one of them.")
@@ -68,8 +68,8 @@ async def test_a_stream_made_in_the_same_task_meanwhile() -> None:
         await tts.aclose()
 
 
-async def test_a_replay() -> None:
-    """What was heard came over a new connection, after a wait."""
+async def test_a_replay_reports_the_new_connection() -> None:
+    """Its audio came over that one, after a wait."""
     async with line_to(quick(), round_trip=0.01) as line:
         tts = line.tts()
         await speak(tts, "First.")
@@ -83,8 +83,8 @@ async def test_a_replay() -> None:
         await tts.aclose()
 
 
-async def test_a_retry() -> None:
-    """The framework's: what counts is the attempt that was heard."""
+async def test_a_retry_reports_the_attempt_that_was_heard() -> None:
+    """A retry of the framework."""
     async with line_to(quick(refuse_next=[503]), round_trip=0.01) as line:
         tts = line.tts()
         frame = await synthesized(tts, "Hello.", conn_options=RETRYING)
@@ -94,8 +94,8 @@ async def test_a_retry() -> None:
         await tts.aclose()
 
 
-async def test_its_stream_is_not_kept() -> None:
-    """Neither by what runs for it nor by the pool: it goes when the caller lets it go."""
+async def test_the_stream_is_collected_when_the_caller_drops_it() -> None:
+    """Neither its task nor the pool keeps it alive."""
     async with line_to() as line:
         tts = line.tts()
         stream: Any = tts.synthesize("Hello.")
