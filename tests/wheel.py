@@ -63,5 +63,5 @@ def test_its_version_is_the_one_in_its_metadata() -> None:
 )
 def test_its_command(command: list[str]) -> None:
     """Under either name."""
-    told = subprocess.check_output([*command, "--version"], text=True, timeout=60)
-    assert told == f"xai_pool_patch {INSTALLED.version}\n"
+    output = subprocess.check_output([*command, "--version"], text=True, timeout=60)
+    assert output == f"xai_pool_patch {INSTALLED.version}\n"

@@ -24,8 +24,9 @@ def check(edit: str = "", **changes: str) -> tuple[int, list[str], str]:
     return done.returncode, done.stdout.splitlines(), done.stderr.strip()
 
 
-def test_a_verified_plugin_passes() -> None:
-    """The command shows its version and shape, and that its file is the published one."""
+def test_the_installed_plugin() -> None:
+    """It passes. The command shows its version and shape, and that its file is the published
+    one."""
     assert check() == (
         0,
         [

@@ -1,4 +1,4 @@
-"""`interruption="clear"`: whatever the server makes of it, no sample is heard in another turn."""
+"""`interruption="clear"`: whatever the server answers, no sample is heard in another turn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xai_pool_patch import PoolOptions
 from xai_pool_patch.testing import Behaviour, Clearing, End, Outcome
 
 CLEAR = PoolOptions(interruption="clear", close_timeout=2.0)
-IMPATIENT = PoolOptions(interruption="clear", close_timeout=2.0, clear_timeout=0.1)
+SHORT_TIMEOUT = PoolOptions(interruption="clear", close_timeout=2.0, clear_timeout=0.1)
 FALLEN_BACK = "clearing stopped"
 SECONDS_PER_CHARACTER = 0.02
 CONVERSATIONS = 4
@@ -91,15 +91,15 @@ class Conversation:
 
     async def _turn(self, text: str) -> None:
         """Takes about 0.05 s if it is not interrupted."""
-        patience = self.chance.choice(
+        timeout = self.chance.choice(
             [None, 0.0, self.chance.uniform(0.0, 0.02), self.chance.uniform(0.02, 0.06)]
         )
-        if patience is None:
+        if timeout is None:
             await hear_whole(self.line, self.tts, text)
             return
         heard = Heard()
         turn = asyncio.create_task(speak(self.tts, text, heard=heard))
-        await asyncio.wait([turn], timeout=patience)
+        await asyncio.wait([turn], timeout=timeout)
         self.interruptions += not turn.done()
         turn.cancel()
         await asyncio.wait([turn])
@@ -120,7 +120,7 @@ async def test_no_wrong_sample_after_interruptions_at_random_moments(
     """However the clear goes, every turn is heard whole."""
     caplog.set_level("INFO", "xai_pool_patch")
     turns = max(LEAST_TURNS, pytestconfig.getoption("--soak-turns") // 8)
-    xai_pool_patch.install(IMPATIENT)
+    xai_pool_patch.install(SHORT_TIMEOUT)
     talks = [_converse(clearing, seed, turns // CONVERSATIONS) for seed in range(CONVERSATIONS)]
     ended = await asyncio.gather(*talks)
     stats = xai_pool_patch.stats()
@@ -131,7 +131,7 @@ async def test_no_wrong_sample_after_interruptions_at_random_moments(
     print(
         f"{clearing.name}: {turns} turns, {interruptions} interrupted,"
         f" {sum(connection.clears for connection in connections)} clears,"
-        f" {stats['connections_cleared']} reclaimed, {leaks} leaks, {stats['replays']} replays,"
+        f" {stats['connections_cleared']} cleared, {leaks} leaks, {stats['replays']} replays,"
         f" {len(connections)} connections"
     )
     assert turns / 3 < interruptions < turns, "the moments are badly chosen"
@@ -363,19 +363,19 @@ async def test_a_http_session_closed_during_a_clear_ends_the_pool_quietly(
     assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
 
-# Proofs of life
+# Verifying
 
-PROVING = PoolOptions(verify_after=0.1, clear_timeout=0.1)
+VERIFYING = PoolOptions(verify_after=0.1, clear_timeout=0.1)
 
 
 @pytest.fixture
-def proving() -> Any:
-    xai_pool_patch.install(PROVING)
+def verifying() -> Any:
+    xai_pool_patch.install(VERIFYING)
     yield
     xai_pool_patch.uninstall()
 
 
-@pytest.mark.usefixtures("proving")
+@pytest.mark.usefixtures("verifying")
 async def test_an_idle_connection_is_verified_again_and_again() -> None:
     """Over one connection, with turns in between."""
     async with line_to(steady()) as line:
@@ -390,7 +390,7 @@ async def test_an_idle_connection_is_verified_again_and_again() -> None:
         await tts.aclose()
 
 
-@pytest.mark.usefixtures("proving")
+@pytest.mark.usefixtures("verifying")
 async def test_a_dead_session_is_replaced_before_a_turn_meets_it() -> None:
     """Its socket is open and answers PINGs, and nothing else."""
     async with line_to(steady()) as line:
@@ -406,7 +406,7 @@ async def test_a_dead_session_is_replaced_before_a_turn_meets_it() -> None:
         await tts.aclose()
 
 
-@pytest.mark.usefixtures("proving")
+@pytest.mark.usefixtures("verifying")
 async def test_after_two_failed_verifications_the_pool_stops_verifying(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -418,8 +418,8 @@ async def test_after_two_failed_verifications_the_pool_stops_verifying(
             await line.server.wait_for(lambda s, n=number: len(s.connections) == n + 2)
         ended, opened = line.server.connections[:2], line.server.connections[1:]
         pauses = [b.opened_at - (a.ended_at or 0.0) for a, b in zip(ended, opened, strict=True)]
-        assert min(pauses) > PROVING.verify_after, "it was dialled again at once"
-        await asyncio.sleep(5 * PROVING.verify_after)
+        assert min(pauses) > VERIFYING.verify_after, "it was dialled again at once"
+        await asyncio.sleep(5 * VERIFYING.verify_after)
         assert [connection.clears for connection in line.server.connections] == [1, 1, 0]
         assert [connection.is_open for connection in line.server.connections] == [
             False,

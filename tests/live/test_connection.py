@@ -1,4 +1,4 @@
-"""One connection by itself: what its reader does with what comes, and how it ends."""
+"""One connection by itself: what its reader does with each message, and how it ends."""
 
 from __future__ import annotations
 
@@ -287,7 +287,7 @@ async def test_each_frame_sent_advances_the_stage_of_the_utterance() -> None:
         assert live.utterance.stage is Stage.DIRTY
 
 
-# Restoring
+# Clearing
 
 
 async def test_an_acknowledged_clear_makes_the_connection_reusable() -> None:
@@ -387,7 +387,7 @@ async def test_a_cancelled_clear_releases_the_connection() -> None:
         assert "idle" in repr(live)
 
 
-# Telling old audio from new
+# Old audio and new
 
 LONG, SHORT = 5.0, 0.05
 OLD, NEW = message("audio.delta", delta="b2xk"), message("audio.delta", delta="bmV3")
@@ -395,7 +395,7 @@ OLD, NEW = message("audio.delta", delta="b2xk"), message("audio.delta", delta="b
 
 @asynccontextmanager
 async def asked(
-    *, clear: bool = False, patience: float = LONG
+    *, clear: bool = False, timeout: float = LONG
 ) -> AsyncIterator[tuple[Connection, Peer, Watch, bytes]]:
     """An utterance begins on a connection that was used before; its PING is answered by hand."""
     async with connection() as (live, peer, watch):
@@ -413,7 +413,7 @@ async def asked(
             live.close()
 
         live.on_lost = lost
-        await live.ping_as_fence(patience)
+        await live.ping_as_fence(timeout)
         await say(live, TEXT)
         ping = await peer.hears()
         assert (await peer.hears()).data == TEXT
@@ -451,7 +451,7 @@ async def test_audio_behind_the_pong_is_heard(clear: bool) -> None:
 
 async def test_held_audio_is_heard_in_order_when_no_pong_comes() -> None:
     """And no PONG of that server is waited for from then on."""
-    async with asked(patience=SHORT) as (live, peer, watch, ping):
+    async with asked(timeout=SHORT) as (live, peer, watch, ping):
         await peer.ws.send_str(OLD)
         await peer.ws.send_str(NEW)
         assert [(await watch.takes())[0].data for _ in range(2)] == [OLD, NEW]
@@ -464,7 +464,7 @@ async def test_held_audio_is_heard_in_order_when_no_pong_comes() -> None:
 
 async def test_after_a_late_pong_behind_late_audio_the_next_pong_still_counts() -> None:
     """A stall of the network holds up both."""
-    async with asked(patience=SHORT) as (live, peer, watch, _):
+    async with asked(timeout=SHORT) as (live, peer, watch, _):
         await until(lambda: live._fence is None)
         await peer.ws.send_str(NEW)
         assert (await watch.takes())[0].data == NEW
@@ -478,7 +478,7 @@ async def test_after_a_late_pong_behind_late_audio_the_next_pong_still_counts() 
 @pytest.mark.parametrize("when", ["in time", "late"])
 async def test_without_a_pong_nothing_is_heard_after_a_clear(when: str) -> None:
     """Only the acknowledgement says that nothing more of the old utterance comes."""
-    async with asked(clear=True, patience=SHORT) as (live, peer, watch, _):
+    async with asked(clear=True, timeout=SHORT) as (live, peer, watch, _):
         if when == "late":
             await until(lambda: live._fence is not None and live._fence.is_overdue)
         await peer.ws.send_str(OLD)
@@ -639,8 +639,8 @@ async def test_a_close_that_fails_is_logged_and_the_socket_aborted(
             assert closing is not None
             await closing
         await until(lambda: socket.fileno() == -1)
-        [told] = [record for record in caplog.records if record.getMessage() == "close failed"]
-        assert vars(told)["xai_pool_error"].startswith("ConnectionResetError at fails")
+        [failed] = [record for record in caplog.records if record.getMessage() == "close failed"]
+        assert vars(failed)["xai_pool_error"].startswith("ConnectionResetError at fails")
 
 
 async def test_repr_shows_the_states() -> None:

@@ -14,7 +14,7 @@ import xai_pool_patch
 from tests.kit import Line, line_to, quick, speak
 from xai_pool_patch import PoolOptions
 
-IMPATIENT = APIConnectOptions(max_retry=0, timeout=0.2)
+SHORT_TIMEOUT = APIConnectOptions(max_retry=0, timeout=0.2)
 RETRYING = APIConnectOptions(max_retry=1, retry_interval=0.01, timeout=0.2)
 
 
@@ -86,7 +86,7 @@ FAILURES = {
     "the caller's timeout": stalled_dial,
 }
 with_and_without_a_retry = pytest.mark.parametrize(
-    "options", [IMPATIENT, RETRYING], ids=["once", "with a retry"]
+    "options", [SHORT_TIMEOUT, RETRYING], ids=["once", "with a retry"]
 )
 
 
@@ -143,7 +143,7 @@ async def test_the_timeout_covers_the_wait_for_a_standby(patched: None) -> None:
         await line.server.wait_for(lambda server: server.network.accepted == 1)
         loop = asyncio.get_running_loop()
         began = loop.time()
-        heard = await speak(tts, "Hello.", IMPATIENT)
+        heard = await speak(tts, "Hello.", SHORT_TIMEOUT)
         assert loop.time() - began < 5.0
         assert isinstance(heard.error, APIConnectionError)
         await tts.aclose()

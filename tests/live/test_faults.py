@@ -1,6 +1,6 @@
 """A dead or dying socket never costs a reply.
 
-Each fault befalls the second turn of a conversation, on a connection that the first one left idle.
+Each fault comes in the second turn of a conversation, on a connection that the first one left idle.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def patched() -> Iterator[None]:
 class Fault:
     """What happens to the second turn, and what becomes of it."""
 
-    befall: Callable[[Line], Awaitable[None]]
+    inject: Callable[[Line], Awaitable[None]]
     replays: int = 1
     errors: int = 0
 
@@ -49,7 +49,7 @@ class Fault:
 def behaving(**faults: Any) -> Callable[[Line], Awaitable[None]]:
     """The server behaves so until it has dealt with the second turn's first text once."""
 
-    async def befall(line: Line) -> None:
+    async def inject(line: Line) -> None:
         behaviour = line.server.behaviour
         usual = {name: getattr(behaviour, name) for name in faults}
         for name, value in faults.items():
@@ -61,7 +61,7 @@ def behaving(**faults: Any) -> Callable[[Line], Awaitable[None]]:
         for name, value in usual.items():
             setattr(behaviour, name, value)
 
-    return befall
+    return inject
 
 
 def is_done_to(server: FakeServer, utterance: Utterance) -> bool:
@@ -146,16 +146,16 @@ async def test_a_fault_of_a_reused_connection_before_any_audio_is_not_noticed(na
 
 
 async def _second_turn(line: Line, tts: Any, fault: Fault) -> Heard:
-    befalling = asyncio.create_task(_befall(line, fault))
+    injecting = asyncio.create_task(_inject(line, fault))
     heard = await speak(tts, TEXT, APIConnectOptions(max_retry=0, timeout=2.0))
-    await befalling
+    await injecting
     return heard
 
 
-async def _befall(line: Line, fault: Fault) -> None:
+async def _inject(line: Line, fault: Fault) -> None:
     while not xai_pool_patch.stats()["leased"]:
         await asyncio.sleep(0)
-    await fault.befall(line)
+    await fault.inject(line)
 
 
 async def _until_round_trip_is_known() -> None:
@@ -213,8 +213,8 @@ async def test_a_connection_that_fails_takes_those_of_its_age_along() -> None:
         tts = line.tts()
         await asyncio.gather(*(speak(tts, f"Stream {n}.") for n in range(3)))
         assert xai_pool_patch.stats()["idle"] == 3
-        befall = behaving(error_on_text="restarted")
-        heard = await _second_turn(line, tts, Fault(befall))
+        inject = behaving(error_on_text="restarted")
+        heard = await _second_turn(line, tts, Fault(inject))
         assert heard.error is None
         assert [c.is_open for c in line.server.connections[:3]] == [False] * 3
         await tts.aclose()

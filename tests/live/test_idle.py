@@ -1,4 +1,4 @@
-"""C1 to C3: a connection that nobody uses is still looked after."""
+"""C1 to C3: the pool looks after idle connections."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ async def test_the_heartbeat_stops_for_a_server_that_never_answers_pings() -> No
 @pytest.mark.parametrize(
     "frame", ['{"type":"error","message":"Deadline expired"}', '{"type":"audio.done"}', "{not json"]
 )
-async def test_audio_or_an_error_ends_an_idle_connection(patched: None, frame: str) -> None:
-    """C1: an idle connection on which either comes is not clean."""
+async def test_an_unexpected_answer_ends_an_idle_connection(patched: None, frame: str) -> None:
+    """C1: after an error, an `audio.done` or an unreadable message it is not clean."""
     async with line_to() as line:
         tts = line.tts()
         await speak(tts, "First.")

@@ -1,4 +1,4 @@
-"""A1, A4, A5: putting the patch in and taking it out."""
+"""A1, A4, A5: `install()` and `uninstall()`."""
 
 from __future__ import annotations
 
@@ -346,7 +346,7 @@ def test_undo_finishes_though_a_log_handler_raises(
 
 
 class NotingLock:
-    """Tells when a thread has to wait for it."""
+    """A lock that notes when a thread has to wait for it."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()

@@ -32,7 +32,7 @@ async def test_no_wrong_sample_after_interruptions_at_random_moments(
         tts.prewarm()
         cut_off = 0
         for number in range(turns):
-            heard = await _turn(tts, f"This is turn number {number}.", _patience(chance))
+            heard = await _turn(tts, f"This is turn number {number}.", _timeout(chance))
             await _check(line, number, heard)
             cut_off += heard.error is not None
         assert turns / 3 < cut_off < turns, "the moments are badly chosen"
@@ -42,7 +42,7 @@ async def test_no_wrong_sample_after_interruptions_at_random_moments(
     xai_pool_patch.uninstall()
 
 
-def _patience(chance: random.Random) -> float | None:
+def _timeout(chance: random.Random) -> float | None:
     """Seconds until the interruption; none at all, before the first text, and to the end too.
 
     A turn takes about 0.05 s here.
@@ -50,10 +50,10 @@ def _patience(chance: random.Random) -> float | None:
     return chance.choice([None, 0.0, chance.uniform(0, 0.02), chance.uniform(0.02, 0.08)])
 
 
-async def _turn(tts: xai.TTS, text: str, patience: float | None) -> Heard:
+async def _turn(tts: xai.TTS, text: str, timeout: float | None) -> Heard:
     heard = Heard()
     turn = asyncio.create_task(speak(tts, text, heard=heard))
-    _, unfinished = await asyncio.wait([turn], timeout=patience)
+    _, unfinished = await asyncio.wait([turn], timeout=timeout)
     if unfinished:
         heard.error = InterruptedError()
         turn.cancel()

@@ -203,8 +203,8 @@ async def test_a_tts_collected_just_before_the_end_is_closed(
         assert [c.ended for c in line.server.connections] == [End.CLIENT_CLOSE]
 
 
-async def test_outside_of_a_job_no_callback_is_registered(patched: None) -> None:
-    """The owner of the loop and of the session closes both as before."""
+async def test_outside_of_a_job_connections_stay_open(patched: None) -> None:
+    """Until their TTS is closed."""
     async with line_to() as line:
         tts = line.tts()
         await speak(tts, "Hello.")
@@ -265,14 +265,15 @@ class LastWords:
 
 @pytest.mark.parametrize("has_spoken_before", [True, False], ids=["its TTS", "a new TTS"])
 @pytest.mark.parametrize("words", ["to_the_end", "interrupted", "never_heard", "prewarmed"])
-async def test_words_spoken_in_a_shutdown_callback_are_heard(
+async def test_turns_in_a_shutdown_callback_leave_nothing_open(
     words: str,
     has_spoken_before: bool,
     patched: None,
     no_tasks_left: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Their connections get a Close frame, and no standby is dialled."""
+    """Spoken to the end, they are heard. Each connection gets a Close frame, and no standby is
+    dialled."""
     async with line_to(round_trip=0.01) as line:
         last = LastWords(line.server, has_spoken_before)
 
@@ -302,7 +303,7 @@ async def interrupt(speech: asyncio.Task[Any]) -> None:
 
 
 @pytest.mark.parametrize("deal_with", [to_its_end, interrupt])
-async def test_words_under_way_at_the_end_of_a_job_are_finished(
+async def test_turns_under_way_at_the_end_of_a_job_may_finish(
     deal_with: Callable[[asyncio.Task[Any]], Awaitable[None]],
     patched: None,
     monkeypatch: pytest.MonkeyPatch,

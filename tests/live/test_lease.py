@@ -1,4 +1,4 @@
-"""What the plugin sees as its WebSocket: the same, to the touch, as one of aiohttp's."""
+"""A lease, which the plugin sees as its WebSocket, behaves like one of aiohttp's."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ LIVEKITS_CONSOLE = "%(asctime)s - %(levelname)-4s %(name)s - %(message)s %(extra
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
-TOLD_ONCE = ("installed", "standby failed", "waited", "reused", "TTS closed", "uninstalled")
+LOGGED_ONCE = ("installed", "standby failed", "waited", "reused", "TTS closed", "uninstalled")
 """Of what the conversation has logged, what happens once in it."""
 
 
@@ -82,7 +82,7 @@ def logged(
 def test_records_with_basic_config(logged: Callable[[logging.Formatter], list[str]]) -> None:
     """Level, logger and event, without the fields. Nothing is logged twice."""
     lines = logged(logging.Formatter(logging.BASIC_FORMAT))
-    for message in TOLD_ONCE:
+    for message in LOGGED_ONCE:
         assert len([line for line in lines if line.endswith(f":xai_pool_patch:{message}")]) == 1
     assert "WARNING:xai_pool_patch:standby failed" in lines
     assert lines.count("INFO:xai_pool_patch:connected") == 2
@@ -122,8 +122,8 @@ def test_records_as_json(
 ) -> None:
     """One document a record, with the fields beside the event and its level."""
     documents = [strictly(line) for line in logged(formatter)]
-    told = [document[event] for document in documents]
-    assert [told.count(message) for message in TOLD_ONCE] == [1] * len(TOLD_ONCE)
+    events = [document[event] for document in documents]
+    assert [events.count(message) for message in LOGGED_ONCE] == [1] * len(LOGGED_ONCE)
     by_event = {document[event]: document for document in documents}
     assert by_event["standby failed"]["level"].lower() == "warning"
     assert by_event["standby failed"]["xai_pool_error"].split(" at ")[0].endswith(" 503")

@@ -139,9 +139,9 @@ async def test_closes_and_failures_are_counted_by_reason(reader: InMemoryMetricR
         assert found["connection.closed", "lost"].value == 2
         assert found["connection.standby_failures", "503"].value == 1
         assert found["utterance.replays", "no answer"].value == 1
-        told = str(found)
+        text = str(found)
         for secret in (API_KEY, "somebody", "api.x.ai"):
-            assert secret not in told
+            assert secret not in text
     xai_pool_patch.uninstall()
 
 

@@ -1,4 +1,4 @@
-"""The pool that the plugin has of its own from 1.6.5 on, and what stands in for it."""
+"""The pool that the plugin has from 1.6.5 on, and `PooledConnections` in its place."""
 
 from __future__ import annotations
 

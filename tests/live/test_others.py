@@ -1,4 +1,4 @@
-"""Others in the house: wrappers, subclasses and attributes that are not the patch's own."""
+"""Wrappers, subclasses and attributes of the application, beside those of the patch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slow is not dead: what takes its time is waited for, and hardly anything is asked for twice.
+"""A slow server is not a dead one: the pool waits for it, and replays hardly anything.
 
 A third of a second stands for the five of `first_audio_timeout`.
 """

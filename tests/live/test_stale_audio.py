@@ -1,4 +1,4 @@
-"""Audio that comes after the server's own `audio.done` is heard in no other turn.
+"""Audio that comes after the server's `audio.done` is not heard in any other turn.
 
 The fake server's pieces of audio are odd in length: one that got into a turn would not only be
 heard there, but turn all that follows it into noise.

@@ -21,7 +21,7 @@ VOICES = ("ara", "eve")
 
 
 async def reused(line: Line, tts: xai.TTS, text: str) -> bool:
-    """Speaks a turn and tells whether its connection was there when asked for."""
+    """Speak a turn. Returns whether its connection was there when asked for."""
     heard = await speak(tts, text)
     assert heard.error is None
     assert heard.samples == {line.server.utterance_for(text).number}

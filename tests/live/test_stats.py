@@ -1,4 +1,4 @@
-"""`stats()` and `pool_stats()`: what an operator asks for, from wherever he asks."""
+"""`stats()` and `pool_stats()`, called from wherever an operator calls them."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ async def test_pool_stats_has_an_entry_for_each_pool(patched: None) -> None:
         for key in ("connections_made", "connections_reused", "idle"):
             assert whole[key] == sum(pool[key] for pool in pools)  # type: ignore[literal-required]
         assert len({pool["pool"] for pool in pools}) == whole["pools"] == 2
-        told = str([pools, whole])
-        assert API_KEY not in told
-        assert "somebody" not in told
+        text = str([pools, whole])
+        assert API_KEY not in text
+        assert "somebody" not in text
         for tts in ttss.values():
             await tts.aclose()
 

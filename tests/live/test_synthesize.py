@@ -1,4 +1,4 @@
-"""A3: `TTS.synthesize()`, whose metrics come from one stream and whose work is done by another."""
+"""A3: `TTS.synthesize()`, which reports metrics on one stream and works on another."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def synthesized(tts: xai.TTS, text: str, **kwargs: Any) -> rtc.AudioFrame:
         return await stream.collect()
 
 
-def told(line: Line) -> list[tuple[bool, bool, bool]]:
+def reported(line: Line) -> list[tuple[bool, bool, bool]]:
     """Of each metrics event: streamed, reused, waited."""
     return [(m.streamed, m.connection_reused, m.acquire_time > 0) for m in line.metrics]
 
@@ -38,7 +38,7 @@ async def test_each_metrics_event_belongs_to_its_own_utterance() -> None:
         await speak(tts, "A connection for one of them.")
         line.metrics.clear()
         await asyncio.gather(synthesized(tts, "One."), synthesized(tts, "Two."))
-        assert sorted(told(line)) == [
+        assert sorted(reported(line)) == [
             (False, False, True),
             (False, True, False),
             (True, False, True),
@@ -46,7 +46,7 @@ async def test_each_metrics_event_belongs_to_its_own_utterance() -> None:
         ]
         line.metrics.clear()
         await speak(tts, "A stream of its own afterwards.")
-        assert told(line) == [(True, True, False)]
+        assert reported(line) == [(True, True, False)]
         await tts.aclose()
 
 
@@ -60,7 +60,7 @@ async def test_a_stream_made_during_a_synthesis_reports_its_own_connection() -> 
             await line.server.wait_for(lambda s: len(s.utterances) == 2)
             await speak(tts, "Hi.")
             await stream.collect()
-        assert sorted(told(line)) == [
+        assert sorted(reported(line)) == [
             (False, True, False),
             (True, False, True),
             (True, True, False),
@@ -79,7 +79,7 @@ async def test_a_replay_reports_the_new_connection() -> None:
         await line.server.wait_for(lambda s: not s.connections[0].is_open)
         line.server.behaviour.end_before_audio = None
         await turn
-        assert sorted(told(line)) == [(False, False, True), (True, False, True)]
+        assert sorted(reported(line)) == [(False, False, True), (True, False, True)]
         await tts.aclose()
 
 
@@ -89,8 +89,8 @@ async def test_a_retry_reports_the_attempt_that_was_heard() -> None:
         tts = line.tts()
         frame = await synthesized(tts, "Hello.", conn_options=RETRYING)
         assert set(frame.data) - {0} == {line.server.utterance_for("Hello.").number}
-        assert {metric[1:] for metric in told(line)} == {(False, True)}
-        assert (False, False, True) in told(line)
+        assert {metric[1:] for metric in reported(line)} == {(False, True)}
+        assert (False, False, True) in reported(line)
         await tts.aclose()
 
 

@@ -1,6 +1,6 @@
-"""Utterances without a word: nobody has said what the server answers, and every answer will do.
+"""Utterances without words: the protocol does not say what the server answers.
 
-What the caller gets, and what the server is sent, is what it is without the patch.
+Whatever it is, the caller hears, and the server gets, the same as without the patch.
 """
 
 from __future__ import annotations

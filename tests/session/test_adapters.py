@@ -1,4 +1,4 @@
-"""LiveKit's own adapters around the plugin: with the patch as without it, or sooner.
+"""LiveKit's adapters around the plugin: they do with the patch what they do without it, or sooner.
 
 What goes wrong is done to `ours`. `other`, a TTS with another key and a server of its own, is what
 a `FallbackAdapter` goes on to.
@@ -32,7 +32,7 @@ FIRST_OF_OTHER = 20
 
 OPTIONS = PoolOptions(heartbeat=0.4, first_audio_timeout=0.3, close_timeout=0.5)
 ONE_TURN = APIConnectOptions(max_retry=0, timeout=2.0, retry_interval=0.02)
-IMPATIENT = APIConnectOptions(max_retry=0, timeout=0.3, retry_interval=0.02)
+SHORT_TIMEOUT = APIConnectOptions(max_retry=0, timeout=0.3, retry_interval=0.02)
 """For a server that accepts and says nothing. What the adapter tries again it does itself."""
 
 WHILE = 10.0
@@ -206,16 +206,16 @@ def behaving(**faults: Any) -> Outage:
 OUTAGES = {
     "a wrong key": behaving(api_key="the key has changed"),
     "no session left": behaving(max_sessions=0),
-    "accepts and stalls": Outage(stall, flow, IMPATIENT),
+    "accepts and stalls": Outage(stall, flow, SHORT_TIMEOUT),
 }
 
 
 @dataclass
 class Switch:
-    """What it took until the adapter went on to the other."""
+    """What it took until the adapter switched to the other."""
 
     attempts: int
-    """Failures of ours that were told, those that were tried again included."""
+    """Error events of ours, including those before a retry."""
     dials: int
     """Handshakes that ours answered."""
     seconds: float
@@ -387,11 +387,13 @@ async def test_the_other_takes_over_from_a_server_that_vanishes(is_warm: bool) -
                 if is_warm:
                     await turn(watched.adapter, GREETING)
                 ours.server.behaviour.mute = True
-                reply = asyncio.create_task(turn(watched.adapter, REPLY, IMPATIENT))
+                reply = asyncio.create_task(turn(watched.adapter, REPLY, SHORT_TIMEOUT))
                 await ours.server.wait_for(lambda s: s.utterances[is_warm:])
                 stall(ours.server)
                 check_whole(await reply, other.server, REPLY)
-                flow(ours.server)  # lest the test's end wait for what is half-open
+                flow(
+                    ours.server
+                )  # otherwise the end of the test waits for the half-open connection
 
 
 # A FallbackAdapter, and a connection of ours that has died.

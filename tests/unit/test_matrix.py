@@ -1,4 +1,4 @@
-"""That the package declares what the matrix runs, and nothing else."""
+"""The package declares the versions that the matrix tests, and no others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""That what the project says in two places is the same in both."""
+"""What the project says in two places is the same in both."""
 
 from __future__ import annotations
 

@@ -44,8 +44,8 @@ def test_each_option_has_a_docstring() -> None:
     """It follows the field."""
     [definition] = ast.parse(inspect.getsource(PoolOptions)).body
     body = [ast.unparse(part) for part in definition.body]
-    told = [a.partition(":")[0] for a, b in itertools.pairwise(body) if b[0] in "'\""]
-    assert told == [field.name for field in fields(PoolOptions)]
+    documented = [a.partition(":")[0] for a, b in itertools.pairwise(body) if b[0] in "'\""]
+    assert documented == [field.name for field in fields(PoolOptions)]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,4 @@
-"""Which Pythons are taken, and what the others are told."""
+"""Which Pythons are accepted, and the message for all others."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def on_an_older_one(code: str) -> str:
     return done.stderr
 
 
-TOLD = "found Python 3.9.18; xai_pool_patch supports 3.10 to 3.14"
+REFUSAL = "found Python 3.9.18; xai_pool_patch supports 3.10 to 3.14"
 
 
 def test_an_older_python_gets_one_line_at_import() -> None:
     """Before anything is imported that such a Python cannot import."""
-    assert on_an_older_one("import xai_pool_patch").splitlines()[-1] == f"ImportError: {TOLD}"
+    assert on_an_older_one("import xai_pool_patch").splitlines()[-1] == f"ImportError: {REFUSAL}"
 
 
 def test_an_older_python_gets_one_line_from_make() -> None:
     """The Makefile runs python.py, before pip prints its many lines."""
     assert f"$(PYTHON) {Path(python.__file__).relative_to(ROOT)}\n" in MAKEFILE.read_text()
     run = f"import runpy; runpy.run_path({python.__file__!r}, run_name='__main__')"
-    assert on_an_older_one(run) == f"{TOLD}\n"
+    assert on_an_older_one(run) == f"{REFUSAL}\n"
