@@ -119,8 +119,10 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-async def test_a_fault_of_a_reused_connection_before_any_audio_is_not_noticed(name: str) -> None:
-    """Another connection speaks. After the first audio the plugin gets the error."""
+async def test_a_fault_of_a_reused_connection_reaches_the_plugin_only_after_audio(
+    name: str,
+) -> None:
+    """Before the first audio another connection speaks, and there is no error."""
     fault = FAULTS[name]
     async with line_to(
         quick(pace=20.0, speech_per_character=SECONDS_PER_CHARACTER), ROUND_TRIP
