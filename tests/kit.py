@@ -123,9 +123,8 @@ def connections() -> list[Connection]:
 
 
 def round_trips_are_known() -> bool:
-    """Whether there are connections, and each has a PONG: only then are they probed for life."""
-    held = connections()
-    return bool(held) and all(each.round_trip is not None for each in held)
+    """Whether each connection has received a PONG: only then does the pool probe it for life."""
+    return all(each.round_trip is not None for each in connections())
 
 
 async def all_closed(server: FakeServer) -> None:

@@ -49,8 +49,8 @@ def test_it_brings_its_licence() -> None:
     assert "LICENSE" in {file.name for file in FILES}
 
 
-def test_its_version_is_the_one_that_it_tells() -> None:
-    """Said in one place."""
+def test_its_version_is_the_one_in_its_metadata() -> None:
+    """The version is said in one place."""
     assert INSTALLED.version == xai_pool_patch.__version__
 
 
@@ -63,5 +63,5 @@ def test_its_version_is_the_one_that_it_tells() -> None:
 )
 def test_its_command(command: list[str]) -> None:
     """Under either name."""
-    told = subprocess.check_output([*command, "--version"], text=True, timeout=60)
-    assert told == f"xai_pool_patch {INSTALLED.version}\n"
+    output = subprocess.check_output([*command, "--version"], text=True, timeout=60)
+    assert output == f"xai_pool_patch {INSTALLED.version}\n"

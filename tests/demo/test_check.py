@@ -25,7 +25,8 @@ def check(edit: str = "", **changes: str) -> tuple[int, list[str], str]:
 
 
 def test_the_installed_plugin() -> None:
-    """Its version and shape, that its file is the published one, and that all is well."""
+    """It passes. The command shows its version and shape, and that its file is the published
+    one."""
     assert check() == (
         0,
         [
@@ -38,16 +39,16 @@ def test_the_installed_plugin() -> None:
     )
 
 
-def test_one_that_was_edited() -> None:
-    """What differs is named, in one line."""
+def test_an_edited_plugin_fails() -> None:
+    """One line names what differs."""
     code, _, reason = check("del tts.TTS._close_ws")
     assert code == 1
     assert "cannot be patched" in reason
     assert "TTS._close_ws is missing" in reason
 
 
-def test_one_that_was_not_verified(tmp_path: Path) -> None:
-    """How to take it all the same."""
+def test_an_unverified_plugin_fails(tmp_path: Path) -> None:
+    """The message says how to use it all the same."""
     info = tmp_path / "livekit_plugins_xai-1.8.99.dist-info"
     info.mkdir()
     metadata = "Metadata-Version: 2.1\nName: livekit-plugins-xai\nVersion: 1.8.99\n"
@@ -57,15 +58,15 @@ def test_one_that_was_not_verified(tmp_path: Path) -> None:
     assert "install(allow_unverified=True) takes it" in reason
 
 
-def test_one_that_cannot_be_imported(tmp_path: Path) -> None:
-    """As older versions beside openai 3, for want of httpx."""
+def test_a_plugin_that_cannot_be_imported_fails(tmp_path: Path) -> None:
+    """Older versions lack httpx beside openai 3."""
     (tmp_path / "aiohttp.py").write_text("raise ModuleNotFoundError('No module named aiohttp')")
     code, _, reason = check(PYTHONPATH=str(tmp_path))
     assert code == 1
     assert "cannot be imported: ModuleNotFoundError: No module named aiohttp" in reason
 
 
-def test_switched_off() -> None:
+def test_the_environment_variable_is_reported() -> None:
     """An operator who looks for the reason finds it."""
     code, _, reason = check(XAI_POOL_PATCH="off")
     assert code == 1

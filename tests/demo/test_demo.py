@@ -69,8 +69,8 @@ def report(svg: Path) -> Any:
     return json.loads(done.stdout)
 
 
-def test_json_tells_both_runs(report: Any) -> None:
-    """Every turn, unpatched over new connections, patched over a warm one."""
+def test_json_has_the_turns_of_both_runs(report: Any) -> None:
+    """Unpatched over new connections, patched over a warm one."""
     unpatched, patched = report["unpatched"], report["patched"]
     assert [turn["number"] for turn in unpatched["turns"]] == [1, 2]
     assert [turn["interrupted"] for turn in unpatched["turns"]] == [True, False]
@@ -82,21 +82,21 @@ def test_json_tells_both_runs(report: Any) -> None:
 
 
 def test_json_counts_connections(report: Any) -> None:
-    """Unpatched one each, patched the one that was cut off and its standby."""
+    """Unpatched one a turn; patched one that was interrupted and its standby."""
     assert report["unpatched"]["connections_made"] == 2
     assert report["patched"]["connections_made"] <= 2
 
 
 def test_no_turn_is_faster_than_the_floor(report: Any) -> None:
-    """Unpatched it costs the handshake's three round trips on top."""
+    """Unpatched turns cost the three round trips of the handshake as well."""
     assert report["floor_ms"] == 330.0
     for name, least in (("unpatched", 330.0 + 60.0), ("patched", 330.0)):
         for turn in report[name]["turns"]:
             assert turn["time_to_first_audio_ms"] >= least
 
 
-def test_draws_what_it_shows(report: Any, svg: Path) -> None:
-    """Every line of it, in colour and as wide as any other, whatever the terminal is like."""
+def test_every_line_is_coloured_and_equally_wide(report: Any, svg: Path) -> None:
+    """Whatever the terminal is like."""
     lines: dict[str, str] = {}
     for element in ElementTree.parse(svg).iter("{http://www.w3.org/2000/svg}text"):
         line = element.get("clip-path", "")
@@ -111,8 +111,8 @@ def test_draws_what_it_shows(report: Any, svg: Path) -> None:
     assert len(set(re.findall(r"fill: (#\w+)", svg.read_text()))) > 3
 
 
-def test_shows_tables_without_a_terminal() -> None:
-    """Piped, there is a line per turn, no colour and no cursor movement."""
+def test_without_a_terminal_it_prints_plain_lines() -> None:
+    """Into a pipe: a line for each turn, no colour and no cursor movement."""
     done = command("demo", "--turns", "1", "--interrupt", "0", "--rtt", "20", COLUMNS="80")
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
@@ -136,23 +136,23 @@ def test_shows_tables_without_a_terminal() -> None:
         ("--svg", "/", "a file that can be written"),
     ],
 )
-def test_refuses_nonsense(option: str, value: str, right: str) -> None:
-    """One line that names the option and what would be right."""
+def test_a_wrong_option_gets_one_line(option: str, value: str, right: str) -> None:
+    """It names the option and what would be right."""
     line = refused(command("demo", option, value), 2)
     assert option in line
     assert right in line
 
 
 @pytest.mark.parametrize("key", ["", "  "])
-def test_live_needs_a_key(key: str) -> None:
-    """Said before anything else happens."""
+def test_live_without_a_key_is_refused(key: str) -> None:
+    """Before anything else happens."""
     line = refused(command("demo", "--live", XAI_API_KEY=key), 2)
     assert "--live" in line
     assert "XAI_API_KEY" in line
 
 
-def test_refuses_an_unsupported_plugin(tmp_path: Path) -> None:
-    """Before the first run, with the words of the error."""
+def test_an_unsupported_plugin_is_refused(tmp_path: Path) -> None:
+    """Before the first run, with the message of the error."""
     info = tmp_path / "livekit_plugins_xai-9.9.9.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: livekit-plugins-xai\n")
@@ -163,14 +163,14 @@ def test_refuses_an_unsupported_plugin(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["rich", "trustme"])
-def test_says_how_to_get_what_is_missing(tmp_path: Path, name: str) -> None:
-    """A plain installation has the command, but not what it needs."""
+def test_a_missing_extra_is_named(tmp_path: Path, name: str) -> None:
+    """A plain installation has the command, but not what the demo needs."""
     (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})")
     line = refused(command("demo", PYTHONPATH=str(tmp_path)), 2)
     assert line == f'xai-pool-patch: {name} is missing: pip install "xai_pool_patch[demo]"'
 
 
-def test_has_nothing_to_compare_when_switched_off() -> None:
+def test_it_refuses_to_run_when_the_patch_is_switched_off() -> None:
     """Two unpatched runs would look like a patch without effect."""
     done = command("demo", "--turns", "1", XAI_POOL_PATCH="off")
     assert (done.returncode, done.stdout) == (1, "")
@@ -178,8 +178,8 @@ def test_has_nothing_to_compare_when_switched_off() -> None:
 
 
 @pytest.mark.parametrize("options", [["--json"], []])
-def test_a_failed_turn_is_no_result(options: list[str]) -> None:
-    """The reason instead of a report, and no traceback."""
+def test_a_failed_turn_ends_the_demo_with_its_reason(options: list[str]) -> None:
+    """No report and no traceback."""
     program = [sys.executable, "-c", REFUSING]
     done = command("demo", "--turns", "2", "--rtt", "0", *options, program=program)
     assert done.returncode == 1
@@ -190,8 +190,8 @@ def test_a_failed_turn_is_no_result(options: list[str]) -> None:
     assert "401" in last
 
 
-def test_ends_cleanly_when_interrupted() -> None:
-    """Ctrl-C in the middle of a conversation."""
+def test_ctrl_c_ends_it_cleanly() -> None:
+    """In the middle of a conversation."""
     process = subprocess.Popen(
         [*COMMAND, "demo", "--turns", "3", "--rtt", "0"],
         env=environment(),
@@ -209,14 +209,14 @@ def test_ends_cleanly_when_interrupted() -> None:
     assert (process.returncode, complaints) == (130, "")
 
 
-def test_is_a_command_group() -> None:
-    """Without a command it explains itself; --version says which it is."""
+def test_without_a_command_it_prints_its_help() -> None:
+    """And --version prints the version."""
     assert "demo" in command().stdout
     assert command("--version").stdout.startswith("xai_pool_patch ")
 
 
-def test_the_shell_completes_it() -> None:
-    """With what `xai-pool-patch --install-completion` makes it ask for."""
+def test_shell_completion_works() -> None:
+    """As `xai-pool-patch --install-completion` sets it up."""
     asked = {"COMP_WORDS": "xai-pool-patch d", "COMP_CWORD": "1"}
     done = command(_XAI_POOL_PATCH_COMPLETE="complete_bash", **asked)
     assert (done.returncode, done.stdout, done.stderr) == (0, "demo\n", "")
@@ -228,7 +228,7 @@ def silence(seconds: float, value: int = 0) -> rtc.AudioFrame:
 
 
 @in_virtual_time
-async def test_loudspeaker_plays_to_the_end() -> None:
+async def test_the_loudspeaker_plays_to_the_end() -> None:
     """At its speed, counting from the last underrun."""
     loudspeaker = Loudspeaker(speed=2.0, keep_samples=True)
     first = loudspeaker.next_playback()
@@ -245,8 +245,8 @@ async def test_loudspeaker_plays_to_the_end() -> None:
 
 
 @in_virtual_time
-async def test_loudspeaker_is_cut_off() -> None:
-    """What was not played by then is not counted; the next utterance is a new one."""
+async def test_the_loudspeaker_can_be_interrupted() -> None:
+    """Audio not yet played is not counted, and the next utterance is a new one."""
     loudspeaker = Loudspeaker()
     await loudspeaker.capture_frame(silence(1.0))
     loudspeaker.flush()

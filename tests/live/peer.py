@@ -86,7 +86,7 @@ async def line(
 
 @dataclass(eq=False)
 class Watch:
-    """What a connection told of itself."""
+    """What a connection reported of itself."""
 
     heartbeat: Heartbeat
     lost: int = 0

@@ -1,4 +1,4 @@
-"""T1, A4: to tell something never costs a turn, whatever becomes of what is told.
+"""T1, A4: logging, counting and tracing never cost a turn, whatever the application does.
 
 In each of these applications a conversation goes as it does in one that only listens: every turn is
 heard, over as many connections, and nothing is left open.
@@ -37,11 +37,11 @@ class Listener(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: list[tuple[str, str]] = []
+        self.logged: list[tuple[str, str]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         self.format(record)
-        self.told.append((record.levelname, record.getMessage()))
+        self.logged.append((record.levelname, record.getMessage()))
 
 
 # Applications
@@ -53,7 +53,7 @@ def nothing_wrong() -> Iterator[None]:
 
 
 def names_of_fields() -> set[str]:
-    """Those that the package's code gives to what it tells, and what might come to mind first."""
+    """All names of fields in the package's log events."""
     names = {"pool", "reason", "number", "error", *usage.UsageStats().as_fields()}
     for module in Path(xai_pool_patch.__file__).parent.rglob("*.py"):
         for call in ast.walk(ast.parse(module.read_text("utf-8"))):
@@ -79,11 +79,11 @@ def record_factory() -> Iterator[None]:
         logging.setLogRecordFactory(usual)
 
 
-def handler(spoil: Callable[[Listener], object]) -> Callable[[], AbstractContextManager[None]]:
+def handler(break_it: Callable[[Listener], object]) -> Callable[[], AbstractContextManager[None]]:
     @contextmanager
     def application() -> Iterator[None]:
         broken = Listener()
-        spoil(broken)
+        break_it(broken)
         OURS.addHandler(broken)
         try:
             yield
@@ -140,7 +140,7 @@ UNHEARD = "its logger's filter raises"
 
 @pytest.fixture
 def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[Listener]:
-    """Of every level, and told before any other handler."""
+    """Of every level, and called before any other handler."""
     listener = Listener()
     monkeypatch.setattr(log, "_has_complained", False, raising=False)
     OURS.addHandler(listener)
@@ -169,8 +169,10 @@ async def converse(line: Line) -> None:
 
 
 @pytest.mark.parametrize("application", APPLICATIONS)
-async def test_a_conversation(application: str, listener: Listener, no_tasks_left: None) -> None:
-    """Installed, heard, counted, closed and taken out again; the trouble is told once."""
+async def test_a_broken_application_costs_no_turn(
+    application: str, listener: Listener, no_tasks_left: None
+) -> None:
+    """Every turn is heard and counted, and the warning is logged once."""
     async with line_to(quick(), 0.01) as line:
         with APPLICATIONS[application]():
             xai_pool_patch.install(PoolOptions(first_audio_timeout=0.2))
@@ -183,12 +185,12 @@ async def test_a_conversation(application: str, listener: Listener, no_tasks_lef
         assert (counted["idle"], counted["leased"]) == (0, 0)
         assert (line.metrics[1].connection_reused, line.metrics[1].acquire_time) == (True, 0.0)
     expected = 0 if application in (*NOBODYS_FAULT, UNHEARD) else 1
-    assert listener.told.count(COMPLAINT) == expected
+    assert listener.logged.count(COMPLAINT) == expected
     if application != UNHEARD:
-        assert listener.told.count(("INFO", "connected")) == CONNECTIONS
-    assert "ERROR" not in [level for level, _ in listener.told]
+        assert listener.logged.count(("INFO", "connected")) == CONNECTIONS
+    assert "ERROR" not in [level for level, _ in listener.logged]
 
 
-def test_the_names_of_all_fields_are_taken_here() -> None:
-    """Else the record factory above would not be one that could collide."""
+def test_the_list_of_field_names_is_complete() -> None:
+    """Without them the record factory above could not collide."""
     assert {"pool", "operation", "retry_in_s", "utterances", "age_s", "plugin"} <= names_of_fields()

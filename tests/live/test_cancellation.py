@@ -37,12 +37,12 @@ async def replayed(line: Line, tts: xai.TTS) -> None:
     ids=lambda options: options.interruption,
 )
 @pytest.mark.parametrize("prepare", [cold, warm, replayed])
-async def test_cancelled_at_every_step(
+async def test_a_turn_may_be_cancelled_at_any_step(
     prepare: Callable[[Line, xai.TTS], Awaitable[None]],
     patched: None,
     no_tasks_left: None,
 ) -> None:
-    """One step of the event loop further each time, until a turn comes to its end first."""
+    """One step of the event loop later each time, until a turn finishes first."""
     async with line_to(quick(generation=0.0)) as line:
         tts = line.tts()
         steps = finished = 0

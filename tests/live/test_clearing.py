@@ -1,4 +1,4 @@
-"""`interruption="clear"`: whatever the server makes of it, no sample is heard in another turn."""
+"""`interruption="clear"`: whatever the server answers, no sample is heard in another turn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xai_pool_patch import PoolOptions
 from xai_pool_patch.testing import Behaviour, Clearing, End, Outcome
 
 CLEAR = PoolOptions(interruption="clear", close_timeout=2.0)
-IMPATIENT = PoolOptions(interruption="clear", close_timeout=2.0, clear_timeout=0.1)
+SHORT_TIMEOUT = PoolOptions(interruption="clear", close_timeout=2.0, clear_timeout=0.1)
 FALLEN_BACK = "clearing stopped"
 SECONDS_PER_CHARACTER = 0.02
 CONVERSATIONS = 4
@@ -91,15 +91,15 @@ class Conversation:
 
     async def _turn(self, text: str) -> None:
         """Takes about 0.05 s if it is not interrupted."""
-        patience = self.chance.choice(
+        timeout = self.chance.choice(
             [None, 0.0, self.chance.uniform(0.0, 0.02), self.chance.uniform(0.02, 0.06)]
         )
-        if patience is None:
+        if timeout is None:
             await hear_whole(self.line, self.tts, text)
             return
         heard = Heard()
         turn = asyncio.create_task(speak(self.tts, text, heard=heard))
-        await asyncio.wait([turn], timeout=patience)
+        await asyncio.wait([turn], timeout=timeout)
         self.interruptions += not turn.done()
         turn.cancel()
         await asyncio.wait([turn])
@@ -111,16 +111,16 @@ LEAST_TURNS = 150
 
 
 @pytest.mark.parametrize("clearing", Clearing)
-async def test_interruptions_at_random_moments(
+async def test_no_wrong_sample_after_interruptions_at_random_moments(
     clearing: Clearing,
     pytestconfig: pytest.Config,
     no_tasks_left: None,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """In every way in which a clear can go: not one wrong sample, and every turn heard whole."""
+    """However the clear goes, every turn is heard whole."""
     caplog.set_level("INFO", "xai_pool_patch")
     turns = max(LEAST_TURNS, pytestconfig.getoption("--soak-turns") // 8)
-    xai_pool_patch.install(IMPATIENT)
+    xai_pool_patch.install(SHORT_TIMEOUT)
     talks = [_converse(clearing, seed, turns // CONVERSATIONS) for seed in range(CONVERSATIONS)]
     ended = await asyncio.gather(*talks)
     stats = xai_pool_patch.stats()
@@ -131,7 +131,7 @@ async def test_interruptions_at_random_moments(
     print(
         f"{clearing.name}: {turns} turns, {interruptions} interrupted,"
         f" {sum(connection.clears for connection in connections)} clears,"
-        f" {stats['connections_cleared']} reclaimed, {leaks} leaks, {stats['replays']} replays,"
+        f" {stats['connections_cleared']} cleared, {leaks} leaks, {stats['replays']} replays,"
         f" {len(connections)} connections"
     )
     assert turns / 3 < interruptions < turns, "the moments are badly chosen"
@@ -175,7 +175,7 @@ def steady(**faults: Any) -> Behaviour:
 
 @pytest.mark.usefixtures("clearing")
 async def test_the_conversation_goes_on_over_the_same_connection() -> None:
-    """A round trip after the interruption it is there, and no other was made."""
+    """A round trip after the interruption it is idle, and the pool has dialled no other."""
     async with line_to(steady(), round_trip=0.05) as line:
         tts = line.tts()
         for number in range(5):
@@ -191,7 +191,7 @@ async def test_the_conversation_goes_on_over_the_same_connection() -> None:
 @pytest.mark.usefixtures("clearing")
 @pytest.mark.parametrize("answered", [Clearing.ACKNOWLEDGED, Clearing.IGNORED])
 async def test_an_interruption_does_not_wait_for_the_server(answered: Clearing) -> None:
-    """P7: the stream is closed before the server can have heard of it."""
+    """P7: the stream is closed before the server can have received the clear."""
     async with line_to(steady(clearing=answered), round_trip=0.2) as line:
         tts = line.tts()
         connection = await interrupted(line, tts, SPEECH)
@@ -202,8 +202,8 @@ async def test_an_interruption_does_not_wait_for_the_server(answered: Clearing) 
 
 
 @pytest.mark.usefixtures("clearing")
-async def test_interrupted_before_the_first_text() -> None:
-    """Nothing was asked of the server, so nothing has to be cleared."""
+async def test_a_turn_interrupted_before_its_first_text_needs_no_clear() -> None:
+    """The server owes nothing."""
     async with line_to(steady()) as line:
         tts = line.tts()
         await speak(tts, "First.")
@@ -219,8 +219,8 @@ async def test_interrupted_before_the_first_text() -> None:
 
 
 @pytest.mark.usefixtures("clearing")
-async def test_nothing_is_reclaimed_that_was_being_replaced() -> None:
-    """One that showed no sign of life is closed, as it is without an interruption."""
+async def test_a_connection_without_a_sign_of_life_is_not_cleared() -> None:
+    """It is closed, as it is without an interruption."""
     async with line_to(steady(), round_trip=0.02) as line:
         tts = line.tts()
         await hear_whole(line, tts, "First.")
@@ -241,10 +241,10 @@ async def test_nothing_is_reclaimed_that_was_being_replaced() -> None:
 
 @pytest.mark.usefixtures("clearing")
 @pytest.mark.parametrize("clearing", [Clearing.IGNORED, Clearing.REFUSED])
-async def test_a_server_that_clears_nothing_is_asked_twice(
+async def test_after_two_failed_clears_interruptions_discard(
     clearing: Clearing, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Then interruptions discard, as they do by default; that is said once."""
+    """As they do by default; the log says so once."""
     async with line_to(steady(clearing=clearing), round_trip=0.02) as line:
         tts = line.tts()
         for number in range(4):
@@ -264,11 +264,9 @@ async def test_a_server_that_clears_nothing_is_asked_twice(
 async def test_audio_after_the_acknowledgement_is_not_heard(
     when: str, clear_delay: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And no clear is trusted again. The turn that it meets goes on as if nothing had come.
-
-    The acknowledgement arrives 0.1 s after the interruption, and the next text leaves then, to
-    arrive 0.05 s later. What the server says before that can be told from its answer.
-    """
+    """And the pool trusts no clear again. The turn that such audio meets goes on as if nothing had
+    come. The acknowledgement arrives 0.1 s after the interruption, and the next text leaves then,
+    to arrive 0.05 s later. What the server says before that is not its answer."""
     behaviour = steady(clearing=Clearing.LEAKING, clear_delay=clear_delay)
     async with line_to(behaviour, round_trip=0.1) as line:
         tts = line.tts()
@@ -295,8 +293,10 @@ async def test_audio_after_the_acknowledgement_is_not_heard(
 
 
 @pytest.mark.usefixtures("clearing")
-async def test_audio_that_comes_in_its_time_is_the_answer(caplog: pytest.LogCaptureFixture) -> None:
-    """A server without any time of generation is not suspected."""
+async def test_a_server_that_answers_at_once_is_not_suspected(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Audio after the PONG is the answer, though it took no time to generate."""
     async with line_to(steady(generation=0.0), round_trip=0.02) as line:
         tts = line.tts()
         for number in range(20):
@@ -310,7 +310,7 @@ async def test_audio_that_comes_in_its_time_is_the_answer(caplog: pytest.LogCapt
 
 @pytest.mark.usefixtures("clearing")
 async def test_without_pongs_no_acknowledgement_is_trusted() -> None:
-    """What tells old audio from new is missing, so the turn is spoken elsewhere, and heard."""
+    """Nothing separates old audio from new, so the turn is replayed elsewhere, and heard."""
     async with line_to(steady(answer_pings=False)) as line:
         tts = line.tts()
         for number in range(3):
@@ -325,8 +325,8 @@ async def test_without_pongs_no_acknowledgement_is_trusted() -> None:
 
 
 @pytest.mark.usefixtures("clearing")
-async def test_closed_during_a_clear(no_tasks_left: None) -> None:
-    """aclose() does not wait for the acknowledgement, and the server gets its Close frame."""
+async def test_aclose_does_not_wait_for_a_clear(no_tasks_left: None) -> None:
+    """The server gets its Close frame."""
     async with line_to(steady(clearing=Clearing.IGNORED)) as line:
         tts = line.tts()
         connection = await interrupted(line, tts, SPEECH)
@@ -335,8 +335,8 @@ async def test_closed_during_a_clear(no_tasks_left: None) -> None:
         assert len(line.server.handshakes) == 1
 
 
-async def test_uninstalled_during_a_clear(no_tasks_left: None) -> None:
-    """The connection is closed, and the plugin connects by itself again."""
+async def test_uninstall_during_a_clear_closes_the_connection(no_tasks_left: None) -> None:
+    """From then on the plugin connects by itself."""
     xai_pool_patch.install(CLEAR)
     async with line_to(steady(clearing=Clearing.IGNORED)) as line:
         tts = line.tts()
@@ -349,8 +349,10 @@ async def test_uninstalled_during_a_clear(no_tasks_left: None) -> None:
 
 
 @pytest.mark.usefixtures("clearing")
-async def test_a_session_closed_during_a_clear(caplog: pytest.LogCaptureFixture) -> None:
-    """P9: nothing is dialled again, nothing is complained of."""
+async def test_a_http_session_closed_during_a_clear_ends_the_pool_quietly(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """P9: no new dial and no warning."""
     async with line_to(steady(clearing=Clearing.IGNORED)) as line:
         tts = line.tts()
         await interrupted(line, tts, SPEECH)
@@ -361,21 +363,21 @@ async def test_a_session_closed_during_a_clear(caplog: pytest.LogCaptureFixture)
     assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
 
-# Proofs of life
+# Verifying
 
-PROVING = PoolOptions(verify_after=0.1, clear_timeout=0.1)
+VERIFYING = PoolOptions(verify_after=0.1, clear_timeout=0.1)
 
 
 @pytest.fixture
-def proving() -> Any:
-    xai_pool_patch.install(PROVING)
+def verifying() -> Any:
+    xai_pool_patch.install(VERIFYING)
     yield
     xai_pool_patch.uninstall()
 
 
-@pytest.mark.usefixtures("proving")
-async def test_an_idle_session_is_proven_alive() -> None:
-    """Again and again, over one connection, and turns are spoken in between."""
+@pytest.mark.usefixtures("verifying")
+async def test_an_idle_connection_is_verified_again_and_again() -> None:
+    """Over one connection, with turns in between."""
     async with line_to(steady()) as line:
         tts = line.tts()
         for number in range(3):
@@ -388,9 +390,9 @@ async def test_an_idle_session_is_proven_alive() -> None:
         await tts.aclose()
 
 
-@pytest.mark.usefixtures("proving")
-async def test_a_session_that_is_dead_is_replaced_before_a_turn_finds_out() -> None:
-    """An open socket that answers PINGs and nothing else."""
+@pytest.mark.usefixtures("verifying")
+async def test_a_dead_session_is_replaced_before_a_turn_meets_it() -> None:
+    """Its socket is open and answers PINGs, and nothing else."""
     async with line_to(steady()) as line:
         tts = line.tts()
         await hear_whole(line, tts, "First.")
@@ -404,11 +406,11 @@ async def test_a_session_that_is_dead_is_replaced_before_a_turn_finds_out() -> N
         await tts.aclose()
 
 
-@pytest.mark.usefixtures("proving")
-async def test_a_server_that_refuses_proofs_is_asked_for_two(
+@pytest.mark.usefixtures("verifying")
+async def test_after_two_failed_verifications_the_pool_stops_verifying(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Each costs a connection, and dials with growing pauses; then PINGs have to do."""
+    """Each costs a connection and a dial with backoff. After that PINGs have to do."""
     async with line_to(steady(clearing=Clearing.REFUSED)) as line:
         tts = line.tts()
         await hear_whole(line, tts, "First.")
@@ -416,8 +418,8 @@ async def test_a_server_that_refuses_proofs_is_asked_for_two(
             await line.server.wait_for(lambda s, n=number: len(s.connections) == n + 2)
         ended, opened = line.server.connections[:2], line.server.connections[1:]
         pauses = [b.opened_at - (a.ended_at or 0.0) for a, b in zip(ended, opened, strict=True)]
-        assert min(pauses) > PROVING.verify_after, "it was dialled again at once"
-        await asyncio.sleep(5 * PROVING.verify_after)
+        assert min(pauses) > VERIFYING.verify_after, "it was dialled again at once"
+        await asyncio.sleep(5 * VERIFYING.verify_after)
         assert [connection.clears for connection in line.server.connections] == [1, 1, 0]
         assert [connection.is_open for connection in line.server.connections] == [
             False,

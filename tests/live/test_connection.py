@@ -1,4 +1,4 @@
-"""One connection by itself: what its reader does with what comes, and how it ends."""
+"""One connection by itself: what its reader does with each message, and how it ends."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ async def answered(live: Connection, peer: Any) -> None:
 # Liveness
 
 
-async def test_the_first_ping_tells_the_round_trip() -> None:
+async def test_the_first_pong_gives_the_round_trip() -> None:
+    """Unknown until then."""
     async with connection() as (live, _, _):
         opened_at = live.last_heard
         assert live.round_trip is None
@@ -72,7 +73,8 @@ async def test_the_first_ping_tells_the_round_trip() -> None:
         assert 0 < live.round_trip <= live.last_heard - opened_at  # type: ignore[operator]
 
 
-async def test_a_pong_that_nobody_asked_for_is_a_sign_of_life_and_no_more() -> None:
+async def test_an_unsolicited_pong_is_only_a_sign_of_life() -> None:
+    """It gives no round trip; the PONG to our PING does."""
     async with connection(answers_pings=False) as (live, peer, _):
         ping = await peer.hears()
         heard_at = live.last_heard
@@ -83,7 +85,8 @@ async def test_a_pong_that_nobody_asked_for_is_a_sign_of_life_and_no_more() -> N
         await until(lambda: live.round_trip is not None)
 
 
-async def test_only_the_last_ping_counts() -> None:
+async def test_only_the_pong_to_the_last_ping_counts() -> None:
+    """An older one gives no round trip."""
     async with connection(answers_pings=False) as (live, peer, _):
         first = await peer.hears()
         await live.ping()
@@ -96,10 +99,10 @@ async def test_only_the_last_ping_counts() -> None:
         await until(lambda: live.round_trip is not None)
 
 
-async def test_a_server_that_answers_no_ping_is_not_held_to_them(
+async def test_the_heartbeat_stops_for_a_server_that_never_answers_pings(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """One connection alone may as well have vanished."""
+    """After the second lost connection: a single one may as well have vanished."""
     heartbeat = Heartbeat(HEARTBEAT)
     for expected in (HEARTBEAT, None, None):
         mute = connection(heartbeat, answers_pings=False, pinged_every=0.02)
@@ -111,7 +114,8 @@ async def test_a_server_that_answers_no_ping_is_not_held_to_them(
     assert caplog.messages == ["PINGs unanswered, heartbeat off"]
 
 
-async def test_a_server_that_has_answered_a_ping_is_held_to_them() -> None:
+async def test_the_heartbeat_goes_on_for_a_server_that_has_answered_a_ping() -> None:
+    """The connection is lost when the PONGs stop."""
     async with connection(pinged_every=0.02) as (live, peer, watch):
         await until(lambda: live.round_trip is not None)
         peer.answers_pings = False
@@ -119,7 +123,8 @@ async def test_a_server_that_has_answered_a_ping_is_held_to_them() -> None:
         assert watch.heartbeat.interval == HEARTBEAT
 
 
-async def test_an_end_by_the_peer_says_nothing_of_pings() -> None:
+async def test_a_connection_ended_by_its_peer_does_not_count_as_an_unanswered_ping() -> None:
+    """The heartbeat goes on."""
     async with connection(answers_pings=False) as (_, peer, watch):
         await peer.hears()
         peer.hangs_up()
@@ -127,7 +132,8 @@ async def test_an_end_by_the_peer_says_nothing_of_pings() -> None:
         assert watch.heartbeat.interval == HEARTBEAT
 
 
-async def test_a_pong_brings_the_heartbeat_back() -> None:
+async def test_a_pong_restarts_the_heartbeat() -> None:
+    """After it was stopped for want of PONGs."""
     async with connection() as (live, _, watch):
         for _ in range(SUSPICIOUS):
             watch.heartbeat.unanswered()
@@ -138,6 +144,7 @@ async def test_a_pong_brings_the_heartbeat_back() -> None:
 
 @pytest.mark.parametrize("leased", [True, False])
 async def test_pings_of_the_peer_are_answered(leased: bool) -> None:
+    """Idle or leased, and the sink does not see them."""
     async with connection() as (live, peer, watch):
         if leased:
             live.attach(watch.take)
@@ -150,7 +157,8 @@ async def test_pings_of_the_peer_are_answered(leased: bool) -> None:
 # Reading
 
 
-async def test_the_sink_gets_what_is_read_while_it_is_attached() -> None:
+async def test_the_sink_gets_only_messages_read_while_it_is_attached() -> None:
+    """With their type; what comes before and after is not kept for it."""
     async with connection() as (live, peer, watch):
         await peer.ws.send_str(message("note", text="before"))
         await peer.ws.ping()
@@ -170,7 +178,10 @@ async def test_the_sink_gets_what_is_read_while_it_is_attached() -> None:
         assert (taken.type, taken.data, type_) == (WSMsgType.BINARY, b"\0", "unreadable")
 
 
-async def test_an_unknown_message_is_noted_while_idle(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unknown_message_on_an_idle_connection_is_logged_and_ignored(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With its type, if that looks like one: it must not contain spoken text."""
     caplog.set_level(logging.DEBUG, "xai_pool_patch")
     async with connection() as (live, peer, watch):
         await peer.ws.send_str(message("session.note"))
@@ -186,7 +197,10 @@ async def test_an_unknown_message_is_noted_while_idle(caplog: pytest.LogCaptureF
 @pytest.mark.parametrize(
     "frame", [message("audio.delta", delta=""), message("audio.done"), message("error"), "{", b"\0"]
 )
-async def test_what_spoils_an_idle_connection(frame: str | bytes) -> None:
+async def test_audio_errors_and_unreadable_messages_end_an_idle_connection(
+    frame: str | bytes,
+) -> None:
+    """It is lost at once, and once only."""
     async with connection() as (live, peer, watch):
         await (peer.ws.send_str(frame) if isinstance(frame, str) else peer.ws.send_bytes(frame))
         await until(lambda: watch.lost)
@@ -195,7 +209,8 @@ async def test_what_spoils_an_idle_connection(frame: str | bytes) -> None:
         assert watch.lost == 1
 
 
-async def test_audio_that_nobody_asked_for_is_not_heard() -> None:
+async def test_audio_before_any_text_is_not_heard() -> None:
+    """The sink gets the end of the connection instead."""
     async with connection() as (live, peer, watch):
         live.attach(watch.take)
         await peer.ws.send_str(message("audio.delta", delta=""))
@@ -203,7 +218,8 @@ async def test_audio_that_nobody_asked_for_is_not_heard() -> None:
         assert (live.state, watch.lost) == (State.LOST, 1)
 
 
-async def test_an_error_during_an_utterance_is_for_the_plugin() -> None:
+async def test_an_error_during_an_utterance_goes_to_the_sink() -> None:
+    """The connection stays open, and is not reusable."""
     async with connection() as (live, peer, watch):
         live.attach(watch.take)
         await say(live, TEXT)
@@ -213,7 +229,8 @@ async def test_an_error_during_an_utterance_is_for_the_plugin() -> None:
 
 
 @pytest.mark.parametrize("ends", ["Close", "reset"])
-async def test_the_end_by_the_peer_is_told_to_both(ends: str) -> None:
+async def test_the_sink_and_the_pool_learn_of_an_end_by_the_peer(ends: str) -> None:
+    """By a Close frame or by a reset."""
     async with connection() as (live, peer, watch):
         await until(lambda: live.round_trip is not None)
         live.attach(watch.take)
@@ -227,8 +244,8 @@ async def test_the_end_by_the_peer_is_told_to_both(ends: str) -> None:
         assert (live.state, live.is_over, watch.lost) == (State.LOST, True, 1)
 
 
-async def test_a_fault_of_the_sink_ends_the_reading_and_is_told() -> None:
-    """Whoever hears of it ends all else: no new connection is dialled in its place."""
+async def test_a_fault_of_the_sink_ends_the_reader_and_is_reported() -> None:
+    """It does not count as lost: the pool must not dial a replacement."""
     fault = ValueError("of the sink")
     calls = []
 
@@ -244,8 +261,8 @@ async def test_a_fault_of_the_sink_ends_the_reading_and_is_told() -> None:
         assert calls[1:] == [CLOSED_MESSAGE]
 
 
-async def test_a_reader_that_is_cancelled_tells_only_the_sink() -> None:
-    """The loop is ending: who hears of a loss would dial anew."""
+async def test_a_cancelled_reader_informs_only_the_sink() -> None:
+    """The loop is ending: if the pool learned of a loss, it would dial anew."""
     async with connection() as (live, _, watch):
         await until(lambda: live.round_trip is not None)
         live.attach(watch.take)
@@ -257,7 +274,8 @@ async def test_a_reader_that_is_cancelled_tells_only_the_sink() -> None:
 # Sending
 
 
-async def test_what_is_sent_arrives_and_is_followed() -> None:
+async def test_each_frame_sent_advances_the_stage_of_the_utterance() -> None:
+    """A binary frame is outside the protocol, so it leaves the connection dirty."""
     async with connection() as (live, peer, _):
         await say(live, TEXT)
         assert (await peer.hears()).data == TEXT
@@ -269,10 +287,11 @@ async def test_what_is_sent_arrives_and_is_followed() -> None:
         assert live.utterance.stage is Stage.DIRTY
 
 
-# Restoring
+# Clearing
 
 
-async def test_a_clear_makes_it_reusable_again() -> None:
+async def test_an_acknowledged_clear_makes_the_connection_reusable() -> None:
+    """Audio after that marks the connection as having sent stale audio."""
     async with connection() as (live, peer, watch):
         await cleared(live, peer)
         await peer.ws.send_str(message("audio.delta", delta=""))
@@ -281,6 +300,7 @@ async def test_a_clear_makes_it_reusable_again() -> None:
 
 
 async def test_old_audio_does_not_end_the_wait_for_the_acknowledgement() -> None:
+    """Nor does the `audio.done` of the utterance that was cleared."""
     async with connection() as (live, peer, watch):
         await say(live, TEXT)
         clearing = asyncio.create_task(live.clear())
@@ -299,7 +319,8 @@ async def test_old_audio_does_not_end_the_wait_for_the_acknowledgement() -> None
 
 
 @pytest.mark.parametrize("answer", [message("error"), message("audio.done"), "{"])
-async def test_any_other_answer_ends_the_wait(answer: str) -> None:
+async def test_any_other_answer_to_a_clear_ends_the_wait(answer: str) -> None:
+    """The connection is not reusable."""
     async with connection() as (live, peer, _):
         clearing = asyncio.create_task(live.clear())
         await peer.hears()
@@ -309,7 +330,8 @@ async def test_any_other_answer_ends_the_wait(answer: str) -> None:
 
 
 @pytest.mark.parametrize("answer", ["Close", "reset"])
-async def test_an_end_instead_of_an_acknowledgement(answer: str) -> None:
+async def test_the_end_of_the_connection_ends_the_wait_for_an_acknowledgement(answer: str) -> None:
+    """By a Close frame or by a reset; the pool learns of it once."""
     async with connection() as (live, peer, watch):
         clearing = asyncio.create_task(live.clear())
         await peer.hears()
@@ -322,7 +344,8 @@ async def test_an_end_instead_of_an_acknowledgement(answer: str) -> None:
         assert (live.is_reusable, watch.lost, watch.faults) == (False, 1, [])
 
 
-async def test_a_clear_into_a_dead_socket_ends_quietly() -> None:
+async def test_a_clear_on_a_dead_socket_ends_at_once() -> None:
+    """It is no fault of the package."""
     async with connection() as (live, peer, watch):
         peer.hangs_up()
         await until(lambda: watch.lost)
@@ -330,7 +353,8 @@ async def test_a_clear_into_a_dead_socket_ends_quietly() -> None:
         assert (live.is_reusable, watch.faults) == (False, [])
 
 
-async def test_a_fault_while_clearing_is_the_supervisors(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_fault_during_a_clear_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The supervisor of the task reports it. The connection has no sink any more."""
     fault = ValueError("of ours")
 
     async def fails(*_: object) -> None:
@@ -344,14 +368,16 @@ async def test_a_fault_while_clearing_is_the_supervisors(monkeypatch: pytest.Mon
         assert "idle" in repr(live)
 
 
-async def test_one_that_cannot_be_cleared_is_not_waited_for() -> None:
+async def test_a_dirty_connection_is_not_cleared() -> None:
+    """clear() returns at once."""
     async with connection() as (live, _, _):
         live.sending(b"")
         await asyncio.wait_for(live.clear(), 5.0)
         assert not live.is_reusable
 
 
-async def test_who_gives_up_the_wait_lets_go_of_the_connection() -> None:
+async def test_a_cancelled_clear_releases_the_connection() -> None:
+    """Its sink is detached."""
     async with connection() as (live, peer, _):
         clearing = asyncio.create_task(live.clear())
         await peer.hears()
@@ -361,7 +387,7 @@ async def test_who_gives_up_the_wait_lets_go_of_the_connection() -> None:
         assert "idle" in repr(live)
 
 
-# Telling old audio from new
+# Old audio and new
 
 LONG, SHORT = 5.0, 0.05
 OLD, NEW = message("audio.delta", delta="b2xk"), message("audio.delta", delta="bmV3")
@@ -369,7 +395,7 @@ OLD, NEW = message("audio.delta", delta="b2xk"), message("audio.delta", delta="b
 
 @asynccontextmanager
 async def asked(
-    *, clear: bool = False, patience: float = LONG
+    *, clear: bool = False, timeout: float = LONG
 ) -> AsyncIterator[tuple[Connection, Peer, Watch, bytes]]:
     """An utterance begins on a connection that was used before; its PING is answered by hand."""
     async with connection() as (live, peer, watch):
@@ -387,7 +413,7 @@ async def asked(
             live.close()
 
         live.on_lost = lost
-        await live.ping_as_fence(patience)
+        await live.ping_as_fence(timeout)
         await say(live, TEXT)
         ping = await peer.hears()
         assert (await peer.hears()).data == TEXT
@@ -398,7 +424,8 @@ async def asked(
 async def test_audio_ahead_of_the_pong_is_old_and_dropped(
     clear: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It left the server before that knew of the text. After a clear, it broke its word, too."""
+    """It left the server before the text arrived. After a clear it also shows a wrong
+    acknowledgement."""
     caplog.set_level(logging.INFO, "xai_pool_patch")
     async with asked(clear=clear) as (live, peer, watch, ping):
         for old in (OLD, message("audio.done"), message("note")):
@@ -413,7 +440,8 @@ async def test_audio_ahead_of_the_pong_is_old_and_dropped(
 
 
 @pytest.mark.parametrize("clear", [False, True])
-async def test_audio_behind_the_pong_is_new(clear: bool) -> None:
+async def test_audio_behind_the_pong_is_heard(clear: bool) -> None:
+    """The server sent it after the text arrived."""
     async with asked(clear=clear) as (live, peer, watch, ping):
         await peer.ws.pong(ping)
         await peer.ws.send_str(NEW)
@@ -421,9 +449,9 @@ async def test_audio_behind_the_pong_is_new(clear: bool) -> None:
         assert (live.state, watch.stale_audio, watch.lost) == (State.OPEN, 0, 0)
 
 
-async def test_audio_is_heard_in_order_when_the_pong_does_not_come() -> None:
-    """And no PONG of that server is relied on from then on."""
-    async with asked(patience=SHORT) as (live, peer, watch, ping):
+async def test_held_audio_is_heard_in_order_when_no_pong_comes() -> None:
+    """And no PONG of that server is waited for from then on."""
+    async with asked(timeout=SHORT) as (live, peer, watch, ping):
         await peer.ws.send_str(OLD)
         await peer.ws.send_str(NEW)
         assert [(await watch.takes())[0].data for _ in range(2)] == [OLD, NEW]
@@ -434,9 +462,9 @@ async def test_audio_is_heard_in_order_when_the_pong_does_not_come() -> None:
         assert (live.state, watch.stale_audio, watch.lost) == (State.OPEN, 0, 0)
 
 
-async def test_a_pong_that_is_late_like_everything_else_says_nothing_of_the_next() -> None:
-    """A stall of the network holds up the audio too."""
-    async with asked(patience=SHORT) as (live, peer, watch, _):
+async def test_after_a_late_pong_behind_late_audio_the_next_pong_still_counts() -> None:
+    """A stall of the network holds up both."""
+    async with asked(timeout=SHORT) as (live, peer, watch, _):
         await until(lambda: live._fence is None)
         await peer.ws.send_str(NEW)
         assert (await watch.takes())[0].data == NEW
@@ -449,8 +477,8 @@ async def test_a_pong_that_is_late_like_everything_else_says_nothing_of_the_next
 
 @pytest.mark.parametrize("when", ["in time", "late"])
 async def test_without_a_pong_nothing_is_heard_after_a_clear(when: str) -> None:
-    """That nothing more comes of what was cleared is the server's word alone."""
-    async with asked(clear=True, patience=SHORT) as (live, peer, watch, _):
+    """Only the acknowledgement says that nothing more of the old utterance comes."""
+    async with asked(clear=True, timeout=SHORT) as (live, peer, watch, _):
         if when == "late":
             await until(lambda: live._fence is not None and live._fence.is_overdue)
         await peer.ws.send_str(OLD)
@@ -460,7 +488,8 @@ async def test_without_a_pong_nothing_is_heard_after_a_clear(when: str) -> None:
         assert (live.state, live.sent_stale_audio, watch.lost) == (State.LOST, True, 1)
 
 
-async def test_held_audio_of_a_connection_that_ends_is_not_heard() -> None:
+async def test_held_audio_is_not_heard_when_the_connection_ends() -> None:
+    """Nobody knows whether it is old."""
     async with asked() as (live, peer, watch, _):
         await peer.ws.send_str(OLD)
         peer.hangs_up()
@@ -470,10 +499,10 @@ async def test_held_audio_of_a_connection_that_ends_is_not_heard() -> None:
 
 
 @pytest.mark.parametrize("is_spare", [True, False])
-async def test_audio_ahead_of_the_pong_is_new_on_a_connection_without_a_past(
+async def test_audio_ahead_of_the_pong_is_heard_on_an_unused_connection(
     is_spare: bool,
 ) -> None:
-    """There, nothing can be old: what is late is the PONG, and none is relied on again."""
+    """None of it can be old. The PONG was late, so no PONG is waited for again."""
     async with connection(answers_pings=is_spare) as (live, peer, watch):
         if is_spare:
             await until(lambda: live.round_trip is not None)
@@ -495,8 +524,8 @@ async def test_audio_ahead_of_the_pong_is_new_on_a_connection_without_a_past(
         assert (await watch.takes())[0].data == NEW
 
 
-async def test_a_later_ping_does_not_move_the_fence() -> None:
-    """Between the two PONGs comes what the text was answered with."""
+async def test_only_the_pong_to_the_ping_of_the_text_separates_old_from_new() -> None:
+    """A later PING may be answered after the first new audio."""
     async with asked() as (live, peer, watch, ping):
         await live.ping()
         later = await peer.hears()
@@ -506,7 +535,8 @@ async def test_a_later_ping_does_not_move_the_fence() -> None:
         assert (await watch.takes())[0].data == NEW
 
 
-async def test_no_pong_is_relied_on_where_none_has_come() -> None:
+async def test_no_pong_is_waited_for_where_none_has_ever_come() -> None:
+    """Audio is heard at once."""
     async with connection(answers_pings=False) as (live, peer, watch):
         await peer.hears()  # the first PING
         await answered(live, peer)
@@ -520,7 +550,8 @@ async def test_no_pong_is_relied_on_where_none_has_come() -> None:
 # Closing
 
 
-async def test_closing_says_so_and_waits_for_the_answer() -> None:
+async def test_close_sends_a_close_frame_and_waits_for_the_answer() -> None:
+    """A second close() returns the same task, and the sink gets the end."""
     async with connection() as (live, peer, watch):
         await until(lambda: live.round_trip is not None)
         live.attach(watch.take)
@@ -536,7 +567,8 @@ async def test_closing_says_so_and_waits_for_the_answer() -> None:
         assert taken[-1] == (CLOSED_MESSAGE, "")
 
 
-async def test_a_peer_that_does_not_answer_is_dropped() -> None:
+async def test_a_peer_that_does_not_answer_the_close_is_aborted() -> None:
+    """After close_timeout."""
     async with connection(answers_close=False, close_timeout=0.05) as (live, _, _):
         socket = live.ws.get_extra_info("socket")
         began = asyncio.get_running_loop().time()
@@ -548,7 +580,8 @@ async def test_a_peer_that_does_not_answer_is_dropped() -> None:
         await until(lambda: socket.fileno() == -1)
 
 
-async def test_one_that_the_peer_has_closed_needs_no_closing() -> None:
+async def test_closing_a_connection_that_the_peer_has_closed_does_nothing() -> None:
+    """close() returns None."""
     async with connection() as (live, peer, watch):
         await asyncio.gather(peer.ws.close(), until(lambda: watch.lost))
         assert live.close() is None
@@ -556,7 +589,7 @@ async def test_one_that_the_peer_has_closed_needs_no_closing() -> None:
 
 
 @pytest.mark.parametrize("by_the_peer", [False, True])
-async def test_a_transport_that_has_nothing_left_to_abort(
+async def test_an_abort_that_raises_is_no_fault(
     monkeypatch: pytest.MonkeyPatch, by_the_peer: bool
 ) -> None:
     """In Python 3.11.2 a TLS transport that was closed twice raises."""
@@ -576,7 +609,8 @@ async def test_a_transport_that_has_nothing_left_to_abort(
         assert watch.faults == []
 
 
-async def test_a_cancelled_close_drops_the_socket() -> None:
+async def test_a_cancelled_close_aborts_the_socket() -> None:
+    """No socket outlives the loop."""
     async with connection(answers_close=False) as (live, peer, _):
         socket = live.ws.get_extra_info("socket")
         closing = live.close()
@@ -588,9 +622,10 @@ async def test_a_cancelled_close_drops_the_socket() -> None:
         await until(lambda: socket.fileno() == -1)
 
 
-async def test_a_close_that_fails_is_told(
+async def test_a_close_that_fails_is_logged_and_the_socket_aborted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """With the type of the error, and where it was raised."""
     caplog.set_level(logging.DEBUG, "xai_pool_patch")
 
     async def fails() -> bool:
@@ -604,11 +639,12 @@ async def test_a_close_that_fails_is_told(
             assert closing is not None
             await closing
         await until(lambda: socket.fileno() == -1)
-        [told] = [record for record in caplog.records if record.getMessage() == "close failed"]
-        assert vars(told)["xai_pool_error"].startswith("ConnectionResetError at fails")
+        [failed] = [record for record in caplog.records if record.getMessage() == "close failed"]
+        assert vars(failed)["xai_pool_error"].startswith("ConnectionResetError at fails")
 
 
-async def test_repr() -> None:
+async def test_repr_shows_the_states() -> None:
+    """Of the connection, of its lease and of its utterance."""
     async with connection() as (live, _, watch):
         assert repr(live) == "<Connection open idle clean>"
         live.attach(watch.take)

@@ -14,7 +14,7 @@ import xai_pool_patch
 from tests.kit import Line, line_to, quick, speak
 from xai_pool_patch import PoolOptions
 
-IMPATIENT = APIConnectOptions(max_retry=0, timeout=0.2)
+SHORT_TIMEOUT = APIConnectOptions(max_retry=0, timeout=0.2)
 RETRYING = APIConnectOptions(max_retry=1, retry_interval=0.01, timeout=0.2)
 
 
@@ -86,7 +86,7 @@ FAILURES = {
     "the caller's timeout": stalled_dial,
 }
 with_and_without_a_retry = pytest.mark.parametrize(
-    "options", [IMPATIENT, RETRYING], ids=["once", "with a retry"]
+    "options", [SHORT_TIMEOUT, RETRYING], ids=["once", "with a retry"]
 )
 
 
@@ -104,8 +104,8 @@ async def outcome(prepare: Prepare, options: APIConnectOptions) -> Outcome:
 async def test_a_refused_handshake_is_a_status_error(
     patched: None, status: int, options: APIConnectOptions
 ) -> None:
-    """A6: with its status, on every version of the plugin, and dialled again only if the framework
-    takes that status for a passing one."""
+    """A6: with its status, on every version of the plugin. Only if the framework takes that status
+    for a passing one is there another dial."""
     is_tried_again = APIStatusError("", status_code=status).retryable and options.max_retry > 0
     assert await outcome(REFUSALS[status], options) == Outcome(
         error="APIStatusError: Invalid response status",
@@ -119,7 +119,9 @@ async def test_a_refused_handshake_is_a_status_error(
 
 @with_and_without_a_retry
 @pytest.mark.parametrize("case", FAILURES)
-async def test_the_same_error_as_without_the_patch(case: str, options: APIConnectOptions) -> None:
+async def test_errors_are_the_same_as_without_the_patch(
+    case: str, options: APIConnectOptions
+) -> None:
     """The same exception, status, events and number of dials, with and without retries."""
     before = await outcome(FAILURES[case], options)
     assert before.error != "NoneType: None", "nothing went wrong"
@@ -132,8 +134,8 @@ async def test_the_same_error_as_without_the_patch(case: str, options: APIConnec
 
 
 @pytest.mark.parametrize("patched", [PoolOptions(close_timeout=0.2)], indirect=True)
-async def test_the_timeout_covers_the_wait_for_somebody_elses_dial(patched: None) -> None:
-    """A caller who relies on a standby that hangs fails when it said, not when the dial does."""
+async def test_the_timeout_covers_the_wait_for_a_standby(patched: None) -> None:
+    """A caller that relies on a hanging standby fails at its own timeout."""
     async with line_to() as line:
         line.server.network.stall_new = True
         tts = line.tts()
@@ -141,7 +143,7 @@ async def test_the_timeout_covers_the_wait_for_somebody_elses_dial(patched: None
         await line.server.wait_for(lambda server: server.network.accepted == 1)
         loop = asyncio.get_running_loop()
         began = loop.time()
-        heard = await speak(tts, "Hello.", IMPATIENT)
+        heard = await speak(tts, "Hello.", SHORT_TIMEOUT)
         assert loop.time() - began < 5.0
         assert isinstance(heard.error, APIConnectionError)
         await tts.aclose()
@@ -152,8 +154,10 @@ async def test_the_timeout_covers_the_wait_for_somebody_elses_dial(patched: None
     [{"error_on_text": "no such thing"}, {"raw_before_audio": ["{not json"]}],
     ids=["error frame", "malformed JSON"],
 )
-async def test_errors_of_the_utterance_pass_unchanged(fault: dict[str, Any]) -> None:
-    """What the server says on a fresh connection reaches the plugin as it is."""
+async def test_errors_of_a_fresh_connection_reach_the_plugin_unchanged(
+    fault: dict[str, Any],
+) -> None:
+    """As the server sent them."""
 
     async def once() -> Outcome:
         async with line_to(quick(**fault)) as line:
@@ -174,7 +178,7 @@ async def test_errors_of_the_utterance_pass_unchanged(fault: dict[str, Any]) -> 
     assert after == before
 
 
-async def test_a_failed_utterance_is_not_followed_on_its_connection(patched: None) -> None:
+async def test_no_utterance_follows_a_failed_one_on_its_connection(patched: None) -> None:
     """L2: after an error frame nobody knows what may still come."""
     async with line_to(quick(error_on_text="no")) as line:
         tts = line.tts()

@@ -266,14 +266,14 @@ def _problems(probes: Probes, options: PoolOptions, calls: dict[str, int], part:
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_a_fault_in_any_function(probes: Probes, part: int) -> None:
-    """What is broken costs at most a speed-up, and is logged once."""
+def test_a_fault_in_any_function_silences_nobody(probes: Probes, part: int) -> None:
+    """It costs a speed-up at most, and is logged once."""
     assert _problems(probes, DEFAULT, _calls(probes, DEFAULT), part) == []
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_a_fault_in_what_clears_and_verifies(probes: Probes, part: int) -> None:
-    """The same of the functions that only `interruption="clear"` and `verify_after` call."""
+def test_a_fault_in_clearing_or_verifying_silences_nobody(probes: Probes, part: int) -> None:
+    """In the functions that only `interruption="clear"` and `verify_after` call."""
     usual = _calls(probes, DEFAULT)
     calls = {name: n for name, n in _calls(probes, CLEARING).items() if name not in usual}
     assert _problems(probes, CLEARING, calls, part) == []

@@ -83,25 +83,25 @@ async def two_turns_with_a_fault(
 
 
 @pytest.mark.parametrize("part", [*BEFORE_THE_UTTERANCE, *AFTER_THE_UTTERANCE])
-async def test_faults_around_an_utterance(
+async def test_after_a_fault_around_an_utterance_the_turn_is_spoken(
     part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Every turn is spoken without an error event."""
+    """There is no error event."""
     assert await two_turns_with_a_fault(part, ONCE, monkeypatch, caplog) == []
 
 
 @pytest.mark.parametrize("part", DURING_THE_UTTERANCE)
-async def test_faults_during_an_utterance(
+async def test_after_a_fault_during_an_utterance_the_retry_is_spoken(
     part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The framework retries, and the retry is spoken over the plugin's own connection."""
+    """Over the plugin's own connection."""
     await two_turns_with_a_fault(part, RETRYING, monkeypatch, caplog)
 
 
-async def test_a_fault_in_the_dial(
+async def test_after_a_fault_in_the_dial_the_turn_is_spoken(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The turn is spoken, and the socket that was opened in vain is closed."""
+    """The socket that was opened in vain is closed."""
     break_(monkeypatch, "manager.Connection")
     async with line_to() as line:
         tts = line.tts()
@@ -113,8 +113,8 @@ async def test_a_fault_in_the_dial(
         await all_closed(line.server)
 
 
-async def test_a_session_that_is_closed_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
-    """P9: the end of a job meets turns under way; that says nothing against the patch."""
+async def test_a_closed_http_session_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    """P9: turns may be under way when a job ends. The patch goes on working."""
     async with line_to(quick(generation=0.1)) as line:
         tts = line.tts()
         await speak(tts, "First.")
@@ -127,8 +127,8 @@ async def test_a_session_that_is_closed_is_no_fault(caplog: pytest.LogCaptureFix
 
 
 @pytest.mark.skipif(HAS_NATIVE_POOL, reason="such a subclass keeps the native pool")
-async def test_a_subclass_that_connects_twice() -> None:
-    """What it does not use is closed, not forgotten."""
+async def test_a_second_connection_of_a_subclass_is_closed() -> None:
+    """It is not used, and must not be forgotten."""
 
     class Twice(xai.TTS):
         async def _connect_ws(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,6 @@
 """A dead or dying socket never costs a reply.
 
-Each fault befalls the second turn of a conversation, on a connection that the first one left idle.
+Each fault comes in the second turn of a conversation, on a connection that the first one left idle.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def patched() -> Iterator[None]:
 class Fault:
     """What happens to the second turn, and what becomes of it."""
 
-    befall: Callable[[Line], Awaitable[None]]
+    inject: Callable[[Line], Awaitable[None]]
     replays: int = 1
     errors: int = 0
 
@@ -49,7 +49,7 @@ class Fault:
 def behaving(**faults: Any) -> Callable[[Line], Awaitable[None]]:
     """The server behaves so until it has dealt with the second turn's first text once."""
 
-    async def befall(line: Line) -> None:
+    async def inject(line: Line) -> None:
         behaviour = line.server.behaviour
         usual = {name: getattr(behaviour, name) for name in faults}
         for name, value in faults.items():
@@ -61,7 +61,7 @@ def behaving(**faults: Any) -> Callable[[Line], Awaitable[None]]:
         for name, value in usual.items():
             setattr(behaviour, name, value)
 
-    return befall
+    return inject
 
 
 def is_done_to(server: FakeServer, utterance: Utterance) -> bool:
@@ -119,8 +119,10 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-async def test_faults_of_a_reused_connection(name: str) -> None:
-    """Nothing heard yet: another connection speaks, and no error is seen. Else it is told."""
+async def test_a_fault_of_a_reused_connection_reaches_the_plugin_only_after_audio(
+    name: str,
+) -> None:
+    """Before the first audio another connection speaks, and there is no error."""
     fault = FAULTS[name]
     async with line_to(
         quick(pace=20.0, speech_per_character=SECONDS_PER_CHARACTER), ROUND_TRIP
@@ -146,16 +148,16 @@ async def test_faults_of_a_reused_connection(name: str) -> None:
 
 
 async def _second_turn(line: Line, tts: Any, fault: Fault) -> Heard:
-    befalling = asyncio.create_task(_befall(line, fault))
+    injecting = asyncio.create_task(_inject(line, fault))
     heard = await speak(tts, TEXT, APIConnectOptions(max_retry=0, timeout=2.0))
-    await befalling
+    await injecting
     return heard
 
 
-async def _befall(line: Line, fault: Fault) -> None:
+async def _inject(line: Line, fault: Fault) -> None:
     while not xai_pool_patch.stats()["leased"]:
         await asyncio.sleep(0)
-    await fault.befall(line)
+    await fault.inject(line)
 
 
 async def _until_round_trip_is_known() -> None:
@@ -171,8 +173,8 @@ def _check_samples(line: Line, heard: Heard) -> None:
     assert heard.samples <= spoken
 
 
-async def test_words_still_being_written_go_to_the_replacement() -> None:
-    """Text that the LLM writes during the redial arrives in order, nothing twice, nothing lost."""
+async def test_text_written_during_a_redial_goes_to_the_replacement() -> None:
+    """In order, nothing twice and nothing lost."""
     words = [f"word{number} " for number in range(30)]
     async with line_to(quick(), ROUND_TRIP) as line:
         tts = line.tts()
@@ -194,8 +196,8 @@ async def test_words_still_being_written_go_to_the_replacement() -> None:
 
 
 @pytest.mark.parametrize("status", [401, 429])
-async def test_a_refused_redial_is_what_the_plugin_is_told(status: int) -> None:
-    """As if it had dialled in the first place, and in one more dial than that at the most."""
+async def test_the_status_of_a_refused_redial_reaches_the_plugin(status: int) -> None:
+    """As if it had dialled in the first place, with one more dial at most."""
     async with line_to(round_trip=ROUND_TRIP) as line:
         tts = line.tts()
         await speak(tts, "First.")
@@ -207,21 +209,21 @@ async def test_a_refused_redial_is_what_the_plugin_is_told(status: int) -> None:
         await tts.aclose()
 
 
-async def test_its_contemporaries_go_too() -> None:
-    """A server that restarted ended all of them; each would cost the next turn a replay."""
+async def test_a_connection_that_fails_takes_those_of_its_age_along() -> None:
+    """A server that restarted ended all of them; each would cost another turn a replay."""
     async with line_to(quick(), ROUND_TRIP) as line:
         tts = line.tts()
         await asyncio.gather(*(speak(tts, f"Stream {n}.") for n in range(3)))
         assert xai_pool_patch.stats()["idle"] == 3
-        befall = behaving(error_on_text="restarted")
-        heard = await _second_turn(line, tts, Fault(befall))
+        inject = behaving(error_on_text="restarted")
+        heard = await _second_turn(line, tts, Fault(inject))
         assert heard.error is None
         assert [c.is_open for c in line.server.connections[:3]] == [False] * 3
         await tts.aclose()
 
 
-async def test_a_fresh_connections_failure_is_the_plugins() -> None:
-    """L3: what was dialled for this very utterance and fails is not replaced."""
+async def test_a_failure_of_a_fresh_connection_reaches_the_plugin() -> None:
+    """L3: there is no replay of an utterance whose connection was dialled for it."""
     async with line_to(quick(end_before_audio=Ending.CLOSE)) as line:
         tts = line.tts()
         heard = await speak(tts, "First.")
@@ -231,8 +233,8 @@ async def test_a_fresh_connections_failure_is_the_plugins() -> None:
         await tts.aclose()
 
 
-async def test_a_replacement_that_fails_is_the_plugins() -> None:
-    """L3: once. A server that is down is not dialled for ever by one turn."""
+async def test_a_failure_of_the_replacement_reaches_the_plugin() -> None:
+    """L3: one replay an utterance, since the server may be down."""
     async with line_to(quick()) as line:
         tts = line.tts()
         await speak(tts, "First.")
@@ -251,8 +253,8 @@ NO_REPLACEMENT = {
 
 
 @pytest.mark.parametrize("name", NO_REPLACEMENT)
-async def test_no_replacement_for_a_session_that_is_gone(name: str) -> None:
-    """L5: its socket still answers PINGs, and nothing else will ever come: the plugin is told."""
+async def test_a_dead_session_without_a_replacement_is_an_error(name: str) -> None:
+    """L5: its socket still answers PINGs, but nothing else will ever come."""
     async with line_to(quick(), ROUND_TRIP) as line:
         tts, behaviour = line.tts(), line.server.behaviour
         await speak(tts, "First.")
@@ -271,8 +273,8 @@ async def test_no_replacement_for_a_session_that_is_gone(name: str) -> None:
         await tts.aclose()
 
 
-async def test_a_sign_of_life_after_the_time_to_answer_is_no_answer() -> None:
-    """L4, L5: the dial that the lost PONG began serves the turn, however late it ends."""
+async def test_the_replacement_speaks_though_the_pong_comes_after_the_probe() -> None:
+    """L4, L5: the dial that the missing PONG began serves the turn, however late it ends."""
     xai_pool_patch.uninstall()
     xai_pool_patch.install(dataclasses.replace(OPTIONS, heartbeat=20.0))
     async with line_to(quick(), ROUND_TRIP) as line:
@@ -293,8 +295,8 @@ async def test_a_sign_of_life_after_the_time_to_answer_is_no_answer() -> None:
         await tts.aclose()
 
 
-async def test_uninstalled_in_mid_utterance() -> None:
-    """A1, L3: it is spoken to its end, over another connection if need be."""
+async def test_an_utterance_is_spoken_to_its_end_after_uninstall() -> None:
+    """A1, L3: over another connection if need be."""
     async with line_to(quick(generation=0.1), ROUND_TRIP) as line:
         tts = line.tts()
         await speak(tts, "First.")
@@ -310,8 +312,8 @@ async def test_uninstalled_in_mid_utterance() -> None:
         await all_closed(line.server)
 
 
-async def test_interrupted_during_a_redial(no_tasks_left: None) -> None:
-    """What was dialled for it serves the next turn, and nothing is left behind."""
+async def test_a_redial_of_an_interrupted_turn_serves_the_next(no_tasks_left: None) -> None:
+    """Nothing is left behind."""
     async with line_to(quick(), ROUND_TRIP) as line:
         tts = line.tts()
         await speak(tts, "First.")

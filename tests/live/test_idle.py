@@ -1,4 +1,4 @@
-"""C1 to C3: a connection that nobody uses is still looked after."""
+"""C1 to C3: the pool looks after idle connections."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ async def test_pings_are_answered_while_idle(patched: None) -> None:
 
 
 @pytest.mark.parametrize("ending", [Ending.CLOSE, Ending.RESET])
-async def test_a_peer_that_ends_it_is_noticed_at_once(patched: None, ending: Ending) -> None:
-    """C3: the next turn does not try a dead socket, and its replacement is dialled already."""
+async def test_an_idle_connection_that_ends_is_replaced_at_once(
+    patched: None, ending: Ending
+) -> None:
+    """C3: no turn tries the dead socket."""
     async with line_to(quick(idle_limit=0.1, ending=ending)) as line:
         tts = line.tts()
         await speak(tts, "First.")
@@ -40,8 +42,8 @@ async def test_a_peer_that_ends_it_is_noticed_at_once(patched: None, ending: End
         await tts.aclose()
 
 
-async def test_a_peer_that_vanished_is_found_by_the_heartbeat() -> None:
-    """C2: a half-open connection is found and replaced while nobody waits for it."""
+async def test_the_heartbeat_finds_a_peer_that_vanished() -> None:
+    """C2: a half-open connection is replaced while nobody waits for it."""
     xai_pool_patch.install(PoolOptions(heartbeat=0.1, close_timeout=0.1))
     async with line_to() as line:
         tts = line.tts()
@@ -55,8 +57,8 @@ async def test_a_peer_that_vanished_is_found_by_the_heartbeat() -> None:
     xai_pool_patch.uninstall()
 
 
-async def test_a_server_that_answers_no_ping_keeps_its_connections() -> None:
-    """C2: only the first two end for it; the others are not held to what it never does."""
+async def test_the_heartbeat_stops_for_a_server_that_never_answers_pings() -> None:
+    """C2: it costs two connections, and ends no other."""
     heartbeat = 0.05
     xai_pool_patch.install(PoolOptions(heartbeat=heartbeat, close_timeout=0.1))
     async with line_to(quick(answer_pings=False)) as line:
@@ -76,8 +78,8 @@ async def test_a_server_that_answers_no_ping_keeps_its_connections() -> None:
 @pytest.mark.parametrize(
     "frame", ['{"type":"error","message":"Deadline expired"}', '{"type":"audio.done"}', "{not json"]
 )
-async def test_an_answer_to_nothing_condemns_it(patched: None, frame: str) -> None:
-    """C1: an idle connection on which something comes is not clean."""
+async def test_an_unexpected_answer_ends_an_idle_connection(patched: None, frame: str) -> None:
+    """C1: after an error, an `audio.done` or an unreadable message it is not clean."""
     async with line_to() as line:
         tts = line.tts()
         await speak(tts, "First.")
@@ -87,8 +89,8 @@ async def test_an_answer_to_nothing_condemns_it(patched: None, frame: str) -> No
         await all_closed(line.server)
 
 
-async def test_other_messages_are_ignored(patched: None) -> None:
-    """C1: news that is no answer does not cost a connection."""
+async def test_other_messages_do_not_end_an_idle_connection(patched: None) -> None:
+    """C1: they belong to no utterance."""
     async with line_to() as line:
         tts = line.tts()
         await speak(tts, "First.")
@@ -99,10 +101,10 @@ async def test_other_messages_are_ignored(patched: None) -> None:
         await tts.aclose()
 
 
-async def test_a_closed_session_ends_its_pool_quietly(
+async def test_a_closed_http_session_ends_its_pool_quietly(
     patched: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """P9: at the end of a job nothing is dialled again and nothing is complained of."""
+    """P9: at the end of a job there is no new dial and no warning."""
     async with line_to() as line:
         tts = line.tts()
         await speak(tts, "Hello.")
@@ -113,8 +115,8 @@ async def test_a_closed_session_ends_its_pool_quietly(
     assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
 
-def test_a_session_closed_just_before_its_loop() -> None:
-    """P9: no task is begun that the loop would not live to see."""
+def test_a_http_session_closed_just_before_its_loop_starts_no_task() -> None:
+    """P9: the loop would not run it."""
 
     async def begin() -> None:
         context = line_to(quick(answer_close=False))
@@ -132,10 +134,10 @@ def test_a_session_closed_just_before_its_loop() -> None:
 
 
 @pytest.mark.parametrize("when", ["idle", "connecting", "clearing"])
-def test_a_loop_that_just_stops(
+def test_a_loop_closed_without_cancelling_its_tasks_gives_no_warning(
     when: str, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
-    """P9: a loop closed without cancelling its tasks takes the pool's tasks along in silence."""
+    """P9: the pool's tasks end in silence."""
     xai_pool_patch.install(PoolOptions(interruption="clear"))
 
     async def begin() -> tuple[Any, Line]:

@@ -1,4 +1,4 @@
-"""A1, A4, A5: putting the patch in and taking it out."""
+"""A1, A4, A5: `install()` and `uninstall()`."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def plugin_as_it_is() -> list[dict[str, Any]]:
     return [dict(vars(owner)) for owner in CLASSES]
 
 
-def test_on_off_on_gives_the_plugin_back() -> None:
-    """Everything in the plugin's classes is afterwards the very object it was before."""
+def test_uninstall_restores_the_plugin_exactly() -> None:
+    """Every attribute of its classes is the very object it was before, also the third time."""
     before = plugin_as_it_is()
     for _ in range(3):
         xai_pool_patch.install()
@@ -64,8 +64,8 @@ def test_on_off_on_gives_the_plugin_back() -> None:
         assert plugin_as_it_is() == before
 
 
-def test_installing_twice_is_once() -> None:
-    """With the same options the second call changes nothing, so that one uninstall() undoes it."""
+def test_a_second_install_with_the_same_options_changes_nothing() -> None:
+    """So one uninstall() undoes both."""
     before = plugin_as_it_is()
     xai_pool_patch.install()
     during = plugin_as_it_is()
@@ -76,8 +76,8 @@ def test_installing_twice_is_once() -> None:
     assert plugin_as_it_is() == before
 
 
-def test_installing_with_other_options_says_what_to_do(patched: None) -> None:
-    """Two parts of an application that disagree are told so, and the first stays."""
+def test_a_second_install_with_other_options_raises(patched: None) -> None:
+    """The error says what to do, and the first installation stays."""
     with pytest.raises(AlreadyInstalledError, match=r"max_age=600.*call uninstall\(\) first"):
         xai_pool_patch.install(PoolOptions(max_age=600))
     assert xai_pool_patch.is_installed()
@@ -91,17 +91,17 @@ def test_installing_with_other_options_says_what_to_do(patched: None) -> None:
         ({"on_unsupported": "ignore"}, "on_unsupported must be 'raise' or 'skip', not 'ignore'"),
     ],
 )
-def test_wrong_arguments(kwargs: dict[str, Any], message: str) -> None:
-    """Each is named, and nothing is installed."""
+def test_wrong_arguments_are_named(kwargs: dict[str, Any], message: str) -> None:
+    """And nothing is installed."""
     with pytest.raises(InvalidOptionError, match=message):
         xai_pool_patch.install(**kwargs)
 
 
 @pytest.mark.parametrize("value", ["off", "OFF", " off "])
-def test_switched_off_by_the_environment(
+def test_the_environment_variable_switches_the_patch_off(
     value: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An operator takes the patch out without a deploy, and the log says so."""
+    """An operator needs no deploy for it, and the log says so."""
     monkeypatch.setenv("XAI_POOL_PATCH", value)
     before = plugin_as_it_is()
     xai_pool_patch.install()
@@ -118,8 +118,8 @@ def unverified(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return str(request.param)
 
 
-def test_a_version_that_was_not_verified(unverified: str) -> None:
-    """A5: refused, with what was found, what is verified, and how to take it all the same."""
+def test_an_unverified_version_is_refused(unverified: str) -> None:
+    """A5: the error says what was found, what is verified, and how to install all the same."""
     before = plugin_as_it_is()
     with pytest.raises(UnsupportedPluginError) as refusal:
         xai_pool_patch.install()
@@ -133,10 +133,10 @@ def test_a_version_that_was_not_verified(unverified: str) -> None:
     assert plugin_as_it_is() == before
 
 
-def test_an_unverified_version_that_differs(
+def test_an_unverified_version_that_differs_is_always_refused(
     unverified: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A5: looking the same is what it takes; the message names what differs."""
+    """A5: allow_unverified is for those that look the same. The error names what differs."""
     monkeypatch.setattr(plugin_module.TTS, "_connect_ws", _takes_more)
     before = plugin_as_it_is()
     with pytest.raises(UnsupportedPluginError, match=r"differs from .* TTS\._connect_ws takes"):
@@ -144,7 +144,7 @@ def test_an_unverified_version_that_differs(
     assert plugin_as_it_is() == before
 
 
-def test_skip_logs_and_leaves_the_plugin_alone(
+def test_on_unsupported_skip_logs_and_leaves_the_plugin_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A5: for agents that must start with whatever plugin there is."""
@@ -158,8 +158,10 @@ def test_skip_logs_and_leaves_the_plugin_alone(
     assert "9.9.9" in record.xai_pool_reason  # type: ignore[attr-defined]
 
 
-def test_a_version_of_livekit_agents_that_was_not_verified(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A5: pip takes it beside any plugin, so it is refused here, by name."""
+def test_an_unverified_version_of_livekit_agents_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A5: pip installs it beside any plugin."""
     version_of = importlib.metadata.version
     newer = {"livekit-agents": "1.9.0"}
     monkeypatch.setattr(importlib.metadata, "version", lambda n: newer.get(n) or version_of(n))
@@ -175,8 +177,8 @@ def test_a_version_of_livekit_agents_that_was_not_verified(monkeypatch: pytest.M
     xai_pool_patch.uninstall()
 
 
-def test_no_plugin_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A5: a missing plugin is named as missing."""
+def test_a_missing_plugin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A5: the error says that it is not installed."""
 
     def missing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
@@ -187,10 +189,10 @@ def test_no_plugin_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("allow_unverified", [False, True])
-def test_a_python_that_is_not_supported(
+def test_an_unsupported_python_is_refused(
     allow_unverified: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Refused in one line, as pip refuses it, or logged; nobody has run the plugin on it."""
+    """Whatever the arguments, since nobody has tried the plugin on it. "skip" logs it."""
     monkeypatch.setattr("xai_pool_patch.python.LAST", (3, 9))
     found = ".".join(map(str, sys.version_info[:3]))
     reason = f"found Python {found}; xai_pool_patch supports 3.10 to 3.14"
@@ -246,20 +248,20 @@ def refusal_of(module: types.ModuleType) -> str:
     ],
 )
 def test_an_edited_plugin_is_refused(owner: str, name: str, function: Any, named: str) -> None:
-    """A5: the version alone is not believed; the message names what differs."""
+    """A5: its version alone is not enough. The error names what differs."""
     message = refusal_of(edited(owner, name, function))
     assert f"livekit-plugins-xai {VERSION} is not what its version says" in message
     assert named in message
 
 
 @pytest.mark.parametrize("shape", [shape for shape in releases.Shape if shape is not SHAPE])
-def test_another_shape_is_named(shape: releases.Shape) -> None:
-    """No shape passes for another, however much they have in common."""
+def test_no_shape_passes_for_another(shape: releases.Shape) -> None:
+    """However much they have in common."""
     assert releases.differences(plugin_module, SHAPE) == []
     assert releases.differences(plugin_module, shape) != []
 
 
-def test_a_module_with_nothing_in_it_is_refused() -> None:
+def test_an_empty_module_is_refused() -> None:
     """A5: a stub is not a plugin."""
     assert "SynthesizeStream._run_ws is missing" in refusal_of(types.ModuleType("empty"))
 
@@ -270,10 +272,10 @@ def faults(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [vars(record)["xai_pool_operation"] for record in records]
 
 
-def test_a_failure_half_way_is_rolled_back(
+def test_an_install_that_fails_half_way_is_rolled_back(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A1, A4: either all of the plugin is patched or none of it; the agent starts all the same."""
+    """A1, A4: all of the plugin is patched or nothing, and the agent starts in any case."""
     before = plugin_as_it_is()
     wrap, calls = wrapt.FunctionWrapper, []
 
@@ -291,10 +293,10 @@ def test_a_failure_half_way_is_rolled_back(
 
 
 @pytest.mark.parametrize("fails_at", range(1, STEPS + 1))
-async def test_a_failure_half_way_out_leaves_nothing_undone(
+async def test_an_uninstall_that_fails_half_way_finishes(
     fails_at: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A1: what one step raises is logged after the last one; patches and pools are all gone."""
+    """A1: each step runs, whatever another raises, and the fault is logged after the last one."""
     before = plugin_as_it_is()
     undo, close, steps = patching.Patch.undo, manager.Registry.close, []
 
@@ -323,7 +325,7 @@ async def test_a_failure_half_way_out_leaves_nothing_undone(
 
 
 class NotingLock:
-    """Tells when a thread has to wait for it."""
+    """A lock that notes when a thread has to wait for it."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -338,8 +340,8 @@ class NotingLock:
         self._lock.release()
 
 
-def test_nobody_installs_on_top_of_what_is_half_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A1: install() in one thread while another is in the middle of uninstall() comes after it."""
+def test_an_install_during_an_uninstall_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A1: in two threads."""
     before, lock, undo = plugin_as_it_is(), NotingLock(), patching.Patch.undo
 
     def install() -> None:
@@ -373,8 +375,10 @@ async def connections_of_two_turns() -> int:
         return len(line.server.connections)
 
 
-async def test_beneath_somebody_elses_wrapper(caplog: pytest.LogCaptureFixture) -> None:
-    """A1: only what is ours is taken out; what is covered passes calls through, and says so."""
+async def test_a_patch_under_a_foreign_wrapper_stays_and_passes_calls_through(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A1: uninstall() takes out only what is on top, and logs what it has to leave."""
     before, connections = plugin_as_it_is(), await connections_of_two_turns()
     xai_pool_patch.install()
     calls = []
@@ -399,8 +403,8 @@ async def test_beneath_somebody_elses_wrapper(caplog: pytest.LogCaptureFixture) 
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-async def test_somebody_elses_wrapper_of_the_dial(when: str) -> None:
-    """A1: theirs is called for every dial, whether it was there before or came later, and stays."""
+async def test_a_foreign_wrapper_of_connect_is_called_for_every_dial(when: str) -> None:
+    """A1: whether it was there before or came later. uninstall() leaves it in place."""
     original, calls = xai.TTS._connect_ws, []
 
     async def theirs(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -422,8 +426,8 @@ async def test_somebody_elses_wrapper_of_the_dial(when: str) -> None:
         xai.TTS._connect_ws = original  # type: ignore[method-assign]
 
 
-async def test_installed_under_a_tts_that_exists_already() -> None:
-    """A1: instances made before install() are served too, and after uninstall() as before."""
+async def test_existing_instances_are_patched_and_restored() -> None:
+    """A1: those made before install() use the pool until uninstall()."""
     async with line_to() as line:
         tts = line.tts()
         await speak(tts, "Before.")
@@ -442,8 +446,8 @@ async def test_installed_under_a_tts_that_exists_already() -> None:
         assert {c.ended for c in line.server.connections} == {End.CLIENT_CLOSE}
 
 
-async def test_on_off_on_with_streams_in_flight() -> None:
-    """A1: what speaks goes on speaking, and no connection is left open by it."""
+async def test_streams_go_on_through_install_and_uninstall() -> None:
+    """A1: each is heard whole, and no connection stays open."""
     async with line_to(quick(pace=5.0, speech_per_character=0.05)) as line:
         tts = line.tts()
         heard = [Heard() for _ in range(5)]
@@ -475,8 +479,8 @@ async def test_on_off_on_with_streams_in_flight() -> None:
         assert {c.ended for c in line.server.connections} == {End.CLIENT_CLOSE}
 
 
-async def test_uninstalled_during_a_dial() -> None:
-    """A1: who waits for a connection gets it, and it is closed afterwards."""
+async def test_a_dial_under_way_serves_its_turn_after_uninstall() -> None:
+    """A1: the connection is closed after the turn."""
     async with line_to(round_trip=0.02) as line:
         tts = line.tts()
         xai_pool_patch.install()
@@ -488,8 +492,8 @@ async def test_uninstalled_during_a_dial() -> None:
         await all_closed(line.server)
 
 
-async def test_asked_for_pools_while_another_thread_uninstalls() -> None:
-    """A1: a loop that the end of an installation did not reach has pools that end by themselves."""
+async def test_a_pool_made_during_an_uninstall_closes_by_itself() -> None:
+    """A1: uninstall() has not seen its loop, so nobody else would close it."""
 
     async def dial(timeout: float) -> Any:
         raise AssertionError("a connection that nobody would close")
@@ -505,21 +509,23 @@ async def test_asked_for_pools_while_another_thread_uninstalls() -> None:
         assert pool.is_closed
 
 
-def test_prewarm_without_an_event_loop(patched: None) -> None:
-    """The base class's prewarm() did nothing, so a worker's set-up code may call it anywhere."""
+def test_prewarm_without_an_event_loop_does_nothing(patched: None) -> None:
+    """As in the base class, so a worker's set-up code may call it anywhere."""
     xai.TTS(api_key="key").prewarm()
 
 
-async def test_prewarm_without_a_job(patched: None, caplog: pytest.LogCaptureFixture) -> None:
-    """Where there is no HTTP session there is no connection, but no exception either."""
+async def test_prewarm_outside_of_a_job_is_logged_and_skipped(
+    patched: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is no HTTP session to dial with."""
     caplog.set_level("DEBUG")
     xai.TTS(api_key="key").prewarm()
     [record] = [r for r in caplog.records if r.getMessage() == "prewarm skipped"]
     assert record.xai_pool_reason == "there is no HTTP session outside a job"  # type: ignore[attr-defined]
 
 
-async def test_update_options_before_the_first_use(patched: None) -> None:
-    """A TTS that is only being set up dials nothing."""
+async def test_update_options_before_the_first_use_dials_nothing(patched: None) -> None:
+    """The TTS is only being set up."""
     async with line_to() as line:
         tts = line.tts()
         tts.update_options(voice="eve")
@@ -534,8 +540,9 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
-def test_install_does_not_import_the_plugin_and_catches_its_import() -> None:
-    """A1: the import registers the plugin and belongs to the main thread: it is the agent's."""
+def test_install_before_the_import_patches_the_plugin_when_it_is_imported() -> None:
+    """A1: it does not import the plugin itself. The import registers it, in the agent's main
+    thread."""
     done = python(
         "import sys, xai_pool_patch\n"
         "xai_pool_patch.install()\n"
@@ -608,14 +615,14 @@ assert hasattr(xai.TTS.aclose, "__wrapped__")
         ("run", "another thread"),
     ],
 )
-def test_installed_while_the_plugin_is_being_imported(stage: str, who: str) -> None:
-    """A1: patched at the end of that import, which nobody waits for and nobody else begins."""
+def test_install_during_the_import_patches_at_its_end(stage: str, who: str) -> None:
+    """A1: install() neither waits for the import nor begins another one."""
     done = python(IN_AN_IMPORT, stage, who)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_uninstall_before_the_import_leaves_the_plugin_alone() -> None:
-    """A1: an installation that was taken back does not come true later."""
+    """A1: the installation that was undone has no late effect."""
     done = python(
         "import xai_pool_patch\n"
         "xai_pool_patch.install()\n"
@@ -628,8 +635,8 @@ def test_uninstall_before_the_import_leaves_the_plugin_alone() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_refusal_at_import_does_not_break_the_import() -> None:
-    """The application keeps its agent; the log says why it is not faster."""
+def test_an_unsupported_plugin_can_still_be_imported() -> None:
+    """The agent runs; the log says why the patch does not."""
     done = python(
         "import logging, xai_pool_patch, xai_pool_patch.plugin.releases as plugin\n"
         "logging.basicConfig(format='%(name)s %(levelname)s %(message)s %(xai_pool_reason)s')\n"
@@ -676,8 +683,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_worker_processes_get_it_from_the_agents_module(method: str, tmp_path: Path) -> None:
-    """A1: a job's process imports that module anew, and with it install()."""
+def test_worker_processes_install_through_the_agents_module(method: str, tmp_path: Path) -> None:
+    """A1: the process of a job imports that module anew, and so calls install()."""
     agent = tmp_path / "agent.py"
     agent.write_text(AGENT)
     done = subprocess.run(

@@ -18,13 +18,11 @@ TURNS = 300
 SEED = 6078
 
 
-async def test_interruptions_at_random_moments(
+async def test_no_wrong_sample_after_interruptions_at_random_moments(
     pytestconfig: pytest.Config, no_tasks_left: None
 ) -> None:
-    """300 turns, two of three cut off somewhere between the first word and after the last sample.
-
-    Not one wrong sample, a Close frame for every connection that was cut off, nothing left open.
-    """
+    """In 300 turns, two of three cut off between the first word and the last sample. Each
+    connection that was cut off gets a Close frame, and none stays open."""
     turns = min(TURNS, pytestconfig.getoption("--soak-turns") // 4)
     xai_pool_patch.install(xai_pool_patch.PoolOptions(close_timeout=2.0))
     chance = random.Random(SEED)
@@ -34,7 +32,7 @@ async def test_interruptions_at_random_moments(
         tts.prewarm()
         cut_off = 0
         for number in range(turns):
-            heard = await _turn(tts, f"This is turn number {number}.", _patience(chance))
+            heard = await _turn(tts, f"This is turn number {number}.", _timeout(chance))
             await _check(line, number, heard)
             cut_off += heard.error is not None
         assert turns / 3 < cut_off < turns, "the moments are badly chosen"
@@ -44,7 +42,7 @@ async def test_interruptions_at_random_moments(
     xai_pool_patch.uninstall()
 
 
-def _patience(chance: random.Random) -> float | None:
+def _timeout(chance: random.Random) -> float | None:
     """Seconds until the interruption; none at all, before the first text, and to the end too.
 
     A turn takes about 0.05 s here.
@@ -52,10 +50,10 @@ def _patience(chance: random.Random) -> float | None:
     return chance.choice([None, 0.0, chance.uniform(0, 0.02), chance.uniform(0.02, 0.08)])
 
 
-async def _turn(tts: xai.TTS, text: str, patience: float | None) -> Heard:
+async def _turn(tts: xai.TTS, text: str, timeout: float | None) -> Heard:
     heard = Heard()
     turn = asyncio.create_task(speak(tts, text, heard=heard))
-    _, unfinished = await asyncio.wait([turn], timeout=patience)
+    _, unfinished = await asyncio.wait([turn], timeout=timeout)
     if unfinished:
         heard.error = InterruptedError()
         turn.cancel()
@@ -80,7 +78,7 @@ def _check_endings(line: Line) -> None:
         assert all(utterance.finished for utterance in before if utterance), connection
 
 
-async def test_a_cut_off_connection_gets_its_close_frame_at_once(patched: None) -> None:
+async def test_an_interrupted_connection_gets_its_close_frame_at_once(patched: None) -> None:
     """The server stops speaking, and its session is free, long before the next turn."""
     async with line_to(quick(pace=1.0, speech_per_character=1.0)) as line:
         tts = line.tts()
@@ -91,7 +89,7 @@ async def test_a_cut_off_connection_gets_its_close_frame_at_once(patched: None) 
 
 
 async def test_a_stream_closes_at_once_though_the_server_never_answers_close() -> None:
-    """P7: nobody waits for the answer; after close_timeout the socket is aborted."""
+    """P7: nobody waits for the answer. After close_timeout the socket is aborted."""
     xai_pool_patch.install(xai_pool_patch.PoolOptions(close_timeout=0.3))
     async with line_to(quick(pace=1.0, speech_per_character=1.0, answer_close=False)) as line:
         tts = line.tts()
@@ -120,7 +118,7 @@ async def test_aclose_of_a_tts_is_bounded_by_close_timeout() -> None:
 
 
 async def test_late_audio_after_an_interruption_is_never_heard(patched: None) -> None:
-    """What is still in flight for the old utterance dies with its connection."""
+    """It ends with the connection of the old utterance."""
     async with line_to(quick(pace=1.0, speech_per_character=1.0), round_trip=0.05) as line:
         tts = line.tts()
         for number in range(5):
@@ -132,8 +130,10 @@ async def test_late_audio_after_an_interruption_is_never_heard(patched: None) ->
         await tts.aclose()
 
 
-async def test_interrupted_before_the_first_text(patched: None) -> None:
-    """L2: an utterance that was not finished ends the use of its connection, however early."""
+async def test_a_turn_interrupted_before_its_first_text_discards_its_connection(
+    patched: None,
+) -> None:
+    """L2: the utterance was not finished."""
     async with line_to() as line:
         tts = line.tts()
         await speak(tts, "First.")
@@ -147,7 +147,7 @@ async def test_interrupted_before_the_first_text(patched: None) -> None:
 
 
 async def test_audio_before_the_first_text_is_not_heard(patched: None) -> None:
-    """While the LLM still thinks, audio can only be somebody else's: another connection speaks."""
+    """It belongs to an earlier utterance, so another connection speaks."""
     async with line_to() as line:
         tts = line.tts()
         await speak(tts, "First.")
@@ -169,8 +169,10 @@ async def _until_leased() -> None:
         await asyncio.sleep(0)
 
 
-async def test_interrupted_while_dialling(patched: None, no_tasks_left: None) -> None:
-    """P3: the next turn finds the connection that this one did not wait for."""
+async def test_the_dial_of_an_interrupted_turn_serves_the_next(
+    patched: None, no_tasks_left: None
+) -> None:
+    """P3: the interruption does not stop it."""
     async with line_to(round_trip=0.02) as line:
         tts = line.tts()
         turn = asyncio.create_task(speak(tts, "Too late."))
@@ -185,10 +187,10 @@ async def test_interrupted_while_dialling(patched: None, no_tasks_left: None) ->
 
 
 @pytest.mark.parametrize("stray", [{"stray_done": True}, {"late_audio": 0.01}], ids=str)
-async def test_audio_out_of_turn_condemns_the_connection(
+async def test_audio_between_two_turns_ends_the_connection(
     patched: None, stray: dict[str, Any]
 ) -> None:
-    """C1: audio that nobody asked for is not heard, and neither is anything after it."""
+    """C1: neither that audio nor anything after it is heard."""
     async with line_to(quick(**stray)) as line:
         tts = line.tts()
         first = asyncio.create_task(speak(tts, "First."))
@@ -204,7 +206,7 @@ async def test_audio_out_of_turn_condemns_the_connection(
 
 
 async def test_closing_a_tts_that_speaks_dials_nothing(patched: None) -> None:
-    """P10: the interruption that aclose() is calls for no replacement."""
+    """P10: the interruption that aclose() causes needs no standby."""
     async with line_to(quick(pace=1.0, speech_per_character=1.0)) as line:
         tts = line.tts()
         stream = tts.stream()

@@ -99,7 +99,7 @@ def nothing_kept() -> Any:
 async def test_every_connection_gets_a_close_frame(
     patched: None, no_tasks_left: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without it xAI might count their sessions for ten minutes more."""
+    """Without it xAI might count the sessions for ten more minutes."""
     async with line_to(round_trip=0.01) as line:
 
         async def entrypoint(job: JobContext) -> None:
@@ -113,10 +113,10 @@ async def test_every_connection_gets_a_close_frame(
         assert xai_pool_patch.stats()["pools"] == 0
 
 
-async def test_a_prewarmed_connection_too(
+async def test_a_prewarmed_connection_gets_a_close_frame(
     patched: None, no_tasks_left: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job that ends before its agent has said anything leaves nothing open."""
+    """A job may end before its agent has said anything."""
     async with line_to(round_trip=0.01) as line:
 
         async def entrypoint(job: JobContext) -> None:
@@ -133,7 +133,7 @@ async def test_a_prewarmed_connection_too(
 async def test_a_peer_that_does_not_answer_does_not_hold_up_the_job(
     no_tasks_left: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """P7: `close_timeout`, for all of them together; the worker would wait ten seconds."""
+    """P7: close_timeout for all connections together. The worker would wait ten seconds."""
     xai_pool_patch.install(xai_pool_patch.PoolOptions(close_timeout=0.2))
     async with line_to(quick(answer_close=False)) as line:
 
@@ -154,8 +154,10 @@ def pools() -> set[Pool[Any]]:
     return {each for each in gc.get_objects() if isinstance(each, Pool)}
 
 
-async def test_the_next_job_has_its_own(patched: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the same loop, as in a console: nothing of the first one is kept, nothing is missed."""
+async def test_two_jobs_on_one_loop_share_nothing(
+    patched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a console: the second job dials its own connections, and closes them."""
     before = pools()
     async with line_to() as line:
 
@@ -170,10 +172,10 @@ async def test_the_next_job_has_its_own(patched: None, monkeypatch: pytest.Monke
         assert pools() - before == set()
 
 
-async def test_uninstalled_before_the_job_ends(
+async def test_uninstall_before_the_end_of_a_job_leaves_nothing_to_do(
     patched: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The callback that is left behind finds nothing to do."""
+    """The shutdown callback does nothing."""
     async with line_to() as line:
 
         async def entrypoint(job: JobContext) -> None:
@@ -185,7 +187,7 @@ async def test_uninstalled_before_the_job_ends(
         assert [c.ended for c in line.server.connections] == [End.CLIENT_CLOSE]
 
 
-async def test_a_tts_that_was_dropped_just_before(
+async def test_a_tts_collected_just_before_the_end_is_closed(
     patched: None, no_tasks_left: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A local variable of the entrypoint: its pool has ended, and its connection is closing."""
@@ -201,8 +203,8 @@ async def test_a_tts_that_was_dropped_just_before(
         assert [c.ended for c in line.server.connections] == [End.CLIENT_CLOSE]
 
 
-async def test_outside_of_a_job_nothing_changes(patched: None) -> None:
-    """Who owns the loop and the session closes them as before."""
+async def test_outside_of_a_job_connections_stay_open(patched: None) -> None:
+    """Until their TTS is closed."""
     async with line_to() as line:
         tts = line.tts()
         await speak(tts, "Hello.")
@@ -263,14 +265,15 @@ class LastWords:
 
 @pytest.mark.parametrize("has_spoken_before", [True, False], ids=["its TTS", "a new TTS"])
 @pytest.mark.parametrize("words", ["to_the_end", "interrupted", "never_heard", "prewarmed"])
-async def test_last_words(
+async def test_turns_in_a_shutdown_callback_leave_nothing_open(
     words: str,
     has_spoken_before: bool,
     patched: None,
     no_tasks_left: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """They are heard, their connections get a Close frame, and nothing is kept for more of them."""
+    """Spoken to the end, they are heard. Each connection gets a Close frame, and no standby is
+    dialled."""
     async with line_to(round_trip=0.01) as line:
         last = LastWords(line.server, has_spoken_before)
 
@@ -300,12 +303,12 @@ async def interrupt(speech: asyncio.Task[Any]) -> None:
 
 
 @pytest.mark.parametrize("deal_with", [to_its_end, interrupt])
-async def test_words_under_way_when_the_job_ends(
+async def test_turns_under_way_at_the_end_of_a_job_may_finish(
     deal_with: Callable[[asyncio.Task[Any]], Awaitable[None]],
     patched: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """They are spoken on as long as anybody waits; then their connection gets a Close frame."""
+    """As long as anybody waits for them. Then their connection gets a Close frame."""
     async with line_to(quick(generation=0.1), round_trip=0.01) as line:
         speeches: list[asyncio.Task[Heard]] = []
 

@@ -1,4 +1,4 @@
-"""What the plugin sees as its WebSocket: the same, to the touch, as one of aiohttp's."""
+"""A lease, which the plugin sees as its WebSocket, behaves like one of aiohttp's."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ Ends = tuple[aiohttp.ClientWebSocketResponse, Peer]
 # As aiohttp has it
 
 
-async def test_it_is_one(ends: Ends) -> None:
+async def test_it_has_the_attributes_of_aiohttps_websocket(ends: Ends) -> None:
+    """It is an instance of aiohttp's class, too."""
     ws, _ = ends
     assert isinstance(ws, aiohttp.ClientWebSocketResponse)
     assert (ws.closed, ws.close_code, ws.exception()) == (False, None, None)
@@ -81,7 +82,8 @@ async def test_it_is_one(ends: Ends) -> None:
     assert ws.get_extra_info("shoe size", "not known") == "not known"
 
 
-async def test_sending(ends: Ends) -> None:
+async def test_frames_sent_reach_the_peer(ends: Ends) -> None:
+    """Text, JSON, bytes and PONGs, in order."""
     ws, peer = ends
     await ws.send_str(NOTE)
     await ws.send_json({"a": 1})
@@ -97,7 +99,8 @@ async def test_sending(ends: Ends) -> None:
 
 
 @with_send_frame
-async def test_sending_a_frame(ends: Ends) -> None:
+async def test_send_frame_reaches_the_peer(ends: Ends) -> None:
+    """And raises after the end, as aiohttp's does."""
     ws, peer = ends
     await ws.send_frame(b"\1", WSMsgType.BINARY)
     heard = await peer.hears()
@@ -107,7 +110,8 @@ async def test_sending_a_frame(ends: Ends) -> None:
         await ws.send_frame(b"", WSMsgType.BINARY)
 
 
-async def test_pings(ends: Ends) -> None:
+async def test_pings_and_pongs_reach_the_peer(ends: Ends) -> None:
+    """With a payload and without."""
     ws, peer = ends
     peer.answers_pings = False
     await ws.ping(b"there?")
@@ -131,15 +135,16 @@ async def test_pings(ends: Ends) -> None:
         ),
     ],
 )
-async def test_compression_reaches_the_wire(ends: Ends, send: Any) -> None:
-    """The peer has not agreed to any, and says so."""
+async def test_the_compress_argument_reaches_the_socket(ends: Ends, send: Any) -> None:
+    """The peer has not agreed to any, so it reports a protocol error."""
     ws, peer = ends
     await send(ws)
     heard = await peer.hears()
     assert (heard.type, heard.data.code) == (WSMsgType.ERROR, 1002)
 
 
-async def test_receiving(ends: Ends) -> None:
+async def test_each_receive_method_returns_its_type(ends: Ends) -> None:
+    """And raises a TypeError for a message of another type."""
     ws, peer = ends
     await peer.ws.send_str(NOTE)
     await peer.ws.send_str(NOTE)
@@ -153,6 +158,7 @@ async def test_receiving(ends: Ends) -> None:
 
 
 async def test_iteration_ends_with_the_connection(ends: Ends) -> None:
+    """Every receive() after that returns CLOSED."""
     ws, peer = ends
     await peer.ws.send_str(NOTE)
     closing = asyncio.create_task(peer.ws.close(code=1001))
@@ -164,7 +170,8 @@ async def test_iteration_ends_with_the_connection(ends: Ends) -> None:
         assert (await asyncio.wait_for(ws.receive(), 5.0)).type is WSMsgType.CLOSED
 
 
-async def test_a_wait_that_times_out_loses_nothing(ends: Ends) -> None:
+async def test_a_receive_that_times_out_loses_no_message(ends: Ends) -> None:
+    """The next one returns it."""
     ws, peer = ends
     with pytest.raises(asyncio.TimeoutError):
         await ws.receive(timeout=0.01)
@@ -172,7 +179,8 @@ async def test_a_wait_that_times_out_loses_nothing(ends: Ends) -> None:
     assert await ws.receive_str(timeout=5.0) == NOTE
 
 
-async def test_one_may_receive_at_a_time(ends: Ends) -> None:
+async def test_concurrent_receives_are_refused(ends: Ends) -> None:
+    """The first one goes on undisturbed."""
     ws, peer = ends
     first = asyncio.create_task(ws.receive())
     await asyncio.sleep(0)
@@ -184,7 +192,8 @@ async def test_one_may_receive_at_a_time(ends: Ends) -> None:
     assert (await ws.receive()).data == NOTE
 
 
-async def test_a_receive_that_is_cancelled_leaves_room_for_the_next(ends: Ends) -> None:
+async def test_after_a_cancelled_receive_another_may_follow(ends: Ends) -> None:
+    """It loses no message."""
     ws, peer = ends
     first = asyncio.create_task(ws.receive())
     await asyncio.sleep(0)
@@ -194,7 +203,8 @@ async def test_a_receive_that_is_cancelled_leaves_room_for_the_next(ends: Ends) 
     assert (await ws.receive()).data == NOTE
 
 
-async def test_closing(ends: Ends) -> None:
+async def test_after_close_it_receives_closed_and_refuses_to_send(ends: Ends) -> None:
+    """A second close() returns False."""
     ws, _ = ends
     assert await ws.close() is True
     assert ws.closed
@@ -206,12 +216,14 @@ async def test_closing(ends: Ends) -> None:
             await send("" if send == ws.send_str else b"")  # type: ignore[arg-type,operator]
 
 
-async def test_closing_takes_a_code_and_a_message(ends: Ends) -> None:
+async def test_close_accepts_a_code_and_a_message(ends: Ends) -> None:
+    """As aiohttp's does."""
     ws, _ = ends
     assert await ws.close(code=1001, message=b"going away")
 
 
-async def test_leaving_the_context_closes(ends: Ends) -> None:
+async def test_leaving_the_context_closes_it(ends: Ends) -> None:
+    """`async with` gives the object itself."""
     ws, _ = ends
     async with ws as entered:
         assert entered is ws
@@ -222,7 +234,8 @@ async def test_leaving_the_context_closes(ends: Ends) -> None:
 # As the pool needs it
 
 
-async def test_closing_a_lease_leaves_the_socket_alone() -> None:
+async def test_closing_a_lease_keeps_the_socket_open() -> None:
+    """It ends the plugin's receive(). Only `end()` releases the connection."""
     async with connection() as (live, _, _):
         pool = TakesBack()
         lease = lease_of(live, pool)
@@ -239,7 +252,10 @@ async def test_closing_a_lease_leaves_the_socket_alone() -> None:
     ("cut_off", "comes_back"),
     [(None, "released"), (Reason.INTERRUPTED, "released cut off"), (Reason.FAILED, Reason.FAILED)],
 )
-async def test_a_lease_ends_once(cut_off: Reason | None, comes_back: object) -> None:
+async def test_only_the_first_end_of_a_lease_counts(
+    cut_off: Reason | None, comes_back: object
+) -> None:
+    """It releases or discards the connection; repr() shows the state."""
     async with connection() as (live, _, _):
         pool = TakesBack()
         lease = lease_of(live, pool)
@@ -252,7 +268,8 @@ async def test_a_lease_ends_once(cut_off: Reason | None, comes_back: object) -> 
         assert repr(lease) == "<Lease ended <Exchange heard []>>"
 
 
-async def test_what_came_before_the_end_is_still_received() -> None:
+async def test_messages_read_before_the_connection_ended_are_still_received() -> None:
+    """None is lost."""
     async with connection() as (live, peer, _):
         lease = lease_of(live, TakesBack())
         await peer.ws.send_str(NOTE)
@@ -265,7 +282,8 @@ async def test_what_came_before_the_end_is_still_received() -> None:
         ]
 
 
-async def test_an_error_that_was_put_in_is_raised() -> None:
+async def test_an_exception_in_the_inbox_is_raised_by_receive() -> None:
+    """So a failed replay reaches the plugin."""
     async with connection() as (live, _, _):
         lease = lease_of(live, TakesBack())
         lease._exchange.inbox.put_nowait(ConnectionError("no replacement"))
@@ -273,8 +291,8 @@ async def test_an_error_that_was_put_in_is_raised() -> None:
             await lease.receive()
 
 
-async def test_it_is_open_while_the_utterance_is_mended() -> None:
-    """L1: whoever looks at `closed` before it goes on must not give up what can be saved."""
+async def test_it_is_not_closed_during_a_replay() -> None:
+    """L1: whoever looks at `closed` before it goes on must not give up the utterance."""
     dialling = asyncio.get_running_loop().create_future()
     async with connection() as (dead, peer, watch), connection() as (live, other_peer, _):
         lease = lease_of(dead, TakesBack(), acquire_fresh=lambda: dialling)
@@ -290,10 +308,10 @@ async def test_it_is_open_while_the_utterance_is_mended() -> None:
         lease.end(Reason.FAILED)
 
 
-async def test_a_send_that_fails_late_is_not_the_plugins_when_the_frame_is_with_another(
+async def test_a_send_that_fails_after_the_replay_does_not_reach_the_plugin(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """L3: a full buffer held the frame up until its connection was long replaced."""
+    """L3: a full buffer held the frame up until its connection was replaced."""
     blocked = asyncio.Event()
 
     async def fails_late(*_: object) -> None:

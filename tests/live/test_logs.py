@@ -23,7 +23,7 @@ LIVEKITS_CONSOLE = "%(asctime)s - %(levelname)-4s %(name)s - %(message)s %(extra
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
-TOLD_ONCE = ("installed", "standby failed", "waited", "reused", "TTS closed", "uninstalled")
+LOGGED_ONCE = ("installed", "standby failed", "waited", "reused", "TTS closed", "uninstalled")
 """Of what the conversation has logged, what happens once in it."""
 
 
@@ -79,18 +79,18 @@ def logged(
     logging.getLogger("xai_pool_patch").setLevel(logging.NOTSET)
 
 
-def test_a_bare_basic_config(logged: Callable[[logging.Formatter], list[str]]) -> None:
-    """Level, logger and event; the fields are not shown, and nothing is said twice."""
+def test_records_with_basic_config(logged: Callable[[logging.Formatter], list[str]]) -> None:
+    """Level, logger and event, without the fields. Nothing is logged twice."""
     lines = logged(logging.Formatter(logging.BASIC_FORMAT))
-    for message in TOLD_ONCE:
+    for message in LOGGED_ONCE:
         assert len([line for line in lines if line.endswith(f":xai_pool_patch:{message}")]) == 1
     assert "WARNING:xai_pool_patch:standby failed" in lines
     assert lines.count("INFO:xai_pool_patch:connected") == 2
     assert {line.split(":", 2)[2] for line in lines} <= {event.message for event in LogEvent}
 
 
-def test_livekits_console(logged: Callable[[logging.Formatter], list[str]]) -> None:
-    """The fields stand behind the event."""
+def test_records_in_livekits_console(logged: Callable[[logging.Formatter], list[str]]) -> None:
+    """The fields follow the event."""
     lines = logged(ColoredFormatter(LIVEKITS_CONSOLE))
     [line] = [line for line in lines if "standby failed" in line]
     assert re.search(r"WARNING xai_pool_patch - standby failed \{.*\}$", line)
@@ -115,15 +115,15 @@ def strictly(line: str) -> Any:
     [(JsonFormatter(), "message"), (structlogs(structlog.processors.JSONRenderer()), "event")],
     ids=["LiveKit's", "structlog's"],
 )
-def test_json(
+def test_records_as_json(
     formatter: logging.Formatter,
     event: str,
     logged: Callable[[logging.Formatter], list[str]],
 ) -> None:
     """One document a record, with the fields beside the event and its level."""
     documents = [strictly(line) for line in logged(formatter)]
-    told = [document[event] for document in documents]
-    assert [told.count(message) for message in TOLD_ONCE] == [1] * len(TOLD_ONCE)
+    events = [document[event] for document in documents]
+    assert [events.count(message) for message in LOGGED_ONCE] == [1] * len(LOGGED_ONCE)
     by_event = {document[event]: document for document in documents}
     assert by_event["standby failed"]["level"].lower() == "warning"
     assert by_event["standby failed"]["xai_pool_error"].split(" at ")[0].endswith(" 503")
@@ -134,10 +134,10 @@ def test_json(
     assert by_event["connected"]["xai_pool_connect_ms"] > 0
 
 
-def test_an_application_with_its_own_structlog(
+def test_the_applications_own_structlog_configuration_is_left_alone(
     logged: Callable[[logging.Formatter], list[str]], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Its processors and its printing are its own: not used, and not changed."""
+    """The patch neither uses nor changes it."""
     calls: list[Any] = []
 
     def processor(*args: Any) -> Any:
@@ -163,7 +163,7 @@ def test_an_application_with_its_own_structlog(
 
 
 def test_every_event_is_documented_with_its_level() -> None:
-    """Applications rely on the names: whoever renames an event renames it in the documentation."""
+    """Applications rely on the names, so a new name needs a line in the documentation."""
     page = Path(__file__).parents[2].joinpath("docs/observability.md").read_text()
     for event in LogEvent:
         level = logging.getLevelName(event.level)

@@ -73,8 +73,10 @@ def span_events(spans: InMemorySpanExporter) -> list[tuple[str, str, dict[str, A
     ]
 
 
-async def test_waits_and_handshakes(patched: None, reader: InMemoryMetricReader) -> None:
-    """Histograms in seconds; the share of utterances that found a connection is in one of them."""
+async def test_waits_and_handshakes_are_histograms_in_seconds(
+    patched: None, reader: InMemoryMetricReader
+) -> None:
+    """The waits show the share of utterances that found a connection, too."""
     async with line_to(round_trip=0.02) as line:
         tts = line.tts()
         for number in range(3):
@@ -89,8 +91,10 @@ async def test_waits_and_handshakes(patched: None, reader: InMemoryMetricReader)
         await tts.aclose()
 
 
-async def test_connections_by_state(patched: None, reader: InMemoryMetricReader) -> None:
-    """Observed when asked for: all states, always."""
+async def test_connections_are_observed_by_state(
+    patched: None, reader: InMemoryMetricReader
+) -> None:
+    """All states, always, whenever a reader asks."""
 
     def counts() -> list[int]:
         found = points(reader)
@@ -114,8 +118,8 @@ async def test_connections_by_state(patched: None, reader: InMemoryMetricReader)
         assert counts() == [0, 0, 0, 0]
 
 
-async def test_discards_and_failures_by_reason(reader: InMemoryMetricReader) -> None:
-    """Few values each, and none of them a voice, a key or a URL."""
+async def test_closes_and_failures_are_counted_by_reason(reader: InMemoryMetricReader) -> None:
+    """Few values each, and none is a voice, a key or a URL."""
     xai_pool_patch.install(PoolOptions(first_audio_timeout=0.2))
     async with line_to(quick()) as line:
         tts = line.tts(voice="a voice of somebody's own")
@@ -135,14 +139,16 @@ async def test_discards_and_failures_by_reason(reader: InMemoryMetricReader) -> 
         assert found["connection.closed", "lost"].value == 2
         assert found["connection.standby_failures", "503"].value == 1
         assert found["utterance.replays", "no answer"].value == 1
-        told = str(found)
+        text = str(found)
         for secret in (API_KEY, "somebody", "api.x.ai"):
-            assert secret not in told
+            assert secret not in text
     xai_pool_patch.uninstall()
 
 
-async def test_on_off_on_observes_once_and_keeps_nothing(reader: InMemoryMetricReader) -> None:
-    """What is uninstalled is neither observed nor kept alive, and asking does not fail."""
+async def test_a_new_installation_is_observed_once_and_an_old_one_not(
+    reader: InMemoryMetricReader,
+) -> None:
+    """What was uninstalled is not kept alive, and reading does not fail."""
     for _ in range(3):
         xai_pool_patch.install()
         xai_pool_patch.install()
@@ -159,8 +165,10 @@ async def test_on_off_on_observes_once_and_keeps_nothing(reader: InMemoryMetricR
         assert points(reader)["connection.count", "idle"].value == 0
 
 
-async def test_units(patched: None, reader: InMemoryMetricReader) -> None:
-    """Those of the semantic conventions for connection pools."""
+async def test_units_follow_the_semantic_conventions(
+    patched: None, reader: InMemoryMetricReader
+) -> None:
+    """Those for connection pools."""
     async with line_to(quick(max_sessions=1)) as line:
         tts = line.tts()
         await speak(tts, "Hello.")
@@ -179,8 +187,10 @@ async def test_units(patched: None, reader: InMemoryMetricReader) -> None:
     }
 
 
-async def test_on_the_metrics_page_of_a_worker(patched: None, reader: InMemoryMetricReader) -> None:
-    """With a Prometheus reader in the process, LiveKit's own /metrics shows them."""
+async def test_a_workers_metrics_page_shows_them(
+    patched: None, reader: InMemoryMetricReader
+) -> None:
+    """With a Prometheus reader in the process, LiveKit's own /metrics does."""
     async with line_to() as line:
         tts = line.tts()
         for number in range(3):
@@ -202,7 +212,7 @@ async def test_on_the_metrics_page_of_a_worker(patched: None, reader: InMemoryMe
 async def test_a_wait_is_an_event_of_the_request_span(
     patched: None, spans: InMemorySpanExporter
 ) -> None:
-    """Whoever looks at a slow turn sees what it waited for; a turn that did not wait has none."""
+    """It explains a slow turn. A turn that did not wait has none."""
     async with line_to(round_trip=0.01) as line:
         tts = line.tts()
         for number in range(2):
@@ -217,7 +227,7 @@ async def test_a_wait_is_an_event_of_the_request_span(
 async def test_a_replay_is_an_event_of_the_request_span(
     patched: None, spans: InMemorySpanExporter
 ) -> None:
-    """Though it is the pool's tasks that notice and mend it."""
+    """Though the pool's tasks begin it."""
     async with line_to(quick(), round_trip=0.01) as line:
         tts = line.tts()
         await speak(tts, "First.")

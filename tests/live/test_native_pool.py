@@ -1,4 +1,4 @@
-"""The pool that the plugin has of its own from 1.6.5 on, and what stands in for it."""
+"""The pool that the plugin has from 1.6.5 on, and `PooledConnections` in its place."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ async def say(ws: Any, text: str) -> None:
         pass
 
 
-async def test_what_the_plugin_asks_of_it_works_by_hand(patched: None, no_tasks_left: None) -> None:
-    """get, put, remove and connection() outside of any stream, and what the last get() told."""
+async def test_the_methods_of_the_plugins_pool_work(patched: None, no_tasks_left: None) -> None:
+    """get, put, remove and connection() outside of any stream, and what the last get() reports."""
     async with line_to() as line:
         tts = line.tts()
         pool = pool_of(tts)
@@ -58,8 +58,8 @@ async def test_what_the_plugin_asks_of_it_works_by_hand(patched: None, no_tasks_
         await all_closed(line.server)
 
 
-async def test_given_back_before_its_end(patched: None) -> None:
-    """L2: put() says that it may be used again; the protocol says otherwise."""
+async def test_a_connection_put_back_before_its_end_is_discarded(patched: None) -> None:
+    """L2: put() says that it may be used again. The protocol says otherwise."""
     async with line_to() as line:
         tts = line.tts()
         ws = await pool_of(tts).get(timeout=5.0)
@@ -71,8 +71,8 @@ async def test_given_back_before_its_end(patched: None) -> None:
         await tts.aclose()
 
 
-async def test_invalidate_ends_the_reuse_of_old_options_only(patched: None) -> None:
-    """With the same options it changes nothing; with others they are warmed, the old ones kept."""
+async def test_invalidate_warms_the_new_options_and_keeps_the_old(patched: None) -> None:
+    """With the same options it changes nothing."""
     async with line_to() as line:
         tts = line.tts()
         await speak(tts, "One.")
@@ -89,7 +89,7 @@ async def test_invalidate_ends_the_reuse_of_old_options_only(patched: None) -> N
 
 
 async def test_a_stream_speaks_with_the_options_it_was_made_with(patched: None) -> None:
-    """Whatever the TTS was told between its making and its first word."""
+    """Whatever update_options() changes between its making and its first word."""
     async with line_to() as line:
         tts = line.tts(voice="ara")
         async with tts.stream(conn_options=ONCE) as stream:
@@ -109,8 +109,8 @@ async def test_a_stream_speaks_with_the_options_it_was_made_with(patched: None) 
         await tts.aclose()
 
 
-async def test_each_stream_is_told_of_its_own_connection(patched: None) -> None:
-    """The plugin reads it from the pool; one that waits and one that need not do so at once."""
+async def test_each_stream_reports_its_own_connection(patched: None) -> None:
+    """The plugin reads that from the pool. One stream waits, and another does not, at once."""
     async with line_to(round_trip=0.02) as line:
         tts = line.tts()
         await speak(tts, "Zero.")
@@ -122,8 +122,8 @@ async def test_each_stream_is_told_of_its_own_connection(patched: None) -> None:
         await tts.aclose()
 
 
-async def test_what_the_plugins_pool_was_dialling_is_closed() -> None:
-    """A prewarm under way when the patch takes over leaves nothing behind."""
+async def test_a_dial_of_the_plugins_pool_is_closed() -> None:
+    """A prewarm under way when the patch is installed leaves nothing behind."""
     async with line_to(round_trip=0.02) as line:
         tts = line.tts()
         tts.prewarm()
@@ -136,8 +136,8 @@ async def test_what_the_plugins_pool_was_dialling_is_closed() -> None:
         await tts.aclose()
 
 
-async def test_what_the_plugins_pool_had_in_use_is_closed() -> None:
-    """When it comes back, though nothing is asked of that pool any more."""
+async def test_a_connection_in_use_from_the_plugins_pool_is_closed() -> None:
+    """When it is released, though nobody uses that pool any more."""
     async with line_to(quick(pace=5.0, speech_per_character=0.05)) as line:
         tts = line.tts()
         before = asyncio.create_task(speak(tts, "Before the patch."))
@@ -151,8 +151,8 @@ async def test_what_the_plugins_pool_had_in_use_is_closed() -> None:
         await tts.aclose()
 
 
-async def test_an_interruption_is_counted_as_one(patched: None) -> None:
-    """The framework's pool knows only of connections taken out."""
+async def test_an_interruption_is_counted_as_interrupted(patched: None) -> None:
+    """The framework's pool knows only that a connection was removed."""
     async with line_to(quick(pace=5.0, speech_per_character=0.05)) as line:
         tts = line.tts()
         turn = asyncio.create_task(speak(tts, "A sentence that is cut off."))
@@ -164,7 +164,7 @@ async def test_an_interruption_is_counted_as_one(patched: None) -> None:
 
 
 async def test_a_subclass_that_connects_in_its_own_way_keeps_its_pool(patched: None) -> None:
-    """Nothing of the patch's would call what it overrides."""
+    """The patch would not call the methods that it overrides."""
 
     class Own(xai.TTS):
         async def _connect_pooled_ws(self, timeout: float) -> Any:
@@ -181,14 +181,16 @@ async def test_a_subclass_that_connects_in_its_own_way_keeps_its_pool(patched: N
         await all_closed(line.server)
 
 
-async def test_a_tts_that_was_never_made_has_no_pool(patched: None) -> None:
+async def test_a_tts_without_init_has_no_pool(patched: None) -> None:
     """The attribute behaves as the plugin's does."""
     with pytest.raises(AttributeError, match="'TTS' object has no attribute '_pool'"):
         pool_of(xai.TTS.__new__(xai.TTS))
 
 
-async def test_uninstalled_while_a_tts_is_collected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A1: one that goes in the middle of it needs its pool no more; the others get theirs back."""
+async def test_uninstall_while_a_tts_is_collected_restores_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A1: the collected one needs its pool no more."""
     restore = PooledConnections.restore
 
     def when_one_has_gone(server: PooledConnections) -> None:
@@ -245,10 +247,10 @@ async def test_restoring_does_not_depend_on_the_log(monkeypatch: pytest.MonkeyPa
         "PoolAttribute.restore",
     ],
 )
-async def test_a_fault_in_taking_over(
+async def test_after_a_fault_in_replacing_it_the_plugins_pool_serves(
     part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A4: the native pool goes on serving, and the log says once what is wrong."""
+    """A4: the log says once what is wrong."""
 
     def broken(*args: Any, **kwargs: Any) -> None:
         raise ZeroDivisionError

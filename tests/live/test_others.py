@@ -1,4 +1,4 @@
-"""Others in the house: wrappers, subclasses and attributes that are not the patch's own."""
+"""Wrappers, subclasses and attributes of the application, beside those of the patch."""
 
 from __future__ import annotations
 
@@ -105,10 +105,10 @@ async def two_turns(line: Line, tts: xai.TTS) -> None:
 
 @pytest.mark.parametrize("wrapped", WRAPPED)
 @pytest.mark.parametrize("when", ["before", "after"])
-async def test_a_wrapper_of_the_dial_sees_the_tts(
+async def test_a_wrapper_of_connect_sees_the_tts(
     when: str, wrapped: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A1: its class, its properties and whatever was set on it, before and after the handshake."""
+    """A1: its class, properties and attributes, before and after the handshake."""
     account: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
     seen: list[list[Any]] = []
 
@@ -137,10 +137,10 @@ async def test_a_wrapper_of_the_dial_sees_the_tts(
     xai_pool_patch.uninstall()
 
 
-async def test_a_wrapper_that_calls_what_it_kept_on_the_class(
+async def test_a_wrapper_may_call_the_original_under_another_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A1: the plugin's own, called by another name, dials with the pool's session and options."""
+    """A1: it dials with the pool's session and options."""
     dial: Any = vars(xai.TTS)["_connect_ws"]
 
     @functools.wraps(dial)
@@ -165,8 +165,8 @@ async def test_a_wrapper_that_calls_what_it_kept_on_the_class(
     xai_pool_patch.uninstall()
 
 
-async def test_a_subclass_with_a_session_of_its_own(patched: None) -> None:
-    """C1: wherever it comes from, it opens WebSockets whose PINGs and PONGs reach the reader."""
+async def test_a_subclass_may_bring_its_own_http_session(patched: None) -> None:
+    """C1: it opens WebSockets whose PINGs and PONGs reach the reader."""
 
     class Own(xai.TTS):
         def _ensure_session(self) -> Any:
@@ -182,10 +182,10 @@ async def test_a_subclass_with_a_session_of_its_own(patched: None) -> None:
         await tts.aclose()
 
 
-async def test_who_shares_a_pool_dials_for_it_when_its_maker_has_gone(
+async def test_a_shared_pool_dials_through_a_tts_that_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """P10: a pool outlives the TTS that made it, and so do the wrappers that read attributes."""
+    """P10: a pool outlives the TTS that made it, and so do wrappers that read attributes."""
     seen: list[str] = []
     wrapped = wrapped_plainly(vars(xai.TTS)["_connect_ws"], lambda self: seen.append(self.customer))
     monkeypatch.setattr(xai.TTS, "_connect_ws", wrapped)
@@ -208,8 +208,8 @@ async def test_who_shares_a_pool_dials_for_it_when_its_maker_has_gone(
     xai_pool_patch.uninstall()
 
 
-async def test_a_tts_that_keeps_itself_is_collected_all_the_same(patched: None) -> None:
-    """P10: the pool holds nothing of it, not even a method that was set as an attribute."""
+async def test_a_tts_in_a_reference_cycle_is_collected(patched: None) -> None:
+    """P10: the pool keeps nothing of it, not even a method that was set as an attribute."""
     async with line_to() as line:
         tts = Slotted(line, "Ada")
         await two_turns(line, tts)
@@ -220,8 +220,8 @@ async def test_a_tts_that_keeps_itself_is_collected_all_the_same(patched: None) 
         await all_closed(line.server)
 
 
-async def test_without_a_tts_the_plugin_dials_as_ever(patched: None) -> None:
-    """A redial for the last utterance of one that is closing needs its key and options only."""
+async def test_a_redial_works_without_the_tts(patched: None) -> None:
+    """The last utterance of a closing TTS needs only its key and options."""
     async with line_to() as line:
         tts = line.tts(voice="eve")
         pools = registry().here()
@@ -236,10 +236,10 @@ async def test_without_a_tts_the_plugin_dials_as_ever(patched: None) -> None:
         await ws.close()
 
 
-async def test_what_a_class_does_at_its_end_and_its_making_is_not_done_for_the_dial(
+async def test_a_dial_does_not_call_del_or_init_subclass_of_the_application(
     patched: None,
 ) -> None:
-    """An application's `__del__` and `__init_subclass__` are called for what it has made itself."""
+    """They are called only for what the application makes itself."""
     ended: list[str] = []
     made: list[type] = []
 
@@ -264,8 +264,10 @@ async def test_what_a_class_does_at_its_end_and_its_making_is_not_done_for_the_d
 
 @needs_native_pool
 @pytest.mark.parametrize("name", ["_connect_ws", "_connect_pooled_ws"])
-async def test_a_wrapper_counts_from_its_coming_to_its_going(patched: None, name: str) -> None:
-    """A1: it is asked at each dial who wraps the plugin's ways to connect, one or the other."""
+async def test_a_wrapper_is_called_from_when_it_is_set_until_it_is_removed(
+    patched: None, name: str
+) -> None:
+    """A1: each dial looks up who wraps the plugin's ways to connect."""
     calls: list[str] = []
     original: Any = vars(xai.TTS)[name]
     async with line_to() as line:
@@ -288,8 +290,8 @@ async def test_a_wrapper_counts_from_its_coming_to_its_going(patched: None, name
 # Attributes of one instance
 
 
-async def test_a_way_to_connect_that_is_set_on_an_instance_is_used() -> None:
-    """Nobody else gets its connections: one a turn before 1.6.5, later the native pool."""
+async def test_a_connect_method_set_on_an_instance_is_used() -> None:
+    """No other TTS gets its connections: one a turn before 1.6.5, later those of the native pool."""
     xai_pool_patch.install()
     async with line_to() as line:
         tts, other = line.tts(), line.tts()
@@ -314,8 +316,8 @@ async def test_a_way_to_connect_that_is_set_on_an_instance_is_used() -> None:
 
 
 @needs_native_pool
-async def test_a_way_to_connect_may_come_and_go(patched: None) -> None:
-    """Under a TTS that has spoken: its native pool serves and reuses while the way is there."""
+async def test_a_connect_method_may_be_set_and_removed_between_turns(patched: None) -> None:
+    """While it is set, the native pool serves that TTS, and reuses."""
     async with line_to() as line:
         tts: Any = line.tts()
         await two_turns(line, tts)
@@ -339,8 +341,8 @@ async def test_a_way_to_connect_may_come_and_go(patched: None) -> None:
 
 
 @needs_native_pool
-async def test_a_pool_that_is_set_on_an_instance_is_used(patched: None) -> None:
-    """Though another one has stood in for the one before it."""
+async def test_a_pool_set_on_an_instance_is_used(patched: None) -> None:
+    """Also in place of one that the patch has replaced."""
 
     class Own(ConnectionPool[Any]):
         pass
@@ -358,8 +360,8 @@ async def test_a_pool_that_is_set_on_an_instance_is_used(patched: None) -> None:
         await all_closed(line.server)
 
 
-async def test_a_copy_is_a_tts_of_its_own(patched: None) -> None:
-    """P10: it shares connections as any other, and each leaves them by itself."""
+async def test_a_copied_tts_shares_and_leaves_connections_like_any_other(patched: None) -> None:
+    """P10: each unregisters by itself."""
     async with line_to() as line:
         tts = line.tts()
         await two_turns(line, tts)
@@ -400,10 +402,10 @@ def wrapped_transparently_by_wrapt(function: Any, calls: list[str]) -> Any:
 @pytest.mark.parametrize("wrap", [wrapped_transparently, wrapped_transparently_by_wrapt])
 @pytest.mark.parametrize("theirs_first", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("theirs_off_first", [True, False], ids=["off first", "off last"])
-async def test_wrappers_of_every_method_come_and_go(
+async def test_wrappers_and_the_patch_can_be_added_and_removed_in_any_order(
     wrap: Any, theirs_first: bool, theirs_off_first: bool
 ) -> None:
-    """A1: in any order, both do their work while they are there, and the patch can come again."""
+    """A1: both work while they are there, and the patch can be installed again."""
     calls: list[str] = []
     owners = {"TTS": xai.TTS, "SynthesizeStream": xai.tts.SynthesizeStream}
     kept: list[tuple[type, str, bool, Any]] = []

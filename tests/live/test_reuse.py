@@ -13,8 +13,8 @@ TURNS = 75
 """As many as in livekit/agents issue 6078."""
 
 
-async def test_the_reports_own_case_unpatched() -> None:
-    """The plugin as it is: a connection for every turn, or one of its native pool for all."""
+async def test_unpatched_each_turn_of_issue_6078_dials() -> None:
+    """Or all share one connection of the native pool, from 1.6.5 on."""
     async with line_to() as line:
         tts = line.tts()
         for number in range(TURNS):
@@ -25,8 +25,10 @@ async def test_the_reports_own_case_unpatched() -> None:
         assert len(line.server.connections) == reused.count(False)
 
 
-async def test_the_reports_own_case_patched(patched: None, no_tasks_left: None) -> None:
-    """Prewarmed: 75 of 75 reused, one connection, and nobody waits for it."""
+async def test_patched_every_turn_of_issue_6078_reuses_one_connection(
+    patched: None, no_tasks_left: None
+) -> None:
+    """Prewarmed: 75 of 75 reused, and nobody waits for it."""
     async with line_to() as line:
         tts = line.tts()
         tts.prewarm()
@@ -44,7 +46,7 @@ async def test_the_reports_own_case_patched(patched: None, no_tasks_left: None) 
 
 
 async def test_the_first_turn_without_prewarm_reports_its_handshake(patched: None) -> None:
-    """acquire_time is the wait for the connection, connection_reused is false."""
+    """acquire_time is the wait for the connection, and connection_reused is false."""
     async with line_to(round_trip=0.02) as line:
         tts = line.tts()
         for number in range(2):
@@ -57,7 +59,7 @@ async def test_the_first_turn_without_prewarm_reports_its_handshake(patched: Non
         await tts.aclose()
 
 
-async def test_prewarm_twice_is_once(patched: None) -> None:
+async def test_a_second_prewarm_dials_nothing(patched: None) -> None:
     """A session that starts twice, or two agents of one session, hold one connection."""
     async with line_to() as line:
         tts, other = line.tts(), line.tts()
@@ -74,7 +76,7 @@ async def test_prewarm_twice_is_once(patched: None) -> None:
 
 
 async def test_after_aclose_a_tts_works_again(patched: None) -> None:
-    """P10: closing is an end of what was, not of the instance."""
+    """P10: aclose() ends connections, not the instance."""
     async with line_to() as line:
         tts = line.tts()
         for text in ("One.", "Two."):
@@ -86,7 +88,7 @@ async def test_after_aclose_a_tts_works_again(patched: None) -> None:
 
 
 async def test_a_collected_tts_closes_its_connection(patched: None) -> None:
-    """P10: nobody has to call aclose(), and nothing in the framework does."""
+    """P10: nothing in the framework calls aclose()."""
     async with line_to() as line:
         tts = line.tts()
         await speak(tts, "Hello.")
@@ -99,8 +101,8 @@ async def test_a_collected_tts_closes_its_connection(patched: None) -> None:
         assert line.server.connections[0].close_code == 1000
 
 
-async def test_keys_are_never_mixed(patched: None) -> None:
-    """P9: neither API keys nor HTTP sessions share connections."""
+async def test_api_keys_and_http_sessions_never_share_connections(patched: None) -> None:
+    """P9: each has a pool of its own."""
     async with line_to() as line, line.server.client_session() as other_http:
         ttss = [line.tts(), line.tts(http_session=other_http), line.tts(api_key="wrong")]
         heard = [await speak(tts, f"Number {n}.") for n, tts in enumerate(ttss)]
@@ -111,7 +113,7 @@ async def test_keys_are_never_mixed(patched: None) -> None:
 
 
 async def test_concurrent_streams_have_a_connection_each(patched: None) -> None:
-    """Strictly one utterance at a time on a connection."""
+    """There is one utterance at a time on a connection."""
     async with line_to() as line:
         tts = line.tts()
         texts = [f"This is stream number {n} of ten." for n in range(10)]
@@ -129,8 +131,8 @@ async def _until_idle(count: int) -> None:
 
 
 @pytest.mark.parametrize("silence", [0.0, 0.05])
-async def test_words_that_come_slowly(patched: None, silence: float) -> None:
-    """Text that an LLM still writes goes out word by word over the warm connection."""
+async def test_text_is_sent_word_by_word(patched: None, silence: float) -> None:
+    """While an LLM still writes it, over the warm connection."""
     async with line_to() as line:
         tts = line.tts()
         for number in range(3):

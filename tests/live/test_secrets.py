@@ -1,4 +1,4 @@
-"""T2: no key, header or spoken text in anything that the patch tells or hands on."""
+"""T2: no key, header or spoken text in anything that the patch logs, shows or hands on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 import xai_pool_patch
 from tests.kit import API_KEY, Heard, line_to, quick, speak
 from tests.live.test_errors import FAILURES, REFUSALS
-from tests.live.test_faults import FAULTS, OPTIONS, ROUND_TRIP, TEXT, _befall
+from tests.live.test_faults import FAULTS, OPTIONS, ROUND_TRIP, TEXT, _inject
 from tests.otel import empty_reader
 
 VOICE = "somebodys-own-voice"
@@ -38,20 +38,20 @@ SECRETS = (
 
 
 @pytest.fixture
-def told(caplog: pytest.LogCaptureFixture) -> Iterator[Told]:
+def output(caplog: pytest.LogCaptureFixture) -> Iterator[Output]:
     caplog.set_level(logging.DEBUG)
-    told, before = Told(caplog), telemetry.tracer._tracer_provider
+    output, before = Output(caplog), telemetry.tracer._tracer_provider
     provider = TracerProvider(shutdown_on_exit=False)
-    provider.add_span_processor(SimpleSpanProcessor(told.spans))
+    provider.add_span_processor(SimpleSpanProcessor(output.spans))
     telemetry.set_tracer_provider(provider)
     xai_pool_patch.install(OPTIONS)
-    yield told
+    yield output
     xai_pool_patch.uninstall()
     telemetry.set_tracer_provider(before)
 
 
-class Told:
-    """All that the patch tells, in every place where it may be read, and on request."""
+class Output:
+    """Everything in which a secret might appear: records, objects, metrics, errors."""
 
     def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
         self._caplog = caplog
@@ -60,7 +60,7 @@ class Told:
         self.errors: list[str] = []
 
     def note(self, event: Any) -> None:
-        """At once: to whoever speaks, the framework raises it with another context."""
+        """At once: the framework raises it with another context to the caller."""
         self.errors += exception_texts(event.error)
 
     def records(self) -> Iterator[str]:
@@ -97,8 +97,8 @@ class Told:
 
     def check(self, *heard: Heard) -> None:
         errors = [text for one in heard if one.error for text in exception_texts(one.error)]
-        told = [*self.records(), *self.objects(), *self.measured(), *self.errors, *errors]
-        assert [text for text in told if any(secret in text for secret in SECRETS)] == []
+        texts = [*self.records(), *self.objects(), *self.measured(), *self.errors, *errors]
+        assert [text for text in texts if any(secret in text for secret in SECRETS)] == []
 
 
 def exception_texts(error: BaseException) -> Iterator[str]:
@@ -116,59 +116,59 @@ def exception_texts(error: BaseException) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-async def test_every_fault(name: str, told: Told) -> None:
-    """While it is dealt with and afterwards."""
+async def test_no_secret_appears_during_any_fault(name: str, output: Output) -> None:
+    """Nor after it."""
     times = {"pace": 20.0, "speech_per_character": 0.02}
     async with line_to(quick(**times), ROUND_TRIP) as line:
         tts = line.tts(voice=VOICE)
-        tts.on("error", told.note)
+        tts.on("error", output.note)
         await speak(tts, FIRST_TEXT)
-        befalling = asyncio.create_task(_befall(line, FAULTS[name]))
+        injecting = asyncio.create_task(_inject(line, FAULTS[name]))
         turn = asyncio.create_task(
             speak(tts, TEXT, APIConnectOptions(max_retry=0, timeout=2.0), heard=Heard())
         )
         await asyncio.sleep(2 * ROUND_TRIP)  # in its midst: a dial takes three
-        told.check()
+        output.check()
         heard = await turn
-        befalling.cancel()
-        told.check(heard)
+        injecting.cancel()
+        output.check(heard)
         line.server.network.unfreeze()
         await tts.aclose()
-        told.check(heard)
+        output.check(heard)
 
 
 @pytest.mark.parametrize("name", [*REFUSALS, *FAILURES])
-async def test_every_failed_dial(name: Any, told: Told) -> None:
-    """aiohttp's own errors carry the headers of the request; what is handed on does not."""
+async def test_no_secret_appears_after_a_failed_dial(name: Any, output: Output) -> None:
+    """aiohttp's own errors carry the headers of the request; the patch's must not."""
     async with line_to() as line:
         prepared = {**REFUSALS, **FAILURES}[name](line)
         tts = line.tts(**{"voice": VOICE, **prepared})
-        tts.on("error", told.note)
+        tts.on("error", output.note)
         tts.prewarm()
         options = APIConnectOptions(max_retry=0, timeout=0.3)
         heard = [await speak(tts, TEXT, options) for _ in range(2)]
-        assert told.errors
-        told.check(*heard)
+        assert output.errors
+        output.check(*heard)
         await tts.aclose()
-        told.check(*heard)
+        output.check(*heard)
 
 
-async def test_what_a_server_says_to_nobody(told: Told) -> None:
-    """The type of a message that is ignored is told only if it can be nothing else."""
+async def test_ignored_messages_are_logged_without_their_content(output: Output) -> None:
+    """Their type is logged only if it looks like one."""
     async with line_to() as line:
         tts = line.tts(voice=VOICE)
         await speak(tts, FIRST_TEXT)
         for kind in ("session.updated", FIRST_TEXT, API_KEY):
             await line.server.broadcast(json.dumps({"type": kind, "text": TEXT}))
-        while "".join(told.records()).count("ignored while idle") < 3 * 2:
+        while "".join(output.records()).count("ignored while idle") < 3 * 2:
             await asyncio.sleep(0)
-        told.check()
-        assert any("session.updated" in text for text in told.records())
+        output.check()
+        assert any("session.updated" in text for text in output.records())
         await tts.aclose()
 
 
-def test_the_search_finds_what_is_there(told: Told) -> None:
-    """It would find a key in a record, in an object and in an exception that is not printed."""
+def test_the_search_itself_finds_a_key(output: Output) -> None:
+    """In a record, in an object, and in an exception that is not printed."""
     from xai_pool_patch.pool.pool import DialFailedError
     from xai_pool_patch.telemetry.log import LogEvent, log_event
 
@@ -177,5 +177,5 @@ def test_the_search_finds_what_is_there(told: Told) -> None:
     hidden.args = (API_KEY,)
     shown = agents.APIError("shown")
     shown.__context__, shown.__suppress_context__ = hidden, True
-    for found in (told.records(), told.objects(), exception_texts(shown)):
+    for found in (output.records(), output.objects(), exception_texts(shown)):
         assert any(API_KEY in text for text in found)

@@ -1,4 +1,4 @@
-"""Slow is not dead: what takes its time is waited for, and hardly anything is asked for twice.
+"""A slow server is not a dead one: the pool waits for it, and replays hardly anything.
 
 A third of a second stands for the five of `first_audio_timeout`.
 """
@@ -52,8 +52,8 @@ def check_heard(line: Line, text: str, heard: Heard) -> None:
     assert heard.seconds == pytest.approx(wanted, abs=0.011)
 
 
-async def test_no_session_is_left_for_a_replacement() -> None:
-    """The old connection speaks in its own time, as it would unpatched."""
+async def test_the_old_connection_speaks_when_no_session_is_left_for_a_replay() -> None:
+    """In its own time, as it would unpatched."""
     async with line_to(quick(), 0.02) as line:
         tts = line.tts()
         await warm_up(line, tts)
@@ -68,8 +68,8 @@ async def test_no_session_is_left_for_a_replacement() -> None:
 
 
 @pytest.mark.parametrize("times", [1.2, 4.0])
-async def test_a_slow_server_is_asked_twice_once(times: float) -> None:
-    """From the first slow turn on it is known what to wait for, even if that is very long."""
+async def test_only_the_first_slow_turn_is_replayed(times: float) -> None:
+    """From then on the pool knows how long to wait, even if that is very long."""
     async with line_to(quick(), 0.02) as line:
         tts = line.tts()
         await warm_up(line, tts)
@@ -83,8 +83,8 @@ async def test_a_slow_server_is_asked_twice_once(times: float) -> None:
         await tts.aclose()
 
 
-async def test_a_server_that_is_slow_to_all_is_not_asked_twice_by_all() -> None:
-    """Whoever waits under overload does not add to it."""
+async def test_of_many_slow_turns_few_are_replayed() -> None:
+    """Replays would add to an overload."""
     async with line_to(quick(), 0.02) as line:
         tts = line.tts()
         await warm_up(line, tts, STREAMS)
@@ -99,8 +99,8 @@ async def test_a_server_that_is_slow_to_all_is_not_asked_twice_by_all() -> None:
         await tts.aclose()
 
 
-async def test_who_waited_to_the_end_is_sent_again_before_it_fails() -> None:
-    """It was not its turn until then; the framework would ask once more, behind an error."""
+async def test_a_turn_is_replayed_before_it_fails() -> None:
+    """It was not its turn until then. The framework would retry too, after an error."""
     async with line_to(quick(), 0.02) as line:
         tts = line.tts()
         await warm_up(line, tts, STREAMS)
@@ -113,8 +113,8 @@ async def test_who_waited_to_the_end_is_sent_again_before_it_fails() -> None:
         await tts.aclose()
 
 
-async def test_sessions_that_are_dead_are_replaced_together() -> None:
-    """Once it helped the first of them, the others are sent again at once."""
+async def test_dead_sessions_are_replaced_together() -> None:
+    """Once a replay helped the first turn, the others are replayed at once."""
     async with line_to(quick(), 0.02) as line:
         tts = line.tts()
         await warm_up(line, tts, STREAMS)
@@ -145,7 +145,7 @@ async def fail(line: Line, tts: xai.TTS, **faults: Any) -> tuple[Heard, float]:
 
 
 async def test_a_session_that_never_answers_is_given_up() -> None:
-    """With nothing to take its place: after three times the time that an answer has."""
+    """After three times first_audio_timeout, if there is no replacement."""
     async with line_to(quick(), 0.02) as line:
         tts = line.tts()
         await warm_up(line, tts)
@@ -161,7 +161,7 @@ async def test_a_session_that_never_answers_is_given_up() -> None:
 async def test_a_session_that_stops_answering_pings_is_given_up_sooner(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It answered the one ahead of the text, and none after the time that an answer has."""
+    """It answered the PING ahead of the text, and none after first_audio_timeout."""
     monkeypatch.setattr(exchange, "PROBE", RoundTrips(4, at_least=0.1, at_most=0.1))
     async with line_to(quick(), 0.02) as line:
         tts = line.tts()

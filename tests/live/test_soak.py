@@ -45,7 +45,7 @@ class Conversation:
 
     async def hold(self) -> None:
         for number in range(self.turns):
-            self._befall()
+            self._inject_fault()
             behaviour = self.line.server.behaviour
             behaviour.clearing = self.chance.choice(ACKNOWLEDGED)
             # In time for the framework's retries, by which the unpatched plugin would speak too.
@@ -54,7 +54,7 @@ class Conversation:
             relenting.cancel()
             self._relent()
 
-    def _befall(self) -> None:
+    def _inject_fault(self) -> None:
         """One turn in three meets a fault."""
         server, behaviour = self.line.server, self.line.server.behaviour
         faults = [
@@ -64,7 +64,7 @@ class Conversation:
             lambda: setattr(behaviour, "end_after_audio", self.chance.choice(ENDINGS)),
             lambda: setattr(behaviour, "refuse_next", [503]),
             lambda: setattr(behaviour, "raw_before_audio", ["{not json"]),
-            # At once: after the next utterance's first text nobody could tell it from that one's.
+            # At once: after the first text of the next utterance it could be that one's audio.
             lambda: setattr(behaviour, "late_audio", 0.0),
             lambda: setattr(behaviour, "answer_close", False),
             lambda: self.tts.update_options(voice=self.chance.choice(["ara", "eve"])),
@@ -81,8 +81,8 @@ class Conversation:
     async def _turn(self, text: str) -> None:
         heard = Heard()
         turn = asyncio.create_task(speak(self.tts, text, RETRYING, heard=heard))
-        patience = self.chance.choice([None, None, self.chance.uniform(0, 0.05)])
-        await asyncio.wait([turn], timeout=patience)
+        timeout = self.chance.choice([None, None, self.chance.uniform(0, 0.05)])
+        await asyncio.wait([turn], timeout=timeout)
         interrupted = not turn.done()
         turn.cancel()
         await asyncio.wait([turn])
@@ -98,10 +98,10 @@ class Conversation:
 
 
 @pytest.mark.parametrize(("options", "share"), [(OPTIONS, 1), (CLEARING, 4)])
-async def test_soak(
+async def test_thousands_of_turns_with_faults_leave_no_wrong_sample_and_no_leak(
     options: PoolOptions, share: int, pytestconfig: pytest.Config, no_tasks_left: None
 ) -> None:
-    """No wrong sample, no turn that stays silent after the framework's retries, nothing leaked."""
+    """No turn stays silent after the framework's retries."""
     turns: int = pytestconfig.getoption("--soak-turns") // share
     xai_pool_patch.install(options)
     logging.disable()  # pytest would keep every record, with the frames of its traceback

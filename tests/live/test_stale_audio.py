@@ -1,4 +1,4 @@
-"""Audio that comes after the server's own `audio.done` is heard in no other turn.
+"""Audio that comes after the server's `audio.done` is not heard in any other turn.
 
 The fake server's pieces of audio are odd in length: one that got into a turn would not only be
 heard there, but turn all that follows it into noise.
@@ -12,7 +12,15 @@ from collections.abc import Iterator
 import pytest
 
 import xai_pool_patch
-from tests.kit import hear_whole, interrupted, line_to, quick, round_trips_are_known, speak
+from tests.kit import (
+    connections,
+    hear_whole,
+    interrupted,
+    line_to,
+    quick,
+    round_trips_are_known,
+    speak,
+)
 from tests.live.peer import until
 from xai_pool_patch import PoolOptions
 from xai_pool_patch.testing import End
@@ -31,8 +39,10 @@ def interruption(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("delay", [0.03, 0.07])
-async def test_audio_in_flight_as_the_next_turn_begins(interruption: str, delay: float) -> None:
-    """It is dropped, and the turn goes on over the same connection as if nothing had come."""
+async def test_audio_in_flight_when_the_next_turn_begins_is_dropped(
+    interruption: str, delay: float
+) -> None:
+    """The turn goes on over the same connection as if nothing had come."""
     async with line_to(quick(), ROUND_TRIP) as line:
         tts = line.tts()
         await interrupted(line, tts)
@@ -49,8 +59,8 @@ async def test_audio_in_flight_as_the_next_turn_begins(interruption: str, delay:
         await tts.aclose()
 
 
-async def test_audio_while_nobody_speaks(interruption: str) -> None:
-    """The connection is closed and replaced before the next turn."""
+async def test_audio_on_an_idle_connection_ends_it(interruption: str) -> None:
+    """It is replaced before the next turn."""
     async with line_to(quick(late_audio=0.02)) as line:
         tts = line.tts()
         for number in range(TURNS):
@@ -64,8 +74,8 @@ async def test_audio_while_nobody_speaks(interruption: str) -> None:
         await tts.aclose()
 
 
-async def test_pongs_that_come_too_late_to_tell_anything(interruption: str) -> None:
-    """One turn waits for the probe's patience, and no other waits for a PONG again."""
+async def test_late_pongs_delay_one_turn_only(interruption: str) -> None:
+    """It waits as long as a probe may take. No other turn waits for a PONG again."""
     async with line_to(quick(), 0.02) as line:
         tts = line.tts()
         await hear_whole(line, tts, "First.")
@@ -84,15 +94,15 @@ async def test_pongs_that_come_too_late_to_tell_anything(interruption: str) -> N
 
 @pytest.mark.parametrize("is_prewarmed", [False, True], ids=["cold", "prewarmed"])
 @pytest.mark.parametrize("pong_delay", [0.1, 0.5])
-async def test_pongs_that_always_come_after_the_audio(
+async def test_pongs_that_always_come_after_the_audio_delay_no_turn(
     interruption: str, pong_delay: float, is_prewarmed: bool
 ) -> None:
-    """They tell nothing, and nothing waits for them: what is not old is heard, and at once."""
+    """They do not separate old audio from new, so the pool does not wait for them."""
     async with line_to(quick(pong_delay=pong_delay), 0.02) as line:
         tts = line.tts()
         if is_prewarmed:
             tts.prewarm()
-            await until(round_trips_are_known)
+            await until(lambda: connections() and round_trips_are_known())
         waits = []
         for number in range(TURNS):
             heard = await hear_whole(line, tts, f"Turn {number}.")
@@ -104,8 +114,8 @@ async def test_pongs_that_always_come_after_the_audio(
         await tts.aclose()
 
 
-async def test_a_server_that_answers_no_pings(interruption: str) -> None:
-    """Nothing tells old from new, and nothing waits for what does not come."""
+async def test_a_server_without_pongs_delays_no_turn(interruption: str) -> None:
+    """The pool does not wait for what never comes."""
     async with line_to(quick(answer_pings=False), 0.02) as line:
         tts = line.tts()
         first, *others = [await hear_whole(line, tts, f"Turn {n}.") for n in range(TURNS)]

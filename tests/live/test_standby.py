@@ -21,7 +21,7 @@ VOICES = ("ara", "eve")
 
 
 async def reused(line: Line, tts: xai.TTS, text: str) -> bool:
-    """Speaks a turn and tells whether its connection was there when asked for."""
+    """Speak a turn. Returns whether its connection was there when asked for."""
     heard = await speak(tts, text)
     assert heard.error is None
     assert heard.samples == {line.server.utterance_for(text).number}
@@ -43,8 +43,8 @@ async def interrupted(line: Line, tts: xai.TTS) -> None:
         await stream.__anext__()
 
 
-async def test_after_an_interruption_a_connection_is_there(patched: None) -> None:
-    """The replacement is dialled while the user speaks; at no time are there two to spare."""
+async def test_after_an_interruption_the_next_turn_finds_a_connection(patched: None) -> None:
+    """It is dialled while the user speaks. The pool never holds two that nobody needs."""
     async with line_to(quick(pace=5.0, speech_per_character=0.02), round_trip=0.01) as line:
         tts = line.tts()
         tts.prewarm()
@@ -58,8 +58,9 @@ async def test_after_an_interruption_a_connection_is_there(patched: None) -> Non
         await all_closed(line.server)
 
 
-async def test_switching_voices_costs_nothing(patched: None) -> None:
-    """P11: the new voice is dialled at once, and the old one stays for when it is wanted again."""
+async def test_switching_voices_costs_no_handshake(patched: None) -> None:
+    """P11: the new voice is dialled at once, and the connection of the old one stays for a
+    while."""
     async with line_to(round_trip=0.01) as line:
         tts = line.tts(voice=VOICES[0])
         tts.prewarm()
@@ -91,8 +92,8 @@ async def test_a_voice_left_behind_is_closed_after_max_idle_time() -> None:
     xai_pool_patch.uninstall()
 
 
-async def test_a_running_utterance_keeps_its_connection(patched: None) -> None:
-    """P11: a change of voice in mid-sentence is for the next one."""
+async def test_a_change_of_voice_leaves_a_running_utterance_alone(patched: None) -> None:
+    """P11: it applies to the next one."""
     async with line_to(quick(pace=10.0, speech_per_character=0.05)) as line:
         tts = line.tts(voice="ara")
         async with tts.stream() as stream:
@@ -108,7 +109,7 @@ async def test_a_running_utterance_keeps_its_connection(patched: None) -> None:
 
 
 async def test_a_dial_for_old_options_never_serves_new_ones(patched: None) -> None:
-    """P11: the voice is that of the moment of asking, also when it changes during the dial."""
+    """P11: a turn gets the voice of the moment it asked, also when that changes during the dial."""
     async with line_to(round_trip=0.02) as line:
         tts = line.tts(voice="ara")
         first = asyncio.create_task(speak(tts, "First."))
@@ -124,8 +125,10 @@ async def test_a_dial_for_old_options_never_serves_new_ones(patched: None) -> No
         await tts.aclose()
 
 
-async def test_rotation_before_the_servers_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """P5: turns go on over connections that are replaced in time, and none meets the deadline."""
+async def test_connections_are_replaced_before_the_servers_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """P5: no turn meets the deadline."""
     # Of half a second the usual lead would be 25 ms, as long as a busy machine may stand still.
     monkeypatch.setattr("xai_pool_patch.pool.pool.ROTATION_LEAD", 0.5)
     xai_pool_patch.install(PoolOptions(max_age=0.8))
@@ -141,7 +144,7 @@ async def test_rotation_before_the_servers_deadline(monkeypatch: pytest.MonkeyPa
     xai_pool_patch.uninstall()
 
 
-async def test_what_a_burst_left_behind_is_trimmed() -> None:
+async def test_connections_left_from_a_burst_are_closed() -> None:
     """P6: ten at once, and a moment later only what the conversation uses."""
     xai_pool_patch.install(PoolOptions(max_idle_time=0.2))
     async with line_to() as line:
@@ -155,7 +158,7 @@ async def test_what_a_burst_left_behind_is_trimmed() -> None:
 
 
 async def test_agents_that_share_a_key_share_the_connection(patched: None) -> None:
-    """P10: the second agent's first word needs no handshake; the last to go ends the pool."""
+    """P10: the second agent's first word needs no handshake. The pool ends with its last TTS."""
     async with line_to() as line:
         first, second = line.tts(), line.tts()
         await speak(first, "I hand you over.")
@@ -180,8 +183,8 @@ async def test_other_options_have_a_pool_of_their_own(patched: None) -> None:
             await tts.aclose()
 
 
-async def test_min_size_zero_keeps_nothing_but_reuses() -> None:
-    """P4: for those who count every session: reuse yes, standby no."""
+async def test_min_size_zero_dials_no_standby_but_reuses() -> None:
+    """P4: for those who count every session."""
     xai_pool_patch.install(PoolOptions(min_size=0, max_idle_time=0.1))
     async with line_to() as line:
         tts = line.tts()
@@ -193,8 +196,8 @@ async def test_min_size_zero_keeps_nothing_but_reuses() -> None:
     xai_pool_patch.uninstall()
 
 
-async def test_a_server_that_comes_back_is_found(patched: None) -> None:
-    """P4: after an outage the standby is dialled again with backoff, before anybody asks."""
+async def test_a_standby_is_dialled_when_the_server_comes_back(patched: None) -> None:
+    """P4: with backoff, before anybody asks."""
     async with line_to() as line:
         tts = line.tts()
         await speak(tts, "Before.")
@@ -207,10 +210,10 @@ async def test_a_server_that_comes_back_is_found(patched: None) -> None:
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="Python 3.12 brought eager tasks")
-async def test_a_standby_that_dies_behind_its_handshake_under_eager_tasks(
+async def test_a_standby_that_dies_during_its_dial_under_eager_tasks_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """P4: it is replaced, though its reader saw its end before the pool could be told of it."""
+    """P4: its reader saw its end before the pool had set `on_lost`."""
     asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined,unused-ignore]
     async with line_to() as line:
         dial = xai.TTS._connect_ws
@@ -237,8 +240,8 @@ async def test_a_standby_that_dies_behind_its_handshake_under_eager_tasks(
         xai_pool_patch.uninstall()
 
 
-def test_worker_threads_never_meet(patched: None) -> None:
-    """P9: each thread has its loop, and each loop its pools."""
+def test_threads_never_share_pools(patched: None) -> None:
+    """P9: each has its loop, and each loop its pools."""
     made: list[int] = []
     barrier = threading.Barrier(3, timeout=30)
 
@@ -262,8 +265,8 @@ def test_worker_threads_never_meet(patched: None) -> None:
 
 
 @pytest.mark.parametrize("when", ["idle", "leased", "connecting"])
-async def test_stats_of_what_there_is(patched: None, when: str) -> None:
-    """A snapshot tells where the connections are."""
+async def test_stats_show_the_connections_by_state(patched: None, when: str) -> None:
+    """A snapshot."""
     behaviour = quick(pace=5.0, speech_per_character=0.1)
     async with line_to(behaviour, round_trip=0.01) as line:
         tts = line.tts()

@@ -1,4 +1,4 @@
-"""`stats()` and `pool_stats()`: what an operator asks for, from wherever he asks."""
+"""`stats()` and `pool_stats()`, called from wherever an operator calls them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xai_pool_patch.telemetry import instruments
 
 @pytest.mark.parametrize("when", ["never installed", "waiting for the plugin", "installed"])
 def test_every_key_is_always_there(when: str, request: pytest.FixtureRequest) -> None:
-    """All zero until something happens, so that nobody has to ask whether a key exists."""
+    """All zero until something happens, so nobody has to check whether a key exists."""
     if when == "waiting for the plugin":
         with pytest.MonkeyPatch.context() as patch:
             patch.delitem(sys.modules, "livekit.plugins.xai.tts")
@@ -31,8 +31,8 @@ def test_every_key_is_always_there(when: str, request: pytest.FixtureRequest) ->
     assert xai_pool_patch.pool_stats() == []
 
 
-async def test_one_entry_for_each_pool(patched: None) -> None:
-    """They add up to the whole, and are told apart by the number that the log records carry."""
+async def test_pool_stats_has_an_entry_for_each_pool(patched: None) -> None:
+    """They add up to stats(). Log records carry the same number of the pool."""
     async with line_to() as line:
         ttss = {voice: line.tts(voice=voice) for voice in ("ara", "a voice of somebody's own")}
         for number, tts in enumerate(ttss.values()):
@@ -44,15 +44,15 @@ async def test_one_entry_for_each_pool(patched: None) -> None:
         for key in ("connections_made", "connections_reused", "idle"):
             assert whole[key] == sum(pool[key] for pool in pools)  # type: ignore[literal-required]
         assert len({pool["pool"] for pool in pools}) == whole["pools"] == 2
-        told = str([pools, whole])
-        assert API_KEY not in told
-        assert "somebody" not in told
+        text = str([pools, whole])
+        assert API_KEY not in text
+        assert "somebody" not in text
         for tts in ttss.values():
             await tts.aclose()
 
 
-async def test_what_a_pool_did_stays_in_the_totals_when_it_is_gone(patched: None) -> None:
-    """Also what it does after its end: a connection that was leased then is closed later."""
+async def test_totals_include_pools_that_have_ended(patched: None) -> None:
+    """Also what they do after their end: a leased connection closes later."""
     async with line_to() as line:
         tts = line.tts()
         await speak(tts, "Hello.")
@@ -63,8 +63,8 @@ async def test_what_a_pool_did_stays_in_the_totals_when_it_is_gone(patched: None
         assert (stats["pools"], stats["idle"], stats["leased"]) == (0, 0, 0)
 
 
-def test_asked_for_while_loops_run_in_other_threads(patched: None) -> None:
-    """No exception, no negative number, and all that was done is in the end counted."""
+def test_stats_may_be_called_while_loops_run_in_other_threads(patched: None) -> None:
+    """No exception, no negative number, and in the end nothing uncounted."""
     jobs, turns = 3, 8
     faults: list[BaseException] = []
     done = threading.Event()
@@ -117,8 +117,8 @@ class NotHeld:
     def __exit__(self, *_: Any) -> None: ...
 
 
-async def test_to_ask_takes_no_lock(patched: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever holds one may be interrupted by a signal handler that asks."""
+async def test_stats_take_no_lock(patched: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal handler that calls them may have interrupted whoever holds it."""
     async with line_to() as line:
         tts = line.tts()
         await speak(tts, "Hello.")
@@ -133,8 +133,8 @@ async def test_to_ask_takes_no_lock(patched: None, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signal to send oneself")
-def test_asked_by_a_signal_handler_in_the_middle_of_a_change(patched: None) -> None:
-    """An operator's SIGUSR1 comes at any moment, also while its own thread holds every lock."""
+def test_stats_may_be_called_in_a_signal_handler(patched: None) -> None:
+    """It runs at any moment, also while its own thread holds every lock."""
     answers: list[Stats] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -153,8 +153,8 @@ def test_asked_by_a_signal_handler_in_the_middle_of_a_change(patched: None) -> N
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_what_was_done_in_loops_that_are_closed_is_counted_once(patched: None) -> None:
-    """Each job has a loop; the next one's beginning moves its counts, and loses none."""
+def test_counts_of_closed_loops_are_kept_once(patched: None) -> None:
+    """Each job has a loop. When the next one begins, its counts move to the totals."""
 
     async def job() -> None:
         async with line_to() as line:

@@ -1,4 +1,4 @@
-"""A3: `TTS.synthesize()`, whose metrics come from one stream and whose work is done by another."""
+"""A3: `TTS.synthesize()`, which reports metrics on one stream and works on another."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ async def synthesized(tts: xai.TTS, text: str, **kwargs: Any) -> rtc.AudioFrame:
         return await stream.collect()
 
 
-def told(line: Line) -> list[tuple[bool, bool, bool]]:
+def reported(line: Line) -> list[tuple[bool, bool, bool]]:
     """Of each metrics event: streamed, reused, waited."""
     return [(m.streamed, m.connection_reused, m.acquire_time > 0) for m in line.metrics]
 
 
-async def test_side_by_side_with_streams() -> None:
-    """Each event is that of its own utterance, also when others run in the same task."""
+async def test_each_metrics_event_belongs_to_its_own_utterance() -> None:
+    """Also when streams run in the same task."""
     async with line_to(round_trip=0.01) as line:
         tts = line.tts()
         await speak(tts, "A connection for one of them.")
         line.metrics.clear()
         await asyncio.gather(synthesized(tts, "One."), synthesized(tts, "Two."))
-        assert sorted(told(line)) == [
+        assert sorted(reported(line)) == [
             (False, False, True),
             (False, True, False),
             (True, False, True),
@@ -46,12 +46,12 @@ async def test_side_by_side_with_streams() -> None:
         ]
         line.metrics.clear()
         await speak(tts, "A stream of its own afterwards.")
-        assert told(line) == [(True, True, False)]
+        assert reported(line) == [(True, True, False)]
         await tts.aclose()
 
 
-async def test_a_stream_made_in_the_same_task_meanwhile() -> None:
-    """Its connection is its own, and not that of what is still being synthesized."""
+async def test_a_stream_made_during_a_synthesis_reports_its_own_connection() -> None:
+    """Both are made in the same task."""
     async with line_to(quick(pace=5.0, speech_per_character=0.02), round_trip=0.01) as line:
         tts = line.tts()
         await speak(tts, "A connection for one of them.")
@@ -60,7 +60,7 @@ async def test_a_stream_made_in_the_same_task_meanwhile() -> None:
             await line.server.wait_for(lambda s: len(s.utterances) == 2)
             await speak(tts, "Hi.")
             await stream.collect()
-        assert sorted(told(line)) == [
+        assert sorted(reported(line)) == [
             (False, True, False),
             (True, False, True),
             (True, True, False),
@@ -68,8 +68,8 @@ async def test_a_stream_made_in_the_same_task_meanwhile() -> None:
         await tts.aclose()
 
 
-async def test_a_replay() -> None:
-    """What was heard came over a new connection, after a wait."""
+async def test_a_replay_reports_the_new_connection() -> None:
+    """Its audio came over that one, after a wait."""
     async with line_to(quick(), round_trip=0.01) as line:
         tts = line.tts()
         await speak(tts, "First.")
@@ -79,23 +79,23 @@ async def test_a_replay() -> None:
         await line.server.wait_for(lambda s: not s.connections[0].is_open)
         line.server.behaviour.end_before_audio = None
         await turn
-        assert sorted(told(line)) == [(False, False, True), (True, False, True)]
+        assert sorted(reported(line)) == [(False, False, True), (True, False, True)]
         await tts.aclose()
 
 
-async def test_a_retry() -> None:
-    """The framework's: what counts is the attempt that was heard."""
+async def test_a_retry_reports_the_attempt_that_was_heard() -> None:
+    """A retry of the framework."""
     async with line_to(quick(refuse_next=[503]), round_trip=0.01) as line:
         tts = line.tts()
         frame = await synthesized(tts, "Hello.", conn_options=RETRYING)
         assert set(frame.data) - {0} == {line.server.utterance_for("Hello.").number}
-        assert {metric[1:] for metric in told(line)} == {(False, True)}
-        assert (False, False, True) in told(line)
+        assert {metric[1:] for metric in reported(line)} == {(False, True)}
+        assert (False, False, True) in reported(line)
         await tts.aclose()
 
 
-async def test_its_stream_is_not_kept() -> None:
-    """Neither by what runs for it nor by the pool: it goes when the caller lets it go."""
+async def test_the_stream_is_collected_when_the_caller_drops_it() -> None:
+    """Neither its task nor the pool keeps it alive."""
     async with line_to() as line:
         tts = line.tts()
         stream: Any = tts.synthesize("Hello.")

@@ -1,6 +1,6 @@
-"""Utterances without a word: nobody has said what the server answers, and every answer will do.
+"""Utterances without words: the protocol does not say what the server answers.
 
-What the caller gets, and what the server is sent, is what it is without the patch.
+Whatever it is, the caller hears, and the server gets, the same as without the patch.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ def unused_are_open(line: Line, warm: int, sent: list[Utterance]) -> bool:
 @pytest.mark.parametrize("options", [ONCE, RETRYING], ids=["once", "retrying"])
 @pytest.mark.parametrize("text", [" \n ", "\u2026", "?! ..."], ids=["blank", "dots", "signs"])
 @pytest.mark.parametrize("wordless", [Wordless.DONE, Wordless.SILENCE, Wordless.REFUSED])
-async def test_an_utterance_without_a_word(
+async def test_an_utterance_without_words_goes_as_without_the_patch(
     wordless: Wordless, text: str, options: APIConnectOptions, warm: int
 ) -> None:
-    """Sent as often, heard for as long, and failing or not as without the patch."""
+    """It is sent as often, heard for as long, and fails or not."""
     unpatched = await converse(text, wordless, options, warm)
     xai_pool_patch.install()
     patched = await converse(text, wordless, options, warm)
@@ -92,8 +92,8 @@ async def test_an_utterance_without_a_word(
         assert patched.handshakes == (0 if warm else 1)
 
 
-async def test_words_that_follow_may_yet_be_spoken(patched: None) -> None:
-    """An error that answers the signs ahead of them is that of a session that is dead."""
+async def test_words_after_an_error_on_punctuation_are_spoken(patched: None) -> None:
+    """An error that answers only punctuation is that of a dead session, so it is replayed."""
     async with line_to(quick(), 0.01) as line:
         tts, behaviour = line.tts(), line.server.behaviour
         await speak(tts, "Before.")

@@ -1,4 +1,4 @@
-"""LiveKit's own adapters around the plugin: with the patch as without it, or sooner.
+"""LiveKit's adapters around the plugin: they do with the patch what they do without it, or sooner.
 
 What goes wrong is done to `ours`. `other`, a TTS with another key and a server of its own, is what
 a `FallbackAdapter` goes on to.
@@ -32,7 +32,7 @@ FIRST_OF_OTHER = 20
 
 OPTIONS = PoolOptions(heartbeat=0.4, first_audio_timeout=0.3, close_timeout=0.5)
 ONE_TURN = APIConnectOptions(max_retry=0, timeout=2.0, retry_interval=0.02)
-IMPATIENT = APIConnectOptions(max_retry=0, timeout=0.3, retry_interval=0.02)
+SHORT_TIMEOUT = APIConnectOptions(max_retry=0, timeout=0.3, retry_interval=0.02)
 """For a server that accepts and says nothing. What the adapter tries again it does itself."""
 
 WHILE = 10.0
@@ -206,16 +206,16 @@ def behaving(**faults: Any) -> Outage:
 OUTAGES = {
     "a wrong key": behaving(api_key="the key has changed"),
     "no session left": behaving(max_sessions=0),
-    "accepts and stalls": Outage(stall, flow, IMPATIENT),
+    "accepts and stalls": Outage(stall, flow, SHORT_TIMEOUT),
 }
 
 
 @dataclass
 class Switch:
-    """What it took until the adapter went on to the other."""
+    """What it took until the adapter switched to the other."""
 
     attempts: int
-    """Failures of ours that were told, those that were tried again included."""
+    """Error events of ours, including those before a retry."""
     dials: int
     """Handshakes that ours answered."""
     seconds: float
@@ -272,10 +272,8 @@ def spoken_on(server: FakeServer, *texts: str) -> list[int]:
 
 @pytest.mark.parametrize("is_warm", [False, True], ids=["cold", "warm"])
 @pytest.mark.parametrize("name", OUTAGES)
-async def test_goes_on_to_the_other_as_soon_as_unpatched_and_comes_back(
-    name: str, is_warm: bool
-) -> None:
-    """No attempt more, no dial more, no second more; and what comes back is pooled again."""
+async def test_the_adapter_switches_as_soon_as_unpatched_and_back(name: str, is_warm: bool) -> None:
+    """No more attempts, dials or seconds; when ours is back, it is pooled again."""
     outage = OUTAGES[name]
     patched = await breakdown(outage, is_warm=is_warm, is_patched=True)
     # The native pool would wait for a half-open connection for ever: no mark to be held to.
@@ -286,9 +284,9 @@ async def test_goes_on_to_the_other_as_soon_as_unpatched_and_comes_back(
     assert patched.seconds <= 1.5 * unpatched.seconds + SLACK
 
 
-async def test_a_dead_connection_does_not_put_off_the_switch() -> None:
-    """What answers no PING is not waited for once no replacement can be had, however patient the
-    options are with a session that answers some."""
+async def test_a_dead_connection_does_not_delay_the_switch() -> None:
+    """Without PONGs and without a replacement the pool does not wait, however long the options let
+    it wait for a session that answers PINGs."""
     stalled = OUTAGES["accepts and stalls"]
     options = PoolOptions(heartbeat=20.0, first_audio_timeout=3.0, close_timeout=0.5)
     patched = await breakdown(stalled, is_warm=True, is_patched=True, options=options)
@@ -322,15 +320,15 @@ async def later_recovery(*, is_patched: bool) -> list[str]:
     return speakers
 
 
-async def test_a_probe_of_the_adapter_finds_ours_well_again() -> None:
-    """By `synthesize()`: in a stream, livekit-agents 1.6.0 probes but once."""
+async def test_a_probe_of_the_adapter_finds_ours_recovered() -> None:
+    """By `synthesize()`: in a stream, livekit-agents 1.6.0 probes only once."""
     unpatched = await later_recovery(is_patched=False)
     assert unpatched == ["other"] * 3 + ["ours"] * 2
     assert await later_recovery(is_patched=True) == unpatched
 
 
-async def test_a_probe_that_fails_does_not_hold_up_the_turns_of_the_other(patched: None) -> None:
-    """Nor does it dial more than once a turn."""
+async def test_a_failing_probe_does_not_delay_the_turns_of_the_other(patched: None) -> None:
+    """And it dials at most once a turn."""
     async with two_lines() as (ours, other):
         watched = Watched(ours, other)
         async with closing(*watched.all, lines=(ours, other)):
@@ -370,8 +368,8 @@ async def mute(*, is_warm: bool, is_patched: bool) -> tuple[bool, int]:
 
 
 @pytest.mark.parametrize("is_warm", [False, True], ids=["cold", "warm"])
-async def test_a_mute_server(is_warm: bool) -> None:
-    """The plugin waits for it for ever. The patch asks it once more, at the most."""
+async def test_a_mute_server_is_asked_at_most_twice(is_warm: bool) -> None:
+    """The plugin would wait for it for ever."""
     goes_on, begun = await mute(is_warm=is_warm, is_patched=False)
     assert begun >= 1
     goes_on_patched, begun_patched = await mute(is_warm=is_warm, is_patched=True)
@@ -380,8 +378,8 @@ async def test_a_mute_server(is_warm: bool) -> None:
 
 
 @pytest.mark.parametrize("is_warm", [False, True], ids=["cold", "warm"])
-async def test_a_server_that_vanishes_in_mid_turn(is_warm: bool) -> None:
-    """The plugin would wait for ever; the heartbeat tells, and the other takes over."""
+async def test_the_other_takes_over_from_a_server_that_vanishes(is_warm: bool) -> None:
+    """The plugin would wait for ever; the heartbeat finds it."""
     with installed(True):
         async with two_lines() as (ours, other):
             watched = Watched(ours, other)
@@ -389,11 +387,13 @@ async def test_a_server_that_vanishes_in_mid_turn(is_warm: bool) -> None:
                 if is_warm:
                     await turn(watched.adapter, GREETING)
                 ours.server.behaviour.mute = True
-                reply = asyncio.create_task(turn(watched.adapter, REPLY, IMPATIENT))
+                reply = asyncio.create_task(turn(watched.adapter, REPLY, SHORT_TIMEOUT))
                 await ours.server.wait_for(lambda s: s.utterances[is_warm:])
                 stall(ours.server)
                 check_whole(await reply, other.server, REPLY)
-                flow(ours.server)  # lest the test's end wait for what is half-open
+                flow(
+                    ours.server
+                )  # otherwise the end of the test waits for the half-open connection
 
 
 # A FallbackAdapter, and a connection of ours that has died.
@@ -412,10 +412,10 @@ async def freeze_idle(server: FakeServer) -> None:
 
 
 @pytest.mark.parametrize("die", [reset_idle, close_idle, freeze_idle])
-async def test_a_connection_that_died_while_idle_is_not_worth_a_switch(
+async def test_a_connection_that_died_while_idle_causes_no_switch(
     die: Callable[[FakeServer], Any],
 ) -> None:
-    """What is in flight when it dies is sent again: ours speaks, and nobody is told of an error."""
+    """The utterance is replayed, ours speaks, and there is no error."""
     with installed(True):
         async with two_lines() as (ours, other):
             watched = Watched(ours, other)
@@ -431,8 +431,8 @@ async def test_a_connection_that_died_while_idle_is_not_worth_a_switch(
                 flow(ours.server)
 
 
-async def test_a_session_that_died_behind_its_socket_is_not_worth_a_switch() -> None:
-    """It answers PINGs and nothing else."""
+async def test_a_dead_session_that_answers_pings_causes_no_switch() -> None:
+    """The utterance is replayed."""
     with installed(True):
         async with two_lines() as (ours, other):
             watched = Watched(ours, other)
@@ -489,8 +489,10 @@ async def break_off(ending: Ending, *, is_warm: bool, is_patched: bool) -> Parti
 
 @pytest.mark.parametrize("is_warm", [False, True], ids=["cold", "warm"])
 @pytest.mark.parametrize("ending", [Ending.CLOSE, Ending.RESET], ids=["Close", "reset"])
-async def test_ours_failing_after_its_first_audio(ending: Ending, is_warm: bool) -> None:
-    """As unpatched: what was heard is not said again, and the adapter thinks the same of ours."""
+async def test_a_failure_after_the_first_audio_goes_as_unpatched(
+    ending: Ending, is_warm: bool
+) -> None:
+    """Audio that was heard is not repeated, and the adapter marks ours in the same way."""
     unpatched = await break_off(ending, is_warm=is_warm, is_patched=False)
     assert unpatched.numbers == [2]
     assert await break_off(ending, is_warm=is_warm, is_patched=True) == unpatched
@@ -521,7 +523,7 @@ async def ours_second(*, is_patched: bool) -> list[int]:
 
 @pytest.mark.parametrize("is_patched", [False, True], ids=["unpatched", "patched"])
 async def test_ours_as_the_second_is_not_dialled_before_it_is_needed(is_patched: bool) -> None:
-    """A reserve that holds a session of its own would cost what it is there to save."""
+    """A reserve must not hold a session."""
     assert await ours_second(is_patched=is_patched) == [0, 0, 1]
 
 
@@ -535,8 +537,8 @@ def adapted(tts: Any) -> Any:
 
 
 @pytest.mark.parametrize("is_patched", [False, True], ids=["unpatched", "patched"])
-async def test_sentences_one_by_one(is_patched: bool) -> None:
-    """Each is heard once, all of it, in its order; patched, over one connection."""
+async def test_each_sentence_is_heard_once_in_order(is_patched: bool) -> None:
+    """Patched, over one connection."""
     with installed(is_patched):
         async with line_to(round_trip=0.01) as line:
             tts = line.tts()
@@ -551,8 +553,8 @@ async def test_sentences_one_by_one(is_patched: bool) -> None:
                     assert [m.connection_reused for m in streamed] == [False, True, True]
 
 
-async def test_text_that_comes_word_by_word(patched: None) -> None:
-    """As an LLM writes it, to a stream that speaks while it is still being written."""
+async def test_text_pushed_word_by_word_is_heard_whole(patched: None) -> None:
+    """As an LLM writes it, into a stream that speaks already."""
     async with line_to() as line:
         tts = line.tts()
         adapter = adapted(tts)
@@ -568,8 +570,8 @@ async def test_text_that_comes_word_by_word(patched: None) -> None:
             assert len(line.server.connections) == 1
 
 
-async def test_interrupted_in_the_middle_of_its_sentences(patched: None) -> None:
-    """What is left is never spoken, its connection gets a Close frame, and the next is whole."""
+async def test_an_interruption_ends_the_remaining_sentences(patched: None) -> None:
+    """Its connection gets a Close frame, and the next turn is heard whole."""
     async with line_to(quick(pace=10.0)) as line:
         tts = line.tts()
         adapter = adapted(tts)
@@ -593,8 +595,8 @@ async def test_interrupted_in_the_middle_of_its_sentences(patched: None) -> None
 
 
 @pytest.mark.parametrize("is_patched", [False, True], ids=["unpatched", "patched"])
-async def test_a_sentence_that_fails_in_the_middle(is_patched: bool) -> None:
-    """The adapter tries it again, by itself; nothing of the sentence before is heard again."""
+async def test_a_failed_sentence_is_retried_by_itself(is_patched: bool) -> None:
+    """The adapter repeats nothing of the sentence before."""
     with installed(is_patched):
         async with line_to() as line:
             tts = line.tts()
@@ -641,10 +643,10 @@ def pieces(arrange: Callable[..., Any], *, by_other: bool) -> list[str]:
 
 
 @pytest.mark.parametrize("arrange", ARRANGEMENTS)
-async def test_one_inside_the_other(
+async def test_nested_adapters_handle_turns_and_interruptions(
     arrange: Callable[..., Any], patched: None, no_tasks_left: None
 ) -> None:
-    """A turn, one that is interrupted, and another; closed, each connection gets a Close frame."""
+    """When they are closed, each connection gets a Close frame."""
     async with two_lines() as (ours, other):
         ttss = ours.tts(), other.tts(api_key=OTHER_KEY)
         adapter = arrange(*ttss)
@@ -678,15 +680,15 @@ async def nested_breakdown(arrange: Callable[..., Any], *, is_patched: bool) -> 
 
 
 @pytest.mark.parametrize("arrange", ARRANGEMENTS)
-async def test_one_inside_the_other_and_ours_out_of_order(arrange: Callable[..., Any]) -> None:
-    """All sentences are heard from the other, after as many attempts as unpatched or fewer."""
+async def test_nested_adapters_switch_when_ours_fails(arrange: Callable[..., Any]) -> None:
+    """All sentences are heard from the other, after no more attempts than unpatched."""
     attempts = await nested_breakdown(arrange, is_patched=False)
     assert await nested_breakdown(arrange, is_patched=True) <= attempts
 
 
 @pytest.mark.parametrize("is_patched", [False, True], ids=["unpatched", "patched"])
-async def test_ours_out_of_order_between_two_sentences(is_patched: bool) -> None:
-    """The other speaks on where ours has ended: no sentence is missed, none is heard twice."""
+async def test_the_other_continues_after_the_sentence_that_ours_finished(is_patched: bool) -> None:
+    """No sentence is missed, and none is heard twice."""
     with installed(is_patched):
         async with two_lines() as (ours, other):
             ttss = ours.tts(), other.tts(api_key=OTHER_KEY)
@@ -709,7 +711,7 @@ async def test_ours_out_of_order_between_two_sentences(is_patched: bool) -> None
 async def test_closing_the_adapter_ends_a_probe_under_way(
     patched: None, no_tasks_left: None
 ) -> None:
-    """Nobody hears what it says; its connection gets a Close frame."""
+    """Nobody hears it; its connection gets a Close frame."""
     async with two_lines() as (ours, other):
         watched = Watched(ours, other)
         async with closing(watched.ours, watched.other, lines=(ours, other)):
@@ -731,8 +733,10 @@ async def test_closing_the_adapter_ends_a_probe_under_way(
 
 
 @pytest.mark.parametrize("arrange", ARRANGEMENTS)
-async def test_an_adapter_that_nobody_closes(arrange: Callable[..., Any], patched: None) -> None:
-    """P10: as the framework leaves it. Its connections go with it."""
+async def test_an_unclosed_adapter_is_collected_with_its_connections(
+    arrange: Callable[..., Any], patched: None
+) -> None:
+    """P10: the framework does not close it either."""
     async with two_lines() as (ours, other):
         adapter = arrange(ours.tts(), other.tts(api_key=OTHER_KEY))
         check_whole(await turn(adapter), ours.server, REPLY)
@@ -747,8 +751,8 @@ async def test_an_adapter_that_nobody_closes(arrange: Callable[..., Any], patche
 
 
 @pytest.mark.parametrize("arrange", ARRANGEMENTS)
-async def test_in_a_session(arrange: Callable[..., Any], patched: None) -> None:
-    """It prewarms ours, and nothing else; interrupted, and with ours out of order, it speaks on."""
+async def test_an_adapter_in_an_agent_session(arrange: Callable[..., Any], patched: None) -> None:
+    """The session prewarms only ours. After an interruption and a failure of ours it speaks on."""
     async with two_lines() as (ours, other):
         ttss = ours.tts(), other.tts(api_key=OTHER_KEY)
         adapter = arrange(*ttss)

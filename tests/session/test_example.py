@@ -42,15 +42,17 @@ def example() -> Iterator[Any]:
     xai_pool_patch.uninstall()
 
 
-def test_importing_it_patches_the_plugin(example: Any) -> None:
-    """Before any job, and with the entrypoint that the worker will call."""
+def test_importing_the_example_patches_the_plugin(example: Any) -> None:
+    """Before any job. It has the entrypoint that the worker will call."""
     assert xai_pool_patch.is_installed()
     assert hasattr(plugin_module.SynthesizeStream._run_ws, "__wrapped__")
     assert example.server._entrypoint_fnc is example.entrypoint
 
 
-async def test_a_job(example: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It greets the caller, all of it, and the next turn finds the connection there."""
+async def test_a_job_of_the_example_greets_the_caller(
+    example: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The greeting is heard whole, and the next turn finds a connection."""
     monkeypatch.setenv("XAI_API_KEY", API_KEY)
     sessions: list[Mouth] = []
     metrics: list[Any] = []

@@ -14,8 +14,8 @@ SOURCE = Path(__file__).parents[2] / "examples/test_my_agent.py"
 WHERE_IT_IS_IMPORTED_FROM = Path(xai_pool_patch.__file__).parents[1]
 
 
-def test_a_copy_of_it_passes(tmp_path: Path) -> None:
-    """Alone in a directory, with no configuration: pytest-asyncio is in its strict mode then."""
+def test_a_copy_of_the_example_test_passes(tmp_path: Path) -> None:
+    """Alone in a directory, without configuration, so pytest-asyncio is in its strict mode."""
     shutil.copy(SOURCE, tmp_path)
     run = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir=.", "-q", "-rA"]
     done = subprocess.run(

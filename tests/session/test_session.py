@@ -96,8 +96,8 @@ async def test_a_conversation_over_one_connection() -> None:
     indirect=True,
     ids=lambda options: options.interruption,
 )
-async def test_interruptions() -> None:
-    """After each the caller hears the next sentence, all of it, and nothing of the last."""
+async def test_after_an_interruption_the_next_sentence_is_heard_whole() -> None:
+    """And nothing of the interrupted one."""
     chance = random.Random(3)
     async with line_to(quick(**SLOW)) as line:
         tts = line.tts()
@@ -112,8 +112,8 @@ async def test_interruptions() -> None:
         assert all(not connection.violations for connection in line.server.connections)
 
 
-async def test_interrupted_before_the_first_audio() -> None:
-    """The user speaks while the agent still waits: the next turn is none the worse."""
+async def test_an_interruption_before_the_first_audio_does_not_affect_the_next_turn() -> None:
+    """The user speaks while the agent still waits."""
     async with line_to(quick(generation=0.05), round_trip=0.01) as line:
         tts = line.tts()
         async with session_of(Agent(instructions=""), tts=tts) as (session, loudspeaker):
@@ -128,8 +128,8 @@ async def test_interrupted_before_the_first_audio() -> None:
         await tts.aclose()
 
 
-async def test_two_agents_with_a_handover() -> None:
-    """Each has a TTS of its own; the second speaks over the first one's connection."""
+async def test_an_agent_takes_over_the_connection_at_a_handover() -> None:
+    """Each agent has a TTS of its own, with the same key."""
     async with line_to() as line:
         first_tts, second_tts = line.tts(), line.tts()
         first, second = Speaker(first_tts), Speaker(second_tts)
@@ -146,8 +146,8 @@ async def test_two_agents_with_a_handover() -> None:
         await all_closed(line.server)
 
 
-async def test_two_agents_with_two_voices() -> None:
-    """Their voices are never mixed up."""
+async def test_two_agents_with_two_voices_are_never_mixed_up() -> None:
+    """Each speaks over connections of its own voice."""
     async with line_to() as line:
         ttss = {voice: line.tts(voice=voice) for voice in ("ara", "eve")}
         agents = {voice: Speaker(tts) for voice, tts in ttss.items()}
@@ -164,8 +164,8 @@ async def test_two_agents_with_two_voices() -> None:
         await all_closed(line.server)
 
 
-async def test_synthesize() -> None:
-    """A3: one-shot synthesis goes through the same pool, and both its metrics events say so."""
+async def test_synthesize_uses_the_same_pool() -> None:
+    """A3: both of its metrics events say so."""
     async with line_to(round_trip=0.01) as line:
         tts = line.tts()
         for text in ("First.", "Second."):
@@ -181,8 +181,8 @@ async def test_synthesize() -> None:
         await all_closed(line.server)
 
 
-async def test_a_server_that_dies_in_mid_sentence_is_an_error_and_not_a_hang() -> None:
-    """What the framework does about it is the framework's; the next turn speaks again."""
+async def test_a_server_that_dies_in_mid_sentence_is_an_error() -> None:
+    """Not a hang. The framework handles the error, and the next turn speaks again."""
     asyncio.get_running_loop().set_exception_handler(ignore_reported)
     async with line_to(quick(**SLOW)) as line:
         tts = line.tts()
@@ -198,6 +198,6 @@ async def test_a_server_that_dies_in_mid_sentence_is_an_error_and_not_a_hang() -
         await tts.aclose()
 
 
-def test_the_plugin_is_the_real_one() -> None:
-    """These tests would be worth nothing with a double."""
+def test_these_tests_use_the_real_plugin() -> None:
+    """With a double they would be worth nothing."""
     assert xai.TTS.__module__ == "livekit.plugins.xai.tts"

@@ -81,8 +81,8 @@ def own_modules(module: str, code: str) -> set[str]:
 IMPORTS = {name: own_modules(name, path.read_text()) for name, path in MODULES.items()}
 
 
-def test_what_counts_as_an_import() -> None:
-    """Relative, absolute, of a package, inside a function, for type checking only: each counts."""
+def test_every_kind_of_import_counts() -> None:
+    """Relative, absolute, of a package, inside a function, and for type checking only."""
     code = """
 import xai_pool_patch
 from . import backoff

@@ -1,4 +1,4 @@
-"""Any sequence of events, found by hypothesis, against the promises of the pool.
+"""Sequences of events that hypothesis makes up, against the rules of the pool.
 
 The real `PoolManager`, `Pool` and `Connection` in virtual time; the WebSocket is a plain object.
 """

@@ -1,4 +1,4 @@
-"""That the package declares what the matrix runs, and nothing else."""
+"""The package declares the versions that the matrix tests, and no others."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def pins(environment: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("package", ["livekit-plugins-xai", "livekit-agents"])
-def test_the_releases_declared_are_those_from_the_first_run_to_the_next_major(package: str) -> None:
-    """None below. What is newer than the last run is refused by install(), not by pip."""
+def test_pip_accepts_releases_from_the_first_tested_to_the_next_major(package: str) -> None:
+    """install(), not pip, refuses what is newer than the last tested one."""
     assert DECLARED[package] == SpecifierSet(f">={noxfile.PLUGINS[0]},<2")
     assert Version(noxfile.PLUGINS[-1]) in DECLARED[package]
 
 
-def test_the_releases_verified_are_those_from_the_first_run_to_the_last() -> None:
-    """By the table that install() judges by, each of whose rows is run, and by the README's."""
+def test_the_verified_releases_are_those_from_the_first_tested_to_the_last() -> None:
+    """In the table that install() uses, each of whose rows is tested, and in the README."""
     verified = [version for release in releases.RELEASES for version in release.versions]
     assert verified == sorted(verified, key=Version)
     assert (verified[0], verified[-1]) == (noxfile.PLUGINS[0], noxfile.PLUGINS[-1])
@@ -49,25 +49,23 @@ def test_the_releases_verified_are_those_from_the_first_run_to_the_last() -> Non
 
 
 @pytest.mark.parametrize("floor", noxfile.FLOORS)
-def test_the_floors_declared_are_run(floor: str) -> None:
-    """The lowest of each, in the environments named for it."""
+def test_the_lowest_declared_versions_are_tested(floor: str) -> None:
+    """In the environments whose name ends in `floors`."""
     package, lowest = floor.split("==")
     assert f">={lowest}" in map(str, DECLARED[package])
 
 
-def test_every_dependency_is_of_the_matrix() -> None:
-    """A new one has a floor to run, too, unless livekit-agents sets it."""
+def test_every_dependency_has_a_lowest_version_in_the_matrix() -> None:
+    """Unless livekit-agents sets it."""
     floors = {floor.split("==")[0] for floor in noxfile.FLOORS}
     set_by_agents = {package for package, declared in DECLARED.items() if not declared}
     assert set(DECLARED) - set_by_agents == floors | {"livekit-plugins-xai", "livekit-agents"}
     assert set_by_agents == {"opentelemetry-api"}
 
 
-def test_the_pythons_declared_are_those_run() -> None:
-    """By the range, the classifiers, install() and the README, on both of the thorough plugins.
-
-    What the machine itself has is run besides.
-    """
+def test_the_declared_pythons_are_those_tested() -> None:
+    """In pyproject.toml, install() and the README, each with both thorough plugins, and besides
+    them the machine's own."""
     first, last = noxfile.PYTHONS[0], noxfile.PYTHONS[-1]
     beyond = f"3.{int(last.split('.')[1]) + 1}"
     assert SpecifierSet(PROJECT["requires-python"]) == SpecifierSet(f">={first},<{beyond}")
@@ -80,30 +78,30 @@ def test_the_pythons_declared_are_those_run() -> None:
         assert run == {*noxfile.PYTHONS, noxfile.SYSTEM}
 
 
-def test_every_environment_has_its_file_and_every_file_its_environment() -> None:
-    """Nothing is pinned that is not run."""
+def test_each_environment_has_a_constraints_file_and_each_file_an_environment() -> None:
+    """No file is left over, and none is missing."""
     assert {file.stem for file in PINNED} == set(noxfile.ENVIRONMENTS)
     assert {environment for _, environment in noxfile.RUNS} == set(noxfile.ENVIRONMENTS)
 
 
 @pytest.mark.parametrize("environment", noxfile.ENVIRONMENTS)
-def test_a_file_pins_what_its_environment_fixes(environment: str) -> None:
-    """Written by hand, or forgotten, it would say something else."""
+def test_a_constraints_file_pins_what_its_environment_fixes(environment: str) -> None:
+    """A file edited by hand could differ."""
     pinned = pins(environment)
     for requirement in map(Requirement, noxfile.ENVIRONMENTS[environment]):
         assert pinned[requirement.name] in requirement.specifier
 
 
 @pytest.mark.parametrize("environment", noxfile.ENVIRONMENTS)
-def test_a_file_pins_the_tools(environment: str) -> None:
-    """Each in a version that the group takes."""
+def test_a_constraints_file_pins_the_development_tools(environment: str) -> None:
+    """Each in a version that the dependency group allows."""
     pinned = pins(environment)
     for tool in TOOLS:
         assert pinned[tool.name] in tool.specifier
 
 
-def test_all_but_the_floors_have_the_newest() -> None:
-    """One of each, above the floor."""
+def test_all_environments_but_the_floors_pin_the_same_version() -> None:
+    """One of each dependency, above its floor."""
     for floor in noxfile.FLOORS:
         package, lowest = floor.split("==")
         (newest,) = {pins(e)[package] for e in noxfile.ENVIRONMENTS if not e.endswith("floors")}
@@ -111,6 +109,6 @@ def test_all_but_the_floors_have_the_newest() -> None:
 
 
 @pytest.mark.parametrize("file", PINNED, ids=lambda file: file.stem)
-def test_no_file_names_an_index(file: Path) -> None:
+def test_no_constraints_file_names_a_package_index(file: Path) -> None:
     """Whoever installs from it has one."""
     assert not [line for line in file.read_text().splitlines() if "==" not in line or "//" in line]

@@ -22,8 +22,8 @@ SECONDS = [
 CHOICES = {"interruption": ["discard", "clear"], "warm": ["auto", "always", "reply"]}
 
 
-def test_defaults() -> None:
-    """The defaults are those that the documentation gives."""
+def test_the_defaults_are_the_documented_ones() -> None:
+    """Whoever changes one has to change the documentation."""
     assert dataclasses.asdict(PoolOptions()) == {
         "min_size": 1,
         "max_age": 1800.0,
@@ -41,8 +41,8 @@ def test_defaults() -> None:
 
 @pytest.mark.parametrize("name", SECONDS)
 @pytest.mark.parametrize("value", [0, -1, -0.5, math.nan, math.inf, "5", None, True, [1]])
-def test_nonsense_seconds(name: str, value: object) -> None:
-    """Durations are finite numbers above zero. None is one of them where it is the default."""
+def test_seconds_must_be_finite_and_above_zero(name: str, value: object) -> None:
+    """None is allowed only where it is the default."""
     if (name, value) == ("verify_after", None):
         assert PoolOptions(verify_after=None).verify_after is None
         return
@@ -52,8 +52,8 @@ def test_nonsense_seconds(name: str, value: object) -> None:
 
 @pytest.mark.parametrize("name", CHOICES)
 @pytest.mark.parametrize("value", ["Clear", "", None, True, 1, ["clear"]])
-def test_nonsense_choices(name: str, value: object) -> None:
-    """The message has all there is to choose from."""
+def test_an_unknown_choice_is_refused(name: str, value: object) -> None:
+    """The message lists the choices."""
     *others, last = map(repr, CHOICES[name])
     choices = f"{', '.join(others)} or {last}"
     with pytest.raises(InvalidOptionError, match=f"^{name} must be {choices}, not"):
@@ -61,39 +61,39 @@ def test_nonsense_choices(name: str, value: object) -> None:
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_choices(name: str) -> None:
-    """Each of them is taken."""
+def test_each_choice_is_accepted(name: str) -> None:
+    """As the options keep it."""
     for value in CHOICES[name]:
         assert getattr(PoolOptions(**{name: value}), name) == value  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [-1, 51, 1.0, "1", None, True, math.nan])
-def test_nonsense_min_size(value: object) -> None:
-    """min_size is a count between none and what xAI allows a team."""
+def test_min_size_out_of_bounds_is_refused(value: object) -> None:
+    """It is a number from zero to what xAI allows a team."""
     with pytest.raises(InvalidOptionError, match=r"^min_size must be a whole number from 0 to 50"):
         PoolOptions(min_size=value)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", SECONDS)
-def test_whole_numbers_are_seconds_too(name: str) -> None:
+def test_whole_numbers_are_accepted_as_seconds(name: str) -> None:
     """Nobody has to write 30.0."""
     assert getattr(PoolOptions(**{name: 30}), name) == 30
 
 
-def test_min_size_takes_its_bounds() -> None:
-    """Both ends of the range are values to choose."""
+def test_min_size_accepts_its_bounds() -> None:
+    """Both ends of the range are allowed."""
     assert [PoolOptions(min_size=n).min_size for n in (0, 50)] == [0, 50]
 
 
-def test_options_are_frozen_and_named() -> None:
-    """What was installed cannot change behind the pools' backs."""
+def test_options_are_frozen_and_keyword_only() -> None:
+    """Nobody can change them after install()."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         PoolOptions().min_size = 2  # type: ignore[misc]
     with pytest.raises(TypeError):
         PoolOptions(1)  # type: ignore[misc]
 
 
-def test_errors_can_be_caught_as_one() -> None:
-    """Every error of this package has a common base, and a standard type beside it."""
+def test_all_errors_have_a_common_base() -> None:
+    """And a standard type beside it."""
     assert issubclass(InvalidOptionError, XaiPoolPatchError)
     assert issubclass(InvalidOptionError, ValueError)

@@ -1,4 +1,4 @@
-"""That what the project says in two places is the same in both."""
+"""What the project says in two places is the same in both."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ def targets(file: str) -> list[str]:
     return [target for target in asked if target != "sessions"]
 
 
-def test_the_workflow_does_what_ci_does() -> None:
-    """Neither goes green with what the other would have caught."""
+def test_the_workflow_and_ci_run_the_same_targets() -> None:
+    """Neither passes where the other fails."""
     assert targets(".ci/run") == ["lint", "test", "matrix"]
     assert targets(".github/workflows/ci.yml") == targets(".ci/run")
 
 
-def test_the_workflow_has_every_python() -> None:
-    """The last one of a job is that which runs make."""
+def test_the_workflow_installs_every_python() -> None:
+    """The last one listed runs make."""
     workflow = (ROOT / ".github/workflows/ci.yml").read_text()
     [matrix] = re.findall(r"python-version: \|\n((?: +3\.\d+\n)+)", workflow)
     assert sorted(matrix.split()) == noxfile.PYTHONS
 
 
-def test_the_commit_hook_is_the_linting_of_ci() -> None:
-    """By its own environment, and so by the same tools in the same versions."""
+def test_the_commit_hook_runs_make_lint() -> None:
+    """So it uses the same tools in the same versions as CI."""
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
     assert re.findall(r"repo: (\S+)", hooks) == ["local"]
     assert re.findall(r"entry: (.+)", hooks) == ["make lint"]
@@ -64,15 +64,15 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
 
 
-def test_a_release_is_tested_as_it_is_published() -> None:
-    """By the checks of CI, and one session of the matrix that exists: it leaves the wheel."""
+def test_the_release_workflow_runs_all_checks_of_ci() -> None:
+    """The wheel that it publishes comes from a session of the matrix that exists."""
     release = (ROOT / ".github/workflows/release.yml").read_text()
     assert targets(".github/workflows/release.yml") == targets(".ci/run")
     assert f"matrix(plugin-{noxfile.PLUGINS[-1]}-python-3.11)" in release
 
 
 def test_every_target_that_a_workflow_asks_for_exists() -> None:
-    """A nightly one would be missed by nobody."""
+    """Nobody would notice if a nightly one was missing."""
     makefile = (ROOT / "Makefile").read_text()
     for workflow in (ROOT / ".github/workflows").iterdir():
         for target in targets(str(workflow.relative_to(ROOT))):

@@ -1,4 +1,4 @@
-"""Which Pythons are taken, and what the others are told."""
+"""Which Pythons are accepted, and the message for all others."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MAKEFILE = ROOT / "Makefile"
 
 
 @pytest.mark.parametrize("version", [(3, 10, 0), (3, 12, 3), (3, 14, 99)])
-def test_supported(version: tuple[int, ...]) -> None:
-    """With whatever third number."""
+def test_each_supported_python_is_accepted(version: tuple[int, ...]) -> None:
+    """Whatever its third number."""
     assert unsupported(version) is None
 
 
 @pytest.mark.parametrize("version", [(2, 7, 18), (3, 9, 18), (3, 15, 0), (4, 0, 0)])
-def test_unsupported(version: tuple[int, ...]) -> None:
-    """What was found, and what would do."""
+def test_any_other_python_is_refused(version: tuple[int, ...]) -> None:
+    """The message names the version found and the supported ones."""
     found = ".".join(map(str, version))
     assert unsupported(version) == f"found Python {found}; xai_pool_patch supports 3.10 to 3.14"
 
@@ -35,16 +35,16 @@ def on_an_older_one(code: str) -> str:
     return done.stderr
 
 
-TOLD = "found Python 3.9.18; xai_pool_patch supports 3.10 to 3.14"
+REFUSAL = "found Python 3.9.18; xai_pool_patch supports 3.10 to 3.14"
 
 
-def test_an_older_one_is_told_at_import() -> None:
-    """In one line, ahead of everything that such a Python cannot import."""
-    assert on_an_older_one("import xai_pool_patch").splitlines()[-1] == f"ImportError: {TOLD}"
+def test_an_older_python_gets_one_line_at_import() -> None:
+    """Before anything is imported that such a Python cannot import."""
+    assert on_an_older_one("import xai_pool_patch").splitlines()[-1] == f"ImportError: {REFUSAL}"
 
 
-def test_an_older_one_is_told_by_make() -> None:
-    """Which asks the file itself, ahead of pip's many lines."""
+def test_an_older_python_gets_one_line_from_make() -> None:
+    """The Makefile runs python.py, before pip prints its many lines."""
     assert f"$(PYTHON) {Path(python.__file__).relative_to(ROOT)}\n" in MAKEFILE.read_text()
     run = f"import runpy; runpy.run_path({python.__file__!r}, run_name='__main__')"
-    assert on_an_older_one(run) == f"{TOLD}\n"
+    assert on_an_older_one(run) == f"{REFUSAL}\n"

@@ -59,8 +59,8 @@ ROUND = [*up(TEXT, TEXT), *down(AUDIO), *up(DONE), *down(AUDIO, AUDIO_DONE)]
         (up(TEXT, CLEAR) + down(NEWS), Stage.CLEARING),
     ],
 )
-def test_whole_and_unfinished_rounds(steps: list[Step], stage: Stage) -> None:
-    """Only a round that was finished on both sides leaves the connection clean."""
+def test_only_a_finished_round_leaves_the_connection_clean(steps: list[Step], stage: Stage) -> None:
+    """Finished by both sides. Each unfinished one has its own stage."""
     assert after(steps).stage is stage
 
 
@@ -76,18 +76,18 @@ OWING = [
 
 @pytest.mark.parametrize("steps", OWING)
 @pytest.mark.parametrize("under_way", [[], [AUDIO], [AUDIO, AUDIO_DONE], [AUDIO_DONE]])
-def test_a_clear_that_is_acknowledged_leaves_it_clean(
+def test_an_acknowledged_clear_leaves_the_connection_clean(
     steps: list[Step], under_way: list[object]
 ) -> None:
-    """Whatever was under way, an `audio.done` that crosses it included; and so does the next."""
+    """Whatever was under way, even an `audio.done` that crosses the clear; and a second one too."""
     cleared = [*steps, *up(CLEAR), *down(*under_way, CLEARED)]
     assert after(cleared).stage is Stage.CLEAN
     assert after(cleared + cleared + ROUND).stage is Stage.CLEAN
     assert after(cleared[:-1]).stage is not Stage.CLEAN
 
 
-def test_whose_word_is_all_there_is() -> None:
-    """After a clear of an utterance, but not after one that only proved a connection alive."""
+def test_was_cleared_is_set_after_a_clear_of_an_utterance_only() -> None:
+    """Not after the clear that verifies an idle connection."""
     assert not after(ROUND + up(CLEAR) + down(CLEARED)).was_cleared
     assert after(up(TEXT, CLEAR) + down(CLEARED) + ROUND).was_cleared
 
@@ -115,8 +115,8 @@ def test_whose_word_is_all_there_is() -> None:
         up(TEXT, CLEAR, CLEAR) + down(CLEARED, CLEARED),
     ],
 )
-def test_a_clear_that_goes_otherwise_spoils_the_connection(steps: list[Step]) -> None:
-    """One at a time, nothing sent meanwhile, and nothing that the answer does not account for."""
+def test_any_other_answer_to_a_clear_leaves_the_connection_dirty(steps: list[Step]) -> None:
+    """One clear at a time, nothing sent meanwhile, and no message that it does not explain."""
     assert after(steps).stage is Stage.DIRTY
 
 
@@ -149,19 +149,21 @@ def test_a_clear_that_goes_otherwise_spoils_the_connection(steps: list[Step]) ->
         [*up(b"\x00"), *ROUND],
     ],
 )
-def test_whatever_else_happens_spoils_the_connection(steps: list[Step]) -> None:
-    """What is not one utterance after another is never given to another utterance."""
+def test_anything_but_one_utterance_after_another_leaves_the_connection_dirty(
+    steps: list[Step],
+) -> None:
+    """No other utterance may use such a connection."""
     assert after(steps).stage is Stage.DIRTY
 
 
 @pytest.mark.parametrize("steps", [[], ROUND])
-def test_audio_that_nobody_asked_for_must_not_be_heard(steps: list[Step]) -> None:
-    """It belongs to an utterance that was cut off, or to nobody."""
+def test_audio_without_an_utterance_is_not_heard(steps: list[Step]) -> None:
+    """It belongs to an earlier utterance, or to none."""
     assert after(steps).received(type_of(AUDIO)) is False
 
 
 @pytest.mark.parametrize("steps", [up(TEXT), up(TEXT, DONE), up(TEXT) + down(ERROR)])
-def test_audio_that_was_asked_for_may_be_heard(steps: list[Step]) -> None:
+def test_audio_of_the_utterance_is_heard(steps: list[Step]) -> None:
     """Also after an error frame, as it would be without the patch."""
     assert after(steps).received(type_of(AUDIO)) is True
 
@@ -175,8 +177,8 @@ def test_audio_that_was_asked_for_may_be_heard(steps: list[Step]) -> None:
         [*up(DONE), *down(AUDIO, AUDIO, AUDIO_DONE)],
     ],
 )
-def test_an_utterance_without_words_may_be_answered_by_silence(steps: list[Step]) -> None:
-    """Nobody has said whether by audio that is silent or by none at all."""
+def test_an_utterance_without_words_may_end_with_or_without_audio(steps: list[Step]) -> None:
+    """The protocol does not say which."""
     tracker = UtteranceTracker()
     for where, frame in steps:
         if where == "up":
@@ -186,8 +188,8 @@ def test_an_utterance_without_words_may_be_answered_by_silence(steps: list[Step]
     assert tracker.stage is Stage.CLEAN
 
 
-def test_an_end_without_audio_is_believed_when_it_is_known_whose_it_is() -> None:
-    """Old messages have been told apart from new ones by a PONG."""
+def test_an_end_without_audio_counts_once_a_pong_has_come() -> None:
+    """From then on an `audio.done` can only belong to this utterance."""
     tracker = after(up(TEXT, DONE))
     tracker.is_unambiguous = True
     assert tracker.received("audio.done")
@@ -196,8 +198,8 @@ def test_an_end_without_audio_is_believed_when_it_is_known_whose_it_is() -> None
     assert not tracker.is_unambiguous
 
 
-def test_silence_after_a_clear_is_heard_only_when_it_is_known_whose_it_is() -> None:
-    """It may be what was cleared."""
+def test_audio_for_an_empty_utterance_after_a_clear_needs_a_pong() -> None:
+    """Without one it may belong to what was cleared."""
     cleared = [*up(TEXT, CLEAR), *down(CLEARED), *up(DONE)]
     assert after(cleared).received(type_of(AUDIO)) is False
     tracker = after(cleared)
@@ -205,6 +207,6 @@ def test_silence_after_a_clear_is_heard_only_when_it_is_known_whose_it_is() -> N
     assert tracker.received(type_of(AUDIO)) is True
 
 
-def test_repr() -> None:
-    """The stage is what there is to know."""
+def test_repr_shows_the_stage() -> None:
+    """A failing test shows where the utterance was."""
     assert repr(after(up(TEXT))) == "<UtteranceTracker asked>"
