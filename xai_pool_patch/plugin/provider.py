@@ -25,6 +25,7 @@ from ..protocol.lease import NETWORK_ERRORS, Lease
 from ..telemetry.log import LogEvent, harmless, in_ms, log_event
 from ..telemetry.usage import UsageStats
 from .connector import Connector, key_of, with_status
+from .conversation import Conversation, current_conversation
 from .releases import Shape
 
 T = TypeVar("T")
@@ -219,6 +220,9 @@ class ConnectionProvider:
         pools = self._registry.here()
         if not pools.is_over(_job()):
             self._use(pools, tts).prewarm()
+        conversation = current_conversation()
+        if conversation is not None:
+            conversation.tts = tts  # of an agent that takes over, and has not spoken yet
 
     def follow(self, tts: Any) -> None:
         """The TTS has other options now: warms what it speaks with next, if it speaks at all."""
@@ -226,6 +230,14 @@ class ConnectionProvider:
             pools = self._registry.here()
             if pools.knows(tts) and not pools.is_over(_job()):
                 self._use(pools, tts)
+
+    def expect(self, conversation: Conversation, tts: Any) -> bool:
+        """Has a connection ready for a reply that is to come. False if that TTS is not in use."""
+        pools = self._registry.here()
+        is_in_use = pools.knows(tts) and not pools.is_over(_job())
+        if is_in_use:
+            conversation.expect_at(self._use(pools, tts))
+        return is_in_use
 
     async def close(self, tts: Any, close: Callable[[], Awaitable[Any]]) -> None:
         """Closes the TTS and the pools that nobody else uses."""
@@ -252,7 +264,10 @@ class ConnectionProvider:
         usage = pools.usage(tts)  # the TTS may have left by the time there is a connection
         if opts is not None:
             pool = pools.pool_for(tts, key_of(tts, opts), lambda: self._connector(pools, tts, opts))
-        acquired = await _acquire(pool, timeout)
+        conversation = current_conversation()
+        acquired = await _acquire(pool, timeout, caller=conversation)
+        if conversation is not None:
+            conversation.speaks(tts, pool)
         if self.has_failed:  # between the moment it was handed a connection and this one
             raise PoolClosedError("the pool failed")
         exchange = Exchange(
@@ -307,11 +322,15 @@ def has_loop() -> bool:
 
 
 async def _acquire(
-    pool: Pool[Connection], timeout: float, *, fresh: bool = False
+    pool: Pool[Connection],
+    timeout: float,
+    *,
+    fresh: bool = False,
+    caller: Conversation | None = None,
 ) -> Acquired[Connection]:
     """Raises what the plugin's own connect would have raised."""
     try:
-        return await pool.acquire(timeout, fresh=fresh)
+        return await pool.acquire(timeout, fresh=fresh, caller=caller)
     except DialFailedError as failure:
         error = failure.error
     except AcquireTimeoutError as late:
