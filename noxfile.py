@@ -26,7 +26,7 @@ SYSTEM = "/usr/bin/python3"
 """The machine's own, of whatever version, which a version manager hides."""
 THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 THOROUGH = ["1.6.0", "1.8.9"]
-"""One plugin without and one with a pool of its own: on every Python, and on the floors."""
+"""One plugin without a native pool and one with it: on every Python, and on the floors."""
 FLOORS = ["aiohttp==3.10.6", "structlog==24.1", "typer==0.15.1", "wrapt==1.16"]
 """The lowest declared. All other environments have the newest of each."""
 NEWEST_FOR_FLOORS = "3.13"

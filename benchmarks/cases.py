@@ -241,7 +241,7 @@ class Figures:
 class Plugin:
     """What is installed."""
 
-    has_own_pool: bool
+    has_native_pool: bool
     refusal: str | None
     """Why it cannot be patched."""
 
@@ -252,15 +252,15 @@ def inspect_plugin() -> Plugin:
 
 
 async def _inspect_plugin() -> Plugin:
-    has_own_pool = hasattr(xai.TTS(api_key=Behaviour().api_key), "_pool")
+    has_native_pool = hasattr(xai.TTS(api_key=Behaviour().api_key), "_pool")
     try:
         xai_pool_patch.install()
     except UnsupportedPluginError as error:
-        return Plugin(has_own_pool, str(error))
+        return Plugin(has_native_pool, str(error))
     if not xai_pool_patch.is_installed():
-        return Plugin(has_own_pool, f"{OFF_SWITCH}=off keeps the patch out")
+        return Plugin(has_native_pool, f"{OFF_SWITCH}=off keeps the patch out")
     xai_pool_patch.uninstall()
-    return Plugin(has_own_pool, None)
+    return Plugin(has_native_pool, None)
 
 
 def run_case(name: str, *, patched: bool, turns: int, round_trip: float) -> Figures:
@@ -307,7 +307,7 @@ async def _converse(
     await asyncio.sleep(delay)
     async with FakeServer(round_trip=round_trip) as server, server.client_session() as http:
         tts = xai.TTS(api_key=server.behaviour.api_key, http_session=http)
-        _scale_own_pool(tts, case.options)
+        _scale_native_pool(tts, case.options)
         if case.gap:
             tts.prewarm()  # as AgentSession.start() does
             await asyncio.sleep(PAUSE)  # before the agent speaks for the first time
@@ -320,8 +320,8 @@ async def _converse(
         await tts.aclose()
 
 
-def _scale_own_pool(tts: xai.TTS, options: PoolOptions) -> None:
-    """Gives the plugin's own pool the same age limit, which it has no option for."""
+def _scale_native_pool(tts: xai.TTS, options: PoolOptions) -> None:
+    """Gives the native pool the same age limit, which it has no option for."""
     pool: Any = getattr(tts, "_pool", None)
     if hasattr(pool, "_max_session_duration"):
         pool._max_session_duration = options.max_age

@@ -184,14 +184,13 @@ class _Pooled:
 
     async def turn(self, use: Use) -> _Turn:
         began_at = time.perf_counter()
-        turn = self._provider.begin_turn(SimpleNamespace())
-        lease = await self._provider.connect(
-            turn, self._tts, CONN_OPTIONS.timeout, self._opts, _no_other_way
-        )
-        acquired_at = time.perf_counter()
-        received = await use(lease)
-        used_at = time.perf_counter()
-        self._provider.end_turn(turn, cut_off=None)
+        async with self._provider.turn(SimpleNamespace()) as turn:
+            lease = await self._provider.connect(
+                turn, self._tts, CONN_OPTIONS.timeout, self._opts, _no_other_way
+            )
+            acquired_at = time.perf_counter()
+            received = await use(lease)
+            used_at = time.perf_counter()
         released_at = time.perf_counter()
         return _Turn(received, (acquired_at - began_at) + (released_at - used_at))
 

@@ -40,7 +40,7 @@ def floor_of(bench: Bench) -> float:
 
 def label_of(bench: Bench) -> str:
     """What the unpatched plugin is called."""
-    return "own pool" if bench.plugin.has_own_pool else "as it is"
+    return "native pool" if bench.plugin.has_native_pool else "as it is"
 
 
 def missed_goals(bench: Bench, result: CaseResult) -> list[str] | None:

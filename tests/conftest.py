@@ -7,6 +7,7 @@ import gc
 import logging
 import sys
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -53,6 +54,12 @@ def not_installed_afterwards() -> Iterator[None]:
     was_left = xai_pool_patch.is_installed()
     xai_pool_patch.uninstall()  # one test that fails is enough
     assert not was_left, "the test left the patch installed"
+
+
+@pytest.fixture(autouse=True)
+def a_machine_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No mark of another test, whose API key is the same, nor of whatever else runs here."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
 
 
 class _Complaints(logging.Handler):

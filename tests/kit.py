@@ -21,7 +21,7 @@ from xai_pool_patch.testing import Behaviour, FakeServer, ServedConnection
 API_KEY = Behaviour.api_key
 VERSION = releases.installed_version()
 SHAPE = releases.detect(xai.tts, VERSION, allow_unverified=True)
-HAS_OWN_POOL = SHAPE is releases.Shape.OWN_POOL
+HAS_NATIVE_POOL = SHAPE is releases.Shape.NATIVE_POOL
 ONCE = APIConnectOptions(max_retry=0, timeout=5.0)
 
 

@@ -9,7 +9,7 @@ import logging
 import random
 import threading
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -21,6 +21,10 @@ from .pool.supervisor import OnFault, Supervisor
 from .protocol.connection import Connection, Heartbeat
 from .protocol.first_audio import FirstAudio
 from .protocol.lease import Lease
+from .sessions.limit import SessionLimit
+from .sessions.machine import MachineStore
+from .sessions.mark import MarkStore, digest_of
+from .sessions.watch import SessionWatch
 from .telemetry import instruments
 from .telemetry.log import LogEvent, log_event, status_of
 from .telemetry.pool_metrics import PoolMetrics
@@ -65,6 +69,8 @@ class PoolManager:
     Args:
         options: see `PoolOptions`.
         on_fault: takes a fault of the pools.
+        limits: what this process knows about the session limits, by the digest of the API key.
+        stores: where it hears of refusals that others met.
 
     Attributes:
         counters: the totals of all pools.
@@ -75,7 +81,13 @@ class PoolManager:
         pools: replaced by a new dict at each change, since other threads read it for statistics.
     """
 
-    def __init__(self, options: PoolOptions, on_fault: OnFault) -> None:
+    def __init__(
+        self,
+        options: PoolOptions,
+        on_fault: OnFault,
+        limits: dict[str, SessionLimit],
+        stores: Sequence[MarkStore],
+    ) -> None:
         self.counters = Counters()
         self.heartbeat = Heartbeat(options.heartbeat)
         self.first_audio = FirstAudio(options.first_audio_timeout)
@@ -89,6 +101,9 @@ class PoolManager:
         self._users: weakref.WeakKeyDictionary[object, _User] = weakref.WeakKeyDictionary()
         self._jobs: weakref.WeakSet[object] = weakref.WeakSet()
         self._rate_limits: dict[str, RateLimit] = {}
+        self._limits = limits
+        self._stores = stores
+        self._watches: dict[str, SessionWatch] = {}
         self._jitter = random.Random()
 
     def knows(self, tts: object) -> bool:
@@ -108,7 +123,7 @@ class PoolManager:
             previous, user.current = user.current, key
             self._resize(previous)
             self._resize(key)
-            self._forget_empty(user)
+            self._forget_older(user, previous)
         return pool
 
     def pool_for(
@@ -123,7 +138,14 @@ class PoolManager:
             pool = self._make(key, user.visited[key])
             self.pools = {**self.pools, key: pool}
             self._resize(key)
+            if self._options.warm == "auto":
+                self._watch_of(key.api_key).begin()
         return pool
+
+    def make_room(self, api_key: str) -> list[asyncio.Task[None]]:
+        """Close all idle connections of an API key; returns the tasks that close any of them."""
+        pools = self._pools_of(api_key)
+        return [task for pool in pools for task in pool.close_idle()]
 
     def is_first_use_by(self, job: object) -> bool:
         is_first = job not in self._jobs
@@ -175,6 +197,7 @@ class PoolManager:
         for pool in [*self.pools.values(), *self._ending]:
             pool.abandon()
         self.pools = {}
+        self._watches.clear()
         self._users.clear()
 
     def _join(self, tts: object) -> _User:
@@ -204,25 +227,45 @@ class PoolManager:
         self.pools = {key: pool for key, pool in self.pools.items() if key not in keys}
         for pool in ended:
             pool.close()
+        for api_key, watch in self._watches.items():
+            if not self._pools_of(api_key):
+                watch.end()
         self._ending = [pool for pool in (*self._ending, *ended) if not pool.is_empty]
         return ended
 
-    def _forget_empty(self, user: _User) -> None:
-        """Forget keys whose pools are empty.
+    def _forget_older(self, user: _User, previous: PoolKey | None) -> None:
+        """Forget all keys of a TTS but its current and its previous one.
 
         An application may change the options of one TTS any number of times.
         """
-        in_use = {other.current for other in self._users.values()}
-        left = user.visited.keys() - in_use
-        empty = {key for key in left if key not in self.pools or self.pools[key].is_empty}
-        for key in empty:
+        older = user.visited.keys() - {user.current, previous}
+        for key in older:
             del user.visited[key]
-        self._end(empty)
+        self._end(older - {key for other in self._users.values() for key in other.visited})
 
     def _resize(self, key: PoolKey | None) -> None:
-        if key in self.pools:
-            is_used = any(user.current == key for user in self._users.values())
-            self.pools[key].resize(self._options.min_size if is_used else 0)
+        if key not in self.pools:
+            return
+        if any(user.current == key for user in self._users.values()):
+            self.pools[key].resize(self._options.min_size)
+        else:
+            self.pools[key].leave()
+
+    def _pools_of(self, api_key: str) -> list[Pool[Connection]]:
+        return [pool for key, pool in self.pools.items() if key.api_key == api_key]
+
+    def _watch_of(self, api_key: str) -> SessionWatch:
+        if api_key not in self._watches:
+            digest = digest_of(api_key)
+            self._watches[api_key] = SessionWatch(
+                digest,
+                self._limits.setdefault(digest, SessionLimit()),
+                self._stores,
+                supervisor=self.supervisor,
+                pools=lambda: self._pools_of(api_key),
+                jitter=self._jitter,
+            )
+        return self._watches[api_key]
 
     def _make(self, key: PoolKey, dial: Connect) -> Pool[Connection]:
         options = self._options
@@ -244,13 +287,19 @@ class PoolManager:
                     supervisor=self.supervisor,
                     heartbeat=self.heartbeat,
                     close_timeout=options.close_timeout,
+                    on_rate_limited=rate_limited,
                 )
             except Exception as fault:
                 self.supervisor.on_fault("connecting", fault)
                 raise
 
+        def rate_limited() -> None:
+            pool.metrics.rate_limited()
+            if options.warm == "auto":
+                self._watch_of(key.api_key).refused()
+
         rate_limit = self._rate_limits.setdefault(key.api_key, RateLimit())
-        return Pool(
+        pool = Pool(
             connect,
             options,
             supervisor=self.supervisor,
@@ -258,9 +307,15 @@ class PoolManager:
             backoff=Backoff(rate_limit, self._jitter),
             metrics=PoolMetrics(next(_numbers), into=self.counters),
             failure_kind_of=failure_kind_of,
+            on_rate_limited=rate_limited,
             is_defunct=lambda: key.session.closed,
             jitter=self._jitter,
         )
+        pool.set_lean(
+            options.warm == "reply"
+            or (options.warm == "auto" and self._watch_of(key.api_key).is_scarce)
+        )
+        return pool
 
 
 @dataclass(frozen=True)
@@ -293,6 +348,8 @@ class Registry:
         self.has_failed = False
         self._is_closed = False
         self._loops = _Loops({}, Counters())
+        self._limits: dict[str, SessionLimit] = {}
+        self._stores: list[MarkStore] = [MachineStore()]
         self._lock = threading.Lock()  # worker threads have a loop each
         instruments.observe(self)
 
@@ -305,7 +362,7 @@ class Registry:
         loop = asyncio.get_running_loop()
         pools = self._loops.pools.get(loop)
         if pools is None:
-            pools = PoolManager(self.options, self.fail)
+            pools = PoolManager(self.options, self.fail, self._limits, self._stores)
             with self._lock:
                 self._loops = self._loops.with_loop(loop, pools)
             if self._is_closed:

@@ -126,6 +126,7 @@ async def connection(
             supervisor=watch.supervisor,
             heartbeat=watch.heartbeat,
             close_timeout=close_timeout,
+            on_rate_limited=lambda: None,
         )
         made.on_lost = watch.note_loss
         yield made, peer, watch

@@ -22,7 +22,7 @@ from livekit.plugins import xai
 
 import xai_pool_patch
 from tests.instrument import Probes, instrumented
-from tests.kit import HAS_OWN_POOL, Heard, Line, line_to, quick, speak
+from tests.kit import HAS_NATIVE_POOL, Heard, Line, line_to, quick, speak
 from xai_pool_patch import PoolOptions
 from xai_pool_patch.telemetry import log
 
@@ -147,7 +147,7 @@ class Play:
         self, line: Line, tts: xai.TTS, text: str, options: APIConnectOptions | None = None
     ) -> None:
         heard = Heard()
-        if options is None or not HAS_OWN_POOL:
+        if options is None or not HAS_NATIVE_POOL:
             options = APIConnectOptions(max_retry=0, timeout=2.0)
         await self._in_time(text, speak(tts, text, options, heard=heard))
         self._check(line, text, heard)

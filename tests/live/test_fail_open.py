@@ -9,7 +9,7 @@ import pytest
 from livekit.agents import APIConnectOptions
 from livekit.plugins import xai
 
-from tests.kit import API_KEY, HAS_OWN_POOL, ONCE, all_closed, line_to, quick, speak
+from tests.kit import API_KEY, HAS_NATIVE_POOL, ONCE, all_closed, line_to, quick, speak
 
 pytestmark = pytest.mark.usefixtures("patched")
 
@@ -126,7 +126,7 @@ async def test_a_session_that_is_closed_is_no_fault(caplog: pytest.LogCaptureFix
         await tts.aclose()
 
 
-@pytest.mark.skipif(HAS_OWN_POOL, reason="such a subclass keeps the plugin's own pool")
+@pytest.mark.skipif(HAS_NATIVE_POOL, reason="such a subclass keeps the native pool")
 async def test_a_subclass_that_connects_twice() -> None:
     """What it does not use is closed, not forgotten."""
 

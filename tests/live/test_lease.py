@@ -27,18 +27,20 @@ NOTE = '{"type":"note"}'
 TEXT = '{"type":"text.delta","delta":"Hello"}'
 
 
-def lease_of(live: Connection, pool: Any, redial: Any = None) -> Lease:
+def lease_of(live: Connection, pool: Any, acquire_fresh: Any = None) -> Lease:
     """Of a connection that was dialled for it, or of a reused one that can be replaced."""
-    acquired = Acquired(live, waited=0.0, reused=redial is not None, fresh=redial is None)
+    acquired = Acquired(
+        live, waited=0.0, reused=acquire_fresh is not None, fresh=acquire_fresh is None
+    )
     supervisor = Supervisor(_never, close_timeout=5.0)
     exchange = Exchange(
         acquired,
         pool,
         frames=[],
         supervisor=supervisor,
-        redial=redial or _never,
+        acquire_fresh=acquire_fresh or _never,
         first_audio=FirstAudio(5.0),
-        on_replaced=_never,
+        on_replayed=_never,
     )
     return Lease(exchange, supervisor, connect=_never)
 
@@ -273,14 +275,14 @@ async def test_an_error_that_was_put_in_is_raised() -> None:
 
 async def test_it_is_open_while_the_utterance_is_mended() -> None:
     """L1: whoever looks at `closed` before it goes on must not give up what can be saved."""
-    redialling = asyncio.get_running_loop().create_future()
+    dialling = asyncio.get_running_loop().create_future()
     async with connection() as (dead, peer, watch), connection() as (live, other_peer, _):
-        lease = lease_of(dead, TakesBack(), redial=lambda: redialling)
+        lease = lease_of(dead, TakesBack(), acquire_fresh=lambda: dialling)
         await lease.send_str(TEXT)
         peer.hangs_up()
         await until(lambda: watch.lost)
         assert not lease.closed
-        redialling.set_result(Acquired(live, waited=0.1, reused=False, fresh=True))
+        dialling.set_result(Acquired(live, waited=0.1, reused=False, fresh=True))
         assert (await other_peer.hears()).data == TEXT
         assert not lease.closed
         other_peer.hangs_up()
@@ -300,7 +302,7 @@ async def test_a_send_that_fails_late_is_not_the_plugins_when_the_frame_is_with_
 
     async with connection() as (dead, peer, _), connection() as (live, other_peer, _):
         monkeypatch.setattr(dead.ws, "send_str", fails_late)
-        lease = lease_of(dead, TakesBack(), redial=lambda: _returning(live))
+        lease = lease_of(dead, TakesBack(), acquire_fresh=lambda: _returning(live))
         sending = asyncio.create_task(lease.send_str(TEXT))
         await until(lambda: lease._exchange._attempts[0].sent)
         await peer.ws.send_str('{"type":"error"}')

@@ -161,16 +161,21 @@ async def test_on_off_on_observes_once_and_keeps_nothing(reader: InMemoryMetricR
 
 async def test_units(patched: None, reader: InMemoryMetricReader) -> None:
     """Those of the semantic conventions for connection pools."""
-    async with line_to() as line:
+    async with line_to(quick(max_sessions=1)) as line:
         tts = line.tts()
         await speak(tts, "Hello.")
+        other = line.tts(voice="eve")
+        await speak(other, "Hello.")
         await tts.aclose()
+        await other.aclose()
     units = {i.name.removeprefix("xai_pool_patch."): i.unit for i in instruments(reader)}
     assert units == {
         "connection.count": "{connection}",
         "connection.create_time": "s",
         "connection.wait_time": "s",
         "connection.closed": "{connection}",
+        "connection.rate_limited": "{dial}",
+        "pool.lean": "{pool}",
     }
 
 
@@ -223,7 +228,7 @@ async def test_a_replay_is_an_event_of_the_request_span(
         line.server.behaviour.end_before_audio = None
         await turn
         [(span, event, attributes)] = span_events(spans)
-        assert (span, event) == ("tts_request", "xai_pool_patch.replaced")
+        assert (span, event) == ("tts_request", "xai_pool_patch.replayed")
         assert attributes["reason"] == "ended by the peer"
         assert attributes["wait_ms"] > 0
         await tts.aclose()

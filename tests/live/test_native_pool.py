@@ -11,11 +11,12 @@ from livekit.agents.utils import ConnectionPool
 from livekit.plugins import xai
 
 import xai_pool_patch
-from tests.kit import API_KEY, HAS_OWN_POOL, ONCE, all_closed, line_to, quick, registry, speak
+from tests.kit import API_KEY, HAS_NATIVE_POOL, ONCE, all_closed, line_to, quick, registry, speak
+from xai_pool_patch.plugin import patching
 from xai_pool_patch.plugin.native_pool import PooledConnections
 from xai_pool_patch.testing import End
 
-pytestmark = pytest.mark.skipif(not HAS_OWN_POOL, reason="this plugin has no pool of its own")
+pytestmark = pytest.mark.skipif(not HAS_NATIVE_POOL, reason="this plugin has no native pool")
 
 
 def pool_of(tts: xai.TTS) -> Any:
@@ -212,6 +213,28 @@ async def test_uninstalled_while_a_tts_is_collected(monkeypatch: pytest.MonkeyPa
         await kept.aclose()
 
 
+async def test_restoring_does_not_depend_on_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A1: the native pools serve again, though a handler of the application's log raises."""
+
+    def log_event(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    async with line_to() as line:
+        tts = line.tts()
+        native = pool_of(tts)
+        xai_pool_patch.install()
+        assert pool_of(tts) is not native
+        theirs = property(lambda tts: native)
+        with monkeypatch.context() as covering:
+            covering.setattr(xai.TTS, "_pool", theirs)
+            covering.setattr(patching, "log_event", log_event)
+            xai_pool_patch.uninstall()
+            assert vars(xai.TTS)["_pool"] is theirs
+            assert vars(native).keys().isdisjoint({"put", "remove"})
+        delattr(xai.TTS, "_pool")
+        await tts.aclose()
+
+
 @pytest.mark.parametrize(
     "part",
     [
@@ -225,7 +248,7 @@ async def test_uninstalled_while_a_tts_is_collected(monkeypatch: pytest.MonkeyPa
 async def test_a_fault_in_taking_over(
     part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A4: the plugin's own pool goes on serving, and the log says once what is wrong."""
+    """A4: the native pool goes on serving, and the log says once what is wrong."""
 
     def broken(*args: Any, **kwargs: Any) -> None:
         raise ZeroDivisionError
@@ -238,7 +261,7 @@ async def test_a_fault_in_taking_over(
             await speak(tts, "During.")
             registry().fail("testing", ZeroDivisionError())
         with monkeypatch.context() as breaking:
-            breaking.setattr(f"xai_pool_patch.native_pool.{part}", broken)
+            breaking.setattr(f"xai_pool_patch.plugin.native_pool.{part}", broken)
             for text in ("First.", "Second."):
                 heard = await speak(tts, text)
                 assert heard.samples == {line.server.utterance_for(text).number}

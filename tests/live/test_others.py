@@ -19,7 +19,7 @@ from livekit.plugins import xai
 import xai_pool_patch
 from tests.kit import (
     API_KEY,
-    HAS_OWN_POOL,
+    HAS_NATIVE_POOL,
     SHAPE,
     Line,
     all_closed,
@@ -36,7 +36,7 @@ from xai_pool_patch.plugin.wrappers import _as_its_pool_does
 
 Sees = Callable[[Any], object]
 
-needs_own_pool = pytest.mark.skipif(not HAS_OWN_POOL, reason="this plugin has no pool of its own")
+needs_native_pool = pytest.mark.skipif(not HAS_NATIVE_POOL, reason="this plugin has no native pool")
 
 
 @pytest.fixture(autouse=True)
@@ -226,7 +226,7 @@ async def test_without_a_tts_the_plugin_dials_as_ever(patched: None) -> None:
         tts = line.tts(voice="eve")
         pools = registry().here()
         connect = vars(xai.TTS)["_connect_ws"]
-        connect = _as_its_pool_does if HAS_OWN_POOL else connect.__wrapped__
+        connect = _as_its_pool_does if HAS_NATIVE_POOL else connect.__wrapped__
         dial = Connector(connect, tts, tts._opts, shape=SHAPE, heartbeat=pools.heartbeat)
         del tts
         gc.collect()
@@ -262,7 +262,7 @@ async def test_what_a_class_does_at_its_end_and_its_making_is_not_done_for_the_d
         await tts.aclose()
 
 
-@needs_own_pool
+@needs_native_pool
 @pytest.mark.parametrize("name", ["_connect_ws", "_connect_pooled_ws"])
 async def test_a_wrapper_counts_from_its_coming_to_its_going(patched: None, name: str) -> None:
     """A1: it is asked at each dial who wraps the plugin's ways to connect, one or the other."""
@@ -289,7 +289,7 @@ async def test_a_wrapper_counts_from_its_coming_to_its_going(patched: None, name
 
 
 async def test_a_way_to_connect_that_is_set_on_an_instance_is_used() -> None:
-    """Nobody else gets its connections: one a turn before 1.6.5, later the plugin's own pool."""
+    """Nobody else gets its connections: one a turn before 1.6.5, later the native pool."""
     xai_pool_patch.install()
     async with line_to() as line:
         tts, other = line.tts(), line.tts()
@@ -303,7 +303,7 @@ async def test_a_way_to_connect_that_is_set_on_an_instance_is_used() -> None:
 
         tts._connect_ws = mine  # type: ignore[method-assign,unused-ignore]
         await two_turns(line, tts)
-        dials = 1 if HAS_OWN_POOL else 2
+        dials = 1 if HAS_NATIVE_POOL else 2
         assert [opts == () for opts in calls] == [SHAPE is Shape.READS_OPTIONS] * dials
         await two_turns(line, other)
         assert [c.query["voice"] for c in line.server.connections] == ["mine"] * dials + ["ara"]
@@ -313,9 +313,9 @@ async def test_a_way_to_connect_that_is_set_on_an_instance_is_used() -> None:
     xai_pool_patch.uninstall()
 
 
-@needs_own_pool
+@needs_native_pool
 async def test_a_way_to_connect_may_come_and_go(patched: None) -> None:
-    """Under a TTS that has spoken: its own pool serves, and reuses, for as long as it is there."""
+    """Under a TTS that has spoken: its native pool serves and reuses while the way is there."""
     async with line_to() as line:
         tts: Any = line.tts()
         await two_turns(line, tts)
@@ -338,7 +338,7 @@ async def test_a_way_to_connect_may_come_and_go(patched: None) -> None:
         await all_closed(line.server)
 
 
-@needs_own_pool
+@needs_native_pool
 async def test_a_pool_that_is_set_on_an_instance_is_used(patched: None) -> None:
     """Though another one has stood in for the one before it."""
 
@@ -435,7 +435,7 @@ async def test_wrappers_of_every_method_come_and_go(
         assert len([number for number in made if number > before]) == connections
         await all_closed(line.server)
 
-    unpatched = 1 if HAS_OWN_POOL else 3
+    unpatched = 1 if HAS_NATIVE_POOL else 3
     before = [dict(vars(owner)) for owner in owners.values()]
     async with line_to() as line:
         for step in [put_on, xai_pool_patch.install][:: 1 if theirs_first else -1]:

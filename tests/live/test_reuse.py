@@ -7,20 +7,20 @@ import asyncio
 import pytest
 
 import xai_pool_patch
-from tests.kit import HAS_OWN_POOL, all_closed, line_to, speak
+from tests.kit import HAS_NATIVE_POOL, all_closed, line_to, speak
 
 TURNS = 75
 """As many as in livekit/agents issue 6078."""
 
 
 async def test_the_reports_own_case_unpatched() -> None:
-    """The plugin as it is: a connection for every turn, or one of its own pool for all of them."""
+    """The plugin as it is: a connection for every turn, or one of its native pool for all."""
     async with line_to() as line:
         tts = line.tts()
         for number in range(TURNS):
             assert (await speak(tts, f"This is turn {number}.")).error is None
         await tts.aclose()
-        reused = [False] + [HAS_OWN_POOL] * (TURNS - 1)
+        reused = [False] + [HAS_NATIVE_POOL] * (TURNS - 1)
         assert [metric.connection_reused for metric in line.metrics] == reused
         assert len(line.server.connections) == reused.count(False)
 

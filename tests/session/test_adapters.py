@@ -20,7 +20,7 @@ from livekit.agents.tts import FallbackAdapter, StreamAdapter
 from livekit.agents.voice.agent_session import SessionConnectOptions
 
 import xai_pool_patch
-from tests.kit import HAS_OWN_POOL, Line, all_closed, line_to, quick
+from tests.kit import HAS_NATIVE_POOL, Line, all_closed, line_to, quick
 from tests.session.test_session import session_of
 from xai_pool_patch import PoolOptions
 from xai_pool_patch.testing import SAMPLE_RATE, End, Ending, FakeServer, Outcome, Utterance
@@ -278,8 +278,8 @@ async def test_goes_on_to_the_other_as_soon_as_unpatched_and_comes_back(
     """No attempt more, no dial more, no second more; and what comes back is pooled again."""
     outage = OUTAGES[name]
     patched = await breakdown(outage, is_warm=is_warm, is_patched=True)
-    # The plugin's own pool would wait for a half-open connection for ever: no mark to be held to.
-    hangs = is_warm and HAS_OWN_POOL and outage.begin is stall
+    # The native pool would wait for a half-open connection for ever: no mark to be held to.
+    hangs = is_warm and HAS_NATIVE_POOL and outage.begin is stall
     unpatched = await breakdown(outage, is_warm=is_warm and not hangs, is_patched=False)
     assert patched.attempts <= unpatched.attempts
     assert patched.dials <= patched.attempts

@@ -43,7 +43,6 @@ from tests.session.test_adapters import ONE_TURN, OTHER_KEY, two_lines
 from tests.session.test_session import Speaker
 from xai_pool_patch import PoolOptions
 from xai_pool_patch.demo.conversation import Loudspeaker
-from xai_pool_patch.manager import PoolManager
 from xai_pool_patch.plugin import conversation
 from xai_pool_patch.plugin.conversation import current_conversation
 from xai_pool_patch.pool import pool
@@ -56,14 +55,6 @@ UNPATCHED_EMIT = vars(AgentSession)["emit"]
 def lean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The patch in the mode that keeps nothing between replies, not even from session.start()."""
     monkeypatch.setattr(pool, "PREWARM_LASTS", 0.05)
-    make = PoolManager._make
-
-    def make_lean(*args: Any) -> Any:
-        made = make(*args)
-        made.set_lean(True)
-        return made
-
-    monkeypatch.setattr(PoolManager, "_make", make_lean)
     xai_pool_patch.install(LEAN)
     yield
     xai_pool_patch.uninstall()

@@ -96,6 +96,8 @@ class Network:
 class TakesBack:
     """A pool of which only how connections come back to it exists."""
 
+    is_lean = False
+
     def __init__(self) -> None:
         self.came_back: list[object] = []
 
@@ -133,6 +135,7 @@ def make_pool(
         backoff=Backoff(rate_limit or RateLimit(), jitter),
         metrics=PoolMetrics(pool=1),
         failure_kind_of=failure_kind_of,
+        on_rate_limited=lambda: None,
         is_defunct=lambda: network.is_gone,
         jitter=jitter,
     )

@@ -44,7 +44,11 @@ def exchange_of(cut_off: Reason | None, *, fresh: bool) -> tuple[Socket, TakesBa
     async def utterance() -> None:
         supervisor = Supervisor(no_fault, close_timeout=1.0)
         connection = Connection(
-            socket, supervisor=supervisor, heartbeat=Heartbeat(20.0), close_timeout=1.0
+            socket,
+            supervisor=supervisor,
+            heartbeat=Heartbeat(20.0),
+            close_timeout=1.0,
+            on_rate_limited=_raise,
         )
         await asyncio.sleep(0)
         frames: list[Frame] = []
@@ -53,9 +57,9 @@ def exchange_of(cut_off: Reason | None, *, fresh: bool) -> tuple[Socket, TakesBa
             pool,
             frames,
             supervisor=supervisor,
-            redial=_no_redial,
+            acquire_fresh=_no_replay,
             first_audio=FirstAudio(5.0),
-            on_replaced=_raise,
+            on_replayed=_raise,
         )
         for frame in (TEXT, DONE):
             frames.append(Frame("send_str", (frame, None), {}))
@@ -68,7 +72,7 @@ def exchange_of(cut_off: Reason | None, *, fresh: bool) -> tuple[Socket, TakesBa
     return socket, pool
 
 
-async def _no_redial() -> Any:
+async def _no_replay() -> Any:
     raise AssertionError("nothing has failed")
 
 

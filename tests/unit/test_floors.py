@@ -21,6 +21,7 @@ FLOORS = (
     {"plugin"},
     {"manager"},
     {"protocol"},
+    {"sessions"},
     {"pool"},
     {"telemetry"},
     {"errors", "options", "python", "_version"},

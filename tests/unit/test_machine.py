@@ -157,7 +157,7 @@ class Agents(RuleBasedStateMachine):
         """Each, and when it was first seen."""
 
         async def make() -> PoolManager:
-            return PoolManager(self.options, no_fault)
+            return PoolManager(self.options, no_fault, {}, [])
 
         self.pools = self.loop.run_until_complete(make())
         self.pools._jitter.seed(1)

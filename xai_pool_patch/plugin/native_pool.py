@@ -16,6 +16,7 @@ from livekit.agents.utils import ConnectionPool
 from ..pool.pool import Reason
 from ..pool.supervisor import spawn
 from ..protocol.lease import NETWORK_ERRORS, Lease
+from .patching import Patch
 from .provider import ConnectionProvider, Turn, current_turn, has_loop
 
 NAME = "_pool"
@@ -27,7 +28,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def _fails_open(method: Method) -> Method:
-    """After a fault of the patch the plugin's own pool does what the method should have."""
+    """After a fault of the patch the native pool does what the method should have."""
     name = method.__name__
 
     @functools.wraps(method)
@@ -83,7 +84,7 @@ class PooledConnections(ConnectionPool[aiohttp.ClientWebSocketResponse]):
         return vars(self._tts())[NAME]
 
     def restore(self) -> None:
-        """The plugin's own pool serves again."""
+        """The native pool serves again."""
         tts = self._tts()
         if tts is not None:  # else its pool has gone with it
             for name in ("put", "remove"):
@@ -140,8 +141,10 @@ class PooledConnections(ConnectionPool[aiohttp.ClientWebSocketResponse]):
             spawn(own._drain_to_close(), name="xai_pool_patch.close_own")
 
 
-class PoolAttribute:
-    """`TTS._pool`, for every instance: the plugin's own pool stays where the plugin put it.
+class PoolAttribute(Patch):
+    """The patch of `TTS._pool`, and also the descriptor that it puts there.
+
+    The native pool stays where the plugin put it: in the instance's `__dict__`.
 
     Args:
         tts_type: the plugin's `TTS`.
@@ -149,10 +152,9 @@ class PoolAttribute:
     """
 
     def __init__(self, tts_type: type, provider: ConnectionProvider) -> None:
-        self._tts_type = tts_type
+        super().__init__(tts_type, NAME, lambda *_: self)
         self._provider = provider
         self._is_restored = False
-        self._switch: list[str] = []
         self._replacements: weakref.WeakKeyDictionary[Any, PooledConnections | None]
         self._replacements = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()  # worker threads have TTS instances of their own
@@ -164,7 +166,7 @@ class PoolAttribute:
             raise AttributeError(f"{type(tts).__name__!r} object has no attribute {NAME!r}")
         own = vars(tts)[NAME]
         try:
-            is_off = not self._switch or self._provider.has_failed
+            is_off = not self.switch or self._provider.has_failed
             if is_off and not self._is_restored:
                 self.restore()
             return own if self._is_restored else self._replacement_for(tts, own) or own
@@ -176,12 +178,14 @@ class PoolAttribute:
         self._provider.attempt("standing in", self._let_go, tts)
         vars(tts)[NAME] = own
 
-    def replace(self, _: Any, switch: list[str]) -> PoolAttribute:
-        self._switch = switch
-        return self
+    def undo(self) -> None:
+        try:
+            super().undo()
+        finally:
+            self.restore()
 
     def restore(self) -> None:
-        """From here on the plugin's own pools serve again."""
+        """From here on the native pools serve again."""
         with self._lock, contextlib.ExitStack() as steps:
             self._is_restored = True
             for replacement in filter(None, self._replacements.values()):
@@ -202,7 +206,7 @@ class PoolAttribute:
             return self._replacements[tts]
 
     def _let_go(self, tts: Any) -> None:
-        """Its own pool serves, for now at least."""
+        """Its native pool serves, for now at least."""
         with self._lock:
             replacement = self._replacements.pop(tts, None)
         if replacement is not None:
@@ -211,6 +215,6 @@ class PoolAttribute:
     def _connects_as_published(self, tts_type: type) -> bool:
         """A subclass that connects in a way of its own keeps the pool that calls it."""
         return all(
-            inspect.getattr_static(tts_type, name) is vars(self._tts_type)[name]
+            inspect.getattr_static(tts_type, name) is vars(self.owner)[name]
             for name in WAYS_TO_CONNECT
         )

@@ -1,7 +1,6 @@
-"""One attribute of one class of the plugin, and what replaces it.
+"""Replaces and restores one attribute of one class of the plugin.
 
-What is changed is kept as data, one record each, so that putting in and taking out walk the same
-list.
+Each change is one record, so that installing and uninstalling walk the same list.
 """
 
 from __future__ import annotations
@@ -20,19 +19,17 @@ class _Missing(enum.Enum):
 
 @dataclass(eq=False)
 class Patch:
-    """One attribute of one class, and what stands in for it.
+    """One attribute of one class, and its replacement.
 
     Args:
-        make_wrapper: makes it from what there was, and from the switch.
-        after: what else there is to undo.
-        switch: not empty while what stands in is to be used. wrapt looks at it in each call; a list
-            needs no call of ours, which could fail.
+        make_wrapper: makes the replacement from the attribute and the switch.
+        switch: not empty while the replacement is in use. wrapt looks at it in each call. It is a
+            list because that needs no call of ours, which could fail.
     """
 
     owner: type
     name: str
     make_wrapper: Callable[[Any, list[str]], Any]
-    after: Callable[[], None] = lambda: None
     switch: list[str] = field(default_factory=list)
     _original: Any = _Missing.MISSING
     _ours: Any = None
@@ -41,18 +38,17 @@ class Patch:
         self._original = vars(self.owner).get(self.name, _Missing.MISSING)
         inherited = getattr(self.owner, self.name, None)
         self._ours = self.make_wrapper(inherited, self.switch)
-        setattr(self.owner, self.name, self._ours)
+        # Before the attribute is set: another thread that reads `TTS._pool` in between would see
+        # the switch off, and that attribute would stay off.
         self.switch.append("on")
+        setattr(self.owner, self.name, self._ours)
 
     def undo(self) -> None:
-        """Takes out what is ours. Beneath somebody else's wrapper it only passes through."""
+        """Restore the attribute. Beneath somebody else's wrapper, ours stays and passes through."""
         self.switch.clear()
-        try:
-            if vars(self.owner).get(self.name) is not self._ours:
-                log_event(LogEvent.COVERED, attribute=f"{self.owner.__name__}.{self.name}")
-            elif self._original is _Missing.MISSING:
-                delattr(self.owner, self.name)
-            else:
-                setattr(self.owner, self.name, self._original)
-        finally:
-            self.after()
+        if vars(self.owner).get(self.name) is not self._ours:
+            log_event(LogEvent.COVERED, attribute=f"{self.owner.__name__}.{self.name}")
+        elif self._original is _Missing.MISSING:
+            delattr(self.owner, self.name)
+        else:
+            setattr(self.owner, self.name, self._original)

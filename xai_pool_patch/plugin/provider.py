@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
+import functools
+import sys
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from livekit.agents import APIConnectionError, get_job_context
 
-from ..manager import Connect, PoolManager, Registry
+from ..manager import Connect, PoolManager, Registry, failure_kind_of
+from ..pool.backoff import FailureKind
 from ..pool.pool import (
     Acquired,
     AcquireTimeoutError,
@@ -30,6 +34,10 @@ from .releases import Shape
 
 T = TypeVar("T")
 
+ROOM_TIMEOUT = 1.0
+"""Seconds that a refused caller waits for the server to answer the Close frame of an idle
+connection, so that its session is free."""
+
 
 class Turn:
     """One run of the plugin's `_run_ws`: one utterance, on one lease at a time.
@@ -47,9 +55,7 @@ class Turn:
         self.stream = stream
         self.waited = 0.0
         self.reused = False
-        self.token: contextvars.Token[Turn | None] | None = None
-        synthesis = _synthesis.get()
-        self._reporting = [stream, synthesis.stream() if synthesis is not None else None]
+        self._reporting = [stream, _reporting_stream()]
         self._usage = UsageStats()
         self._lease: Lease | None = None
         self.pools: PoolManager | None = None
@@ -79,10 +85,10 @@ class Turn:
             self._mark("waited", wait_ms=in_ms(waited))
 
     @harmless
-    def replaced(self, waited: float, reason: str) -> None:
+    def replayed(self, waited: float, reason: str) -> None:
         self.note(waited)
         self._usage.replaced(waited)
-        self._mark("replaced", reason=reason, wait_ms=in_ms(waited))
+        self._mark("replayed", reason=reason, wait_ms=in_ms(waited))
 
     @harmless
     def note(self, waited: float, *, reused: bool = False) -> None:
@@ -103,21 +109,27 @@ _turn: contextvars.ContextVar[Turn | None] = contextvars.ContextVar("xai_pool_pa
 current_turn = _turn.get
 
 
-class Synthesis:
-    """A `TTS.synthesize()`: its stream reports what another one, made meanwhile, does for it.
-
-    Attributes:
-        stream: the one that reports; known once it is made.
-    """
-
-    def __init__(self) -> None:
-        self.stream: Callable[[], Any] = lambda: None
-        self.token: contextvars.Token[Synthesis | None] | None = None
-
-
-_synthesis: contextvars.ContextVar[Synthesis | None] = contextvars.ContextVar(
-    "xai_pool_patch.synthesis", default=None
+# Weak, since a task or timer that is started in this context may live as long as a connection.
+_reporting: contextvars.ContextVar[weakref.ref[Any] | None] = contextvars.ContextVar(
+    "xai_pool_patch.reporting", default=None
 )
+
+
+def report_on(stream: Any) -> None:
+    """Make the turns of this task, and of the tasks it starts, report on that stream, too."""
+    _reporting.set(weakref.ref(stream))
+
+
+def _reporting_stream() -> Any:
+    reference = _reporting.get()
+    return reference() if reference is not None else None
+
+
+def cut_off_by(error: BaseException | None) -> Reason | None:
+    """Why the utterance was cut off, given the exception in progress; None if it has finished."""
+    if error is None:
+        return None
+    return Reason.INTERRUPTED if isinstance(error, asyncio.CancelledError) else Reason.FAILED
 
 
 class ConnectionProvider:
@@ -160,26 +172,18 @@ class ConnectionProvider:
         except Exception as fault:
             self.fail(operation, fault)
 
-    def begin_turn(self, stream: Any) -> Turn:
+    @contextlib.asynccontextmanager
+    async def turn(self, stream: Any) -> AsyncIterator[Turn]:
+        """The turn that runs in this block. The end of the block ends its lease."""
         turn = Turn(stream)
-        turn.token = _turn.set(turn)
-        return turn
-
-    def end_turn(self, turn: Turn, cut_off: Reason | None) -> None:
-        if turn.token is not None:
-            _turn.reset(turn.token)
-        turn.end(cut_off)
-
-    def begin_synthesis(self) -> Synthesis:
-        synthesis = Synthesis()
-        synthesis.token = _synthesis.set(synthesis)
-        return synthesis
-
-    def end_synthesis(self, synthesis: Synthesis, stream: Any) -> None:
-        if synthesis.token is not None:
-            _synthesis.reset(synthesis.token)
-        if stream is not None:
-            synthesis.stream = weakref.ref(stream)
+        token = _turn.set(turn)
+        try:
+            yield turn
+        finally:
+            cut_off = cut_off_by(sys.exc_info()[1])
+            _turn.reset(token)
+            self.attempt("ending a turn", turn.end, cut_off)
+            await self.attempt_to_wait("closing", turn.closed)
 
     async def connect(
         self, turn: Turn, tts: Any, timeout: float, opts: Any, fallback: Callable[[], Any]
@@ -265,7 +269,11 @@ class ConnectionProvider:
         if opts is not None:
             pool = pools.pool_for(tts, key_of(tts, opts), lambda: self._connector(pools, tts, opts))
         conversation = current_conversation()
-        acquired = await _acquire(pool, timeout, caller=conversation)
+
+        def acquire(*, fresh: bool = False) -> Awaitable[Acquired[Connection]]:
+            return _acquire(pools, pool, tts._api_key, timeout, fresh=fresh, caller=conversation)
+
+        acquired = await acquire()
         if conversation is not None:
             conversation.speaks(tts, pool)
         if self.has_failed:  # between the moment it was handed a connection and this one
@@ -275,9 +283,9 @@ class ConnectionProvider:
             pool,
             frames=[],
             supervisor=pools.supervisor,
-            redial=lambda: _acquire(pool, timeout, fresh=True),
+            acquire_fresh=lambda: acquire(fresh=True),
             first_audio=pools.first_audio,
-            on_replaced=turn.replaced,
+            on_replayed=turn.replayed,
         )
         lease = Lease(
             exchange, pools.supervisor, connect=lambda: self._plugins_own(tts, timeout, opts)
@@ -322,15 +330,18 @@ def has_loop() -> bool:
 
 
 async def _acquire(
+    pools: PoolManager,
     pool: Pool[Connection],
+    api_key: str,
     timeout: float,
     *,
-    fresh: bool = False,
-    caller: Conversation | None = None,
+    fresh: bool,
+    caller: Conversation | None,
 ) -> Acquired[Connection]:
     """Raises what the plugin's own connect would have raised."""
+    ask = functools.partial(pool.acquire, fresh=fresh, caller=caller)
     try:
-        return await pool.acquire(timeout, fresh=fresh, caller=caller)
+        return await _ask_or_make_room(ask, pools, api_key, timeout)
     except DialFailedError as failure:
         error = failure.error
     except AcquireTimeoutError as late:
@@ -345,3 +356,24 @@ async def _acquire(
     if error.__suppress_context__:
         error.__context__ = None
     raise with_status(error) from error.__cause__
+
+
+async def _ask_or_make_room(
+    ask: Callable[[float], Awaitable[Acquired[Connection]]],
+    pools: PoolManager,
+    api_key: str,
+    timeout: float,
+) -> Acquired[Connection]:
+    """Ask again after a refusal for the limit, if this process gives sessions back."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
+    try:
+        return await ask(timeout)
+    except DialFailedError as failure:
+        if failure_kind_of(failure.error) is not FailureKind.RATE_LIMITED:
+            raise
+        closing = pools.make_room(api_key)
+        if not closing:
+            raise
+    await asyncio.wait(closing, timeout=ROOM_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+    return await ask(max(0.0, deadline - loop.time()))

@@ -30,7 +30,7 @@ class Shape(enum.Enum):
     """It opens one for each segment; `TTS._connect_ws` reads `self._opts`."""
     TAKES_OPTIONS = "takes options"
     """The same, but `TTS._connect_ws` is given the stream's own copy of the options."""
-    OWN_POOL = "own pool"
+    NATIVE_POOL = "native pool"
     """It draws them from a `ConnectionPool` of livekit-agents, one for each TTS."""
 
 
@@ -61,22 +61,22 @@ RELEASES = (
     ),
     Release(
         ("1.6.5",),
-        Shape.OWN_POOL,
+        Shape.NATIVE_POOL,
         "6de19bc18fa9f83020a9c6123f33be31eda85914349c948d7ac372c548d04eb1",
     ),
     Release(
         _series("1.6", 6, 10),
-        Shape.OWN_POOL,
+        Shape.NATIVE_POOL,
         "4a587c90e3f7bc35714e1222685a11bbe55e345d59aa4f54b83d4985f956c946",
     ),
     Release(
         _series("1.7", 0, 1),
-        Shape.OWN_POOL,
+        Shape.NATIVE_POOL,
         "8a8c5c282dfd429efa2e0adac2b8ee829b8de958c5082921dcc47e7de5002f12",
     ),
     Release(
         _series("1.8", 0, 9),
-        Shape.OWN_POOL,
+        Shape.NATIVE_POOL,
         "0edd02ed27abb2215d9ff08f8c534bc6653904c89cfe90e672ea9dd1c55ef5fb",
     ),
 )
@@ -150,7 +150,7 @@ _METHODS = {
         *_WITHOUT_POOL,
         _Method("TTS", "_connect_ws", ("self", "timeout", "opts"), uses=_DIALLED_BY),
     ),
-    Shape.OWN_POOL: (
+    Shape.NATIVE_POOL: (
         *_IN_EVERY_SHAPE,
         _Method("TTS", "__init__", is_coroutine=False, uses=_uses("ConnectionPool", "_pool")),
         _Method("TTS", "_connect_ws", ("self", "timeout", "opts"), uses=_DIALLED_BY),
@@ -173,7 +173,7 @@ _METHODS = {
 def differences(module: ModuleType, shape: Shape) -> list[str]:
     """What in the imported plugin is not as that shape has it."""
     found = [d for method in _METHODS[shape] if (d := method.difference(module))]
-    if shape is not Shape.OWN_POOL and _has_own_prewarm(getattr(module, "TTS", object)):
+    if shape is not Shape.NATIVE_POOL and _has_own_prewarm(getattr(module, "TTS", object)):
         found.append("TTS has a prewarm of its own")
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import sys
@@ -11,14 +10,14 @@ from types import ModuleType
 from typing import Any
 
 import wrapt
+from livekit.agents.tts import ChunkedStream
 
 from ..manager import Registry
-from ..pool.pool import Reason
 from ..protocol.lease import NETWORK_ERRORS, Lease
 from ..telemetry.log import LogEvent, log_event
-from . import native_pool
+from .native_pool import PoolAttribute
 from .patching import Patch
-from .provider import ConnectionProvider, current_turn
+from .provider import ConnectionProvider, current_turn, cut_off_by, report_on
 from .releases import Shape, session_type
 from .signs import Signs
 
@@ -26,7 +25,7 @@ from .signs import Signs
 def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> list[Patch]:
     """What is put into a plugin of that shape."""
     tts, stream = module.TTS, module.SynthesizeStream
-    has_pool = shape is Shape.OWN_POOL
+    has_pool = shape is Shape.NATIVE_POOL
     provider = ConnectionProvider(registry, shape, connect_of(tts, shape))
     wrappers = Wrappers(provider)
 
@@ -42,8 +41,7 @@ def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> list[Pa
     if session is not None:
         patches.append(patch(session, "emit", Signs(provider).emit))
     if has_pool:
-        attribute = native_pool.PoolAttribute(tts, provider)
-        return [*patches, Patch(tts, native_pool.NAME, attribute.replace, attribute.restore)]
+        return [*patches, PoolAttribute(tts, provider)]
     return [
         *patches,
         patch(tts, "_connect_ws", wrappers.connect_ws),
@@ -65,7 +63,7 @@ def _session_to_hear(registry: Registry) -> type | None:
 
 def connect_of(tts_type: type, shape: Shape) -> Any:
     """The plugin's own way to a connection, as a plain function."""
-    return _as_its_pool_does if shape is Shape.OWN_POOL else vars(tts_type)["_connect_ws"]
+    return _as_its_pool_does if shape is Shape.NATIVE_POOL else vars(tts_type)["_connect_ws"]
 
 
 def _as_its_pool_does(tts: Any, timeout: float) -> Any:
@@ -153,28 +151,25 @@ class Wrappers:
         self._provider = provider
 
     async def run_ws(self, wrapped: Any, stream: Any, args: Any, kwargs: Any) -> Any:
-        provider = self._provider
-        if provider.has_failed:
+        if self._provider.has_failed:
             return await wrapped(*args, **kwargs)
-        turn = provider.attempt("beginning a turn", provider.begin_turn, stream)
-        try:
+        async with self._provider.turn(stream):
             return await wrapped(*args, **kwargs)
-        finally:
-            if turn is not None:
-                cut_off = _cut_off_by(sys.exc_info()[1])
-                provider.attempt("ending a turn", provider.end_turn, turn, cut_off)
-                await provider.attempt_to_wait("closing", turn.closed)
 
     def synthesize(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
-        provider = self._provider
-        synthesis = provider.attempt("beginning a synthesis", provider.begin_synthesis)
-        stream = None
-        try:
-            stream = wrapped(*args, **kwargs)
-            return stream
-        finally:
-            if synthesis is not None:
-                provider.attempt("a synthesis", provider.end_synthesis, synthesis, stream)
+        """`synthesize()` reports metrics on one stream and works on another, in its `_run`."""
+        stream = wrapped(*args, **kwargs)
+        if isinstance(stream, ChunkedStream):
+            self._provider.attempt("synthesize", self._wrap_run, stream)
+        return stream
+
+    def _wrap_run(self, stream: Any) -> None:
+        guarded = _guarded_async(self.run_synthesis, self._provider)
+        stream._run = wrapt.FunctionWrapper(stream._run, guarded)
+
+    async def run_synthesis(self, wrapped: Any, stream: Any, args: Any, kwargs: Any) -> Any:
+        report_on(stream)
+        return await wrapped(*args, **kwargs)
 
     async def connect_ws(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
         def plain() -> Any:
@@ -192,7 +187,7 @@ class Wrappers:
         The plugin closes in a `finally`: the exception under way, if any, cut the utterance off.
         What never gets here, `run_ws` hands back.
         """
-        cut_off = _cut_off_by(sys.exc_info()[1])
+        cut_off = cut_off_by(sys.exc_info()[1])
         turn = current_turn()
         closed = await wrapped(*args, **kwargs)
         if turn is not None and isinstance(_socket(*args, **kwargs), Lease):
@@ -209,13 +204,6 @@ class Wrappers:
 
     async def aclose(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
         await self._provider.close(tts, lambda: wrapped(*args, **kwargs))
-
-
-def _cut_off_by(error: BaseException | None) -> Reason | None:
-    """What the exception that is under way says of the utterance; None if it was finished."""
-    if error is None:
-        return None
-    return Reason.INTERRUPTED if isinstance(error, asyncio.CancelledError) else Reason.FAILED
 
 
 def _socket(ws: Any) -> Any:

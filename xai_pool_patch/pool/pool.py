@@ -88,6 +88,7 @@ class Pool(Generic[C]):
         backoff: decides when background dials may be made.
         metrics: gets the events.
         failure_kind_of: what the error of a dial means for the next dials.
+        on_rate_limited: called when a dial is refused for the rate limit.
         is_defunct: whether `connect` can never succeed again, so that the pool should end quietly.
         jitter: spreads the ages at which connections expire.
 
@@ -106,6 +107,7 @@ class Pool(Generic[C]):
         backoff: Backoff,
         metrics: PoolMetrics,
         failure_kind_of: Callable[[Exception], FailureKind],
+        on_rate_limited: Callable[[], None],
         is_defunct: Callable[[], bool],
         jitter: random.Random,
     ) -> None:
@@ -116,6 +118,7 @@ class Pool(Generic[C]):
         self._backoff = backoff
         self.metrics = metrics
         self._failure_kind_of = failure_kind_of
+        self._on_rate_limited = on_rate_limited
         self._is_defunct = is_defunct
         self._jitter = jitter
         self._loop = asyncio.get_running_loop()
@@ -309,12 +312,15 @@ class Pool(Generic[C]):
             self._settle_soon()
 
     def close_idle(self) -> list[asyncio.Task[None]]:
-        """Close all idle connections in the background; returns the tasks that do so."""
-        before = set(self._closing)
+        """Close all idle connections in the background.
+
+        Returns:
+            The tasks that do so, and those that were closing a connection before.
+        """
         for entry in list(self._idle):
             self._remove(entry, Reason.SURPLUS)
         self._settle()
-        return list(self._closing - before)
+        return list(self._closing)
 
     def _settle_soon(self) -> None:
         # A TTS registers and asks for a connection in one step of the event loop. Dialled at once,
@@ -524,7 +530,10 @@ class Pool(Generic[C]):
         self._settle()
 
     def _dial_failed(self, dial: Dial[C], error: Exception) -> None:
-        self._backoff.failed(self._failure_kind_of(error), self._now())
+        failure_kind = self._failure_kind_of(error)
+        self._backoff.failed(failure_kind, self._now())
+        if failure_kind is FailureKind.RATE_LIMITED:
+            self._on_rate_limited()
         if dial.waiter is not None:
             dial.waiter.fail(DialFailedError(error))
         elif not self.is_defunct:

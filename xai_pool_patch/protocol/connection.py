@@ -25,6 +25,13 @@ SUSPICIOUS = 2
 """The heartbeat stops after so many connections in a row that ended without a PONG. One alone may
 belong to a peer that vanished."""
 
+SAYS_RATE_LIMITED = re.compile(
+    r"(session|connection|concurren|rate|request)\w*\W+(\w+\W+)?limit"
+    r"|too many|limit (was )?(reached|exceeded)",
+    re.IGNORECASE,
+)
+"""In the text of an error frame. xAI documents neither a text nor a code for it."""
+
 TEXT_CLEAR = '{"type":"text.clear"}'
 
 Sink = Callable[[aiohttp.WSMessage, str], None]
@@ -98,6 +105,7 @@ class Connection:
         supervisor: owns the tasks.
         heartbeat: learns whether PINGs are answered.
         close_timeout: seconds the peer has to answer a Close frame.
+        on_rate_limited: called for an error frame that says that there are too many sessions.
 
     Attributes:
         sink: takes what the reader reads; None while the connection is idle.
@@ -116,6 +124,7 @@ class Connection:
         supervisor: Supervisor,
         heartbeat: Heartbeat,
         close_timeout: float,
+        on_rate_limited: Callable[[], None],
     ) -> None:
         self.ws = ws
         self._supervisor = supervisor
@@ -133,6 +142,7 @@ class Connection:
         self._pinged_at: dict[bytes, float] = {}
         self._fence: _Fence | None = None
         self._close_timeout = close_timeout
+        self._on_rate_limited = on_rate_limited
         self._closer: asyncio.Task[None] | None = None
         self._transport = _transport_of(ws)
         self.reader = supervisor.spawn(self._read(), name="xai_pool_patch.reader")
@@ -319,6 +329,8 @@ class Connection:
             else:
                 self._distrust()
             return
+        if type_ == "error" and SAYS_RATE_LIMITED.search(message.data):
+            self._on_rate_limited()
         may_be_heard = self.utterance.received(type_)
         is_idle_and_dirty = self.sink is None and self.utterance.stage is Stage.DIRTY
         if not may_be_heard and self.utterance.was_cleared:

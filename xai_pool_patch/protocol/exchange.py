@@ -74,8 +74,8 @@ class Attempt:
     is_fresh: bool
     waited: float
     """Seconds that the utterance waited for this connection."""
-    replaces: Failure | None = None
-    """What was wrong with the first connection, if this one replaces it."""
+    replay_reason: Failure | None = None
+    """Why the utterance is replayed on this connection; None for the first one."""
     sent: int = 0
     """How many of the utterance's frames have been sent on this connection."""
     is_sending: bool = False
@@ -105,9 +105,9 @@ class Exchange:
         pool: the pool that the connections come from and go back to.
         frames: what the plugin sends; grows by one before each `send`.
         supervisor: owns the tasks and timers.
-        redial: waits for a fresh connection.
+        acquire_fresh: dials, and returns the fresh connection.
         first_audio: decides how long a reused connection may take to answer.
-        on_replaced: called when a replacement is the connection that is heard, with the seconds
+        on_replayed: called when a replacement is the connection that is heard, with the seconds
             waited for it and the reason.
     """
 
@@ -118,27 +118,27 @@ class Exchange:
         frames: list[Frame],
         *,
         supervisor: Supervisor,
-        redial: Callable[[], Awaitable[Acquired[Connection]]],
+        acquire_fresh: Callable[[], Awaitable[Acquired[Connection]]],
         first_audio: FirstAudio,
-        on_replaced: Callable[[float, str], None],
+        on_replayed: Callable[[float, str], None],
     ) -> None:
         self.inbox: asyncio.Queue[aiohttp.WSMessage | Exception] = asyncio.Queue()
         self.frames = frames
         self._pool = pool
         self._supervisor = supervisor
-        self._redial = redial
+        self._acquire_fresh = acquire_fresh
         self._first_audio = first_audio
-        self._on_replaced = on_replaced
+        self._on_replayed = on_replayed
         self._attempts: list[Attempt] = []
         self._committed: Attempt | None = None
         """The attempt that is heard. While there is none, the utterance can be replayed."""
         self._has_spoken = False
-        self._redialling: asyncio.Task[None] | None = None
-        self._has_redialled = False
+        self._replaying: asyncio.Task[None] | None = None
+        self._has_dialled = False
         """The dial is over; its connection may still be sending."""
         self._replays_unanswered = False
         """`FirstAudio` has allowed this exchange to replay an utterance that was not answered."""
-        self._redial_error: Exception | None = None
+        self._replay_error: Exception | None = None
         """Why there is no replacement, though the exchange needed one."""
         self._soft_timeouts: list[SoftTimeout] = []
         first = self._begin(Attempt(acquired.connection, acquired.fresh, acquired.waited))
@@ -148,8 +148,8 @@ class Exchange:
 
     def __repr__(self) -> str:
         state = "heard" if self._committed else "unheard"
-        redialling = " redialling" if self._redialling and not self._has_redialled else ""
-        return f"<Exchange {state}{redialling} {[a.connection for a in self._attempts]}>"
+        replaying = " replaying" if self._replaying and not self._has_dialled else ""
+        return f"<Exchange {state}{replaying} {[a.connection for a in self._attempts]}>"
 
     @property
     def is_over(self) -> bool:
@@ -177,13 +177,13 @@ class Exchange:
     def end(self, cut_off: Reason | None) -> None:
         """Give the connections back to the pool. Never waits."""
         self._stop_watching()
-        self._stop_redialling()
+        self._stop_replaying()
         self._end_replay(helped=False)
         for attempt in self._attempts:
             attempt.connection.detach()
             if attempt is self._committed and cut_off is None:
                 self._pool.release(attempt.connection)
-            elif cut_off is Reason.INTERRUPTED and self._redialling is None:
+            elif cut_off is Reason.INTERRUPTED and self._replaying is None:
                 self._pool.release_cut_off(attempt.connection)
             else:
                 self._pool.discard(attempt.connection, cut_off or Reason.FAILED)
@@ -235,13 +235,14 @@ class Exchange:
 
         def doubt() -> None:
             if is_silent():
-                self._replace(is_silent, Failure.NO_PONG)
+                self._start_replaying(is_silent, Failure.NO_PONG)
 
         def give_up() -> None:
             attempt.silent_since = began
             self._fail_if_exhausted()
 
-        self._wait(timeout / 2, doubt)
+        # Lean, no connection is dialled on suspicion: others may need the session.
+        self._wait(timeout if self._pool.is_lean else timeout / 2, doubt)
         self._wait(timeout, give_up)
         await connection.ping_as_fence(timeout)
 
@@ -269,10 +270,10 @@ class Exchange:
         if waited >= self._first_audio.limit or _is_mute(attempt):
             self._give_up_waiting(attempt)
             return
-        if waited >= self._first_audio.replay_after and self._redialling is None:
+        if waited >= self._first_audio.replay_after and self._replaying is None:
             self._replays_unanswered = self._first_audio.begin_replay()
             if self._replays_unanswered:
-                self._replace(lambda: True, Failure.NO_ANSWER)
+                self._start_replaying(lambda: True, Failure.NO_ANSWER)
         self._wait(self._first_audio.timeout / LOOKS, lambda: self._doubt(attempt))
 
     async def _ask_for_life(self, connection: Connection) -> None:
@@ -281,7 +282,7 @@ class Exchange:
 
     def _give_up_waiting(self, attempt: Attempt) -> None:
         attempt.is_overdue = True
-        self._replace(lambda: True, Failure.NO_ANSWER)  # if it was not its turn until now
+        self._start_replaying(lambda: True, Failure.NO_ANSWER)  # if it was not its turn until now
         self._fail_if_exhausted()
 
     # Hearing
@@ -311,14 +312,14 @@ class Exchange:
         self._committed = attempt
         self.connection = attempt.connection
         self._stop_watching()
-        self._end_replay(helped=attempt.replaces is Failure.NO_ANSWER)
+        self._end_replay(helped=attempt.replay_reason is Failure.NO_ANSWER)
         for other in [other for other in self._attempts if other is not attempt]:
             self._drop(other)
-        if attempt.replaces is not None:
-            self._pool.metrics.replayed(attempt.waited, attempt.replaces.value)
-            self._on_replaced(attempt.waited, attempt.replaces.value)
+        if attempt.replay_reason is not None:
+            self._pool.metrics.replayed(attempt.waited, attempt.replay_reason.value)
+            self._on_replayed(attempt.waited, attempt.replay_reason.value)
         else:
-            self._stop_redialling()
+            self._stop_replaying()
 
     def _go_on_without(self, attempt: Attempt, failure: Failure) -> bool:
         """Drop a failed attempt. False if nothing is left: the caller must report the failure."""
@@ -326,12 +327,12 @@ class Exchange:
             return True  # another call dropped the attempt while this one was sending
         if self._committed is not None:
             return False
-        if self._is_exhausted(without=attempt) and (attempt.is_fresh or self._has_redialled):
+        if self._is_exhausted(without=attempt) and (attempt.is_fresh or self._has_dialled):
             return False
         self._drop(attempt)
         if attempt.is_fresh:
-            self._redial_error = ConnectionResetError(f"replay failed: {failure.value}")
-        self._replace(lambda: True, failure)
+            self._replay_error = ConnectionResetError(f"replay failed: {failure.value}")
+        self._start_replaying(lambda: True, failure)
         return True
 
     def _is_exhausted(self, without: Attempt | None = None) -> bool:
@@ -343,8 +344,8 @@ class Exchange:
 
         Otherwise the plugin would wait for ever.
         """
-        if self._redial_error is not None and self._is_exhausted():
-            self.inbox.put_nowait(self._redial_error)
+        if self._replay_error is not None and self._is_exhausted():
+            self.inbox.put_nowait(self._replay_error)
 
     def _drop(self, attempt: Attempt) -> None:
         self._attempts.remove(attempt)
@@ -354,30 +355,30 @@ class Exchange:
         else:
             self._pool.evict(attempt.connection)
 
-    # Replacing
+    # Replaying
 
-    def _replace(self, is_wanted: Callable[[], bool], failure: Failure) -> None:
+    def _start_replaying(self, is_wanted: Callable[[], bool], failure: Failure) -> None:
         """Begin to dial a replacement, if none has been dialled for this utterance."""
-        if self._redialling is None:
-            redial = self._replay(is_wanted, failure)
-            self._redialling = self._supervisor.spawn(redial, name="xai_pool_patch.redial")
+        if self._replaying is None:
+            replay = self._replay(is_wanted, failure)
+            self._replaying = self._supervisor.spawn(replay, name="xai_pool_patch.replay")
 
     async def _replay(self, is_wanted: Callable[[], bool], failure: Failure) -> None:
         try:
-            acquired = await self._redial()
+            acquired = await self._acquire_fresh()
         except Exception as error:
-            self._has_redialled = True
-            self._redial_error = error
+            self._has_dialled = True
+            self._replay_error = error
             self._pool.metrics.replay_failed(error, failure.value)
             self._fail_if_exhausted()
             return
         if not self._is_exhausted() and not is_wanted():
             # The first connection has sent something during the dial. A replay would make the
             # server generate the same audio twice.
-            self._redialling = None
+            self._replaying = None
             self._pool.release(acquired.connection)
             return
-        self._has_redialled = True
+        self._has_dialled = True
         attempt = self._begin(Attempt(acquired.connection, True, acquired.waited, failure))
         with contextlib.suppress(OSError):  # the connection's reader reports its end
             await self._catch_up(attempt)
@@ -392,9 +393,9 @@ class Exchange:
             soft_timeout.stop()
         self._soft_timeouts.clear()
 
-    def _stop_redialling(self) -> None:
-        if self._redialling is not None:
-            self._redialling.cancel()
+    def _stop_replaying(self) -> None:
+        if self._replaying is not None:
+            self._replaying.cancel()
 
 
 def _failure_in(attempt: Attempt, message: aiohttp.WSMessage, type_: str) -> Failure | None:

@@ -45,6 +45,11 @@ def _count(_: CallbackOptions) -> Iterable[Observation]:
     return [Observation(int(counts.get(state, 0)), {"state": state}) for state in STATES]  # type: ignore[call-overload]
 
 
+def _lean(_: CallbackOptions) -> Iterable[Observation]:
+    source = _source() if _source is not None else None
+    return [Observation(source.stats()["lean"] if source is not None else 0)]
+
+
 _meter = metrics.get_meter("xai_pool_patch", __version__)
 
 connection_count = _meter.create_observable_up_down_counter(
@@ -52,6 +57,12 @@ connection_count = _meter.create_observable_up_down_counter(
     [_count],
     unit="{connection}",
     description="Connections by state: idle, leased, clearing, connecting",
+)
+lean_count = _meter.create_observable_up_down_counter(
+    "xai_pool_patch.pool.lean",
+    [_lean],
+    unit="{pool}",
+    description="Pools that keep a connection only while a reply is expected",
 )
 create_time = _meter.create_histogram(
     "xai_pool_patch.connection.create_time",

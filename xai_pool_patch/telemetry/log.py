@@ -59,7 +59,12 @@ class LogEvent(enum.Enum):
     CLEARING_STOPPED = ("clearing stopped", WARNING)
     VERIFYING_STOPPED = ("verifying stopped", WARNING)
     STANDBY_FAILED = ("standby failed", WARNING)
+    SESSIONS_SCARCE = ("sessions scarce", WARNING)
+    SESSIONS_SUFFICE = ("sessions suffice", INFO)
     PINGS_UNANSWERED = ("PINGs unanswered, heartbeat off", WARNING)
+
+    MARK_STORE_FAILED = ("mark store failed", WARNING)
+    MARK_STORE_RESTORED = ("mark store works again", INFO)
 
     REUSED = ("reused", DEBUG)
     WAITED = ("waited", DEBUG)

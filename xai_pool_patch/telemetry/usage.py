@@ -47,6 +47,8 @@ class Counts(Totals):
     clearing: int
     """A `text.clear` is under way."""
     connecting: int
+    lean: int
+    """Pools that keep a connection only while a reply is expected."""
 
 
 class Stats(Counts):
@@ -145,6 +147,8 @@ class Countable(Protocol):
     def clearing(self) -> int: ...
     @property
     def connecting(self) -> int: ...
+    @property
+    def is_lean(self) -> bool: ...
 
 
 def counts_of(pools: Sequence[Countable], counters: Counters) -> Counts:
@@ -155,6 +159,7 @@ def counts_of(pools: Sequence[Countable], counters: Counters) -> Counts:
         "leased": sum(pool.leased for pool in pools),
         "clearing": sum(pool.clearing for pool in pools),
         "connecting": sum(pool.connecting for pool in pools),
+        "lean": sum(pool.is_lean for pool in pools),
     }
 
 

@@ -1,0 +1,160 @@
+"""Rules S1 to S5 and P11 with the real plugin: a limited number of sessions, and who holds them."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from livekit.agents import APIConnectOptions
+from livekit.plugins import xai
+
+import xai_pool_patch
+from tests.kit import Line, hear_whole, line_to, quick, registry, speak
+from xai_pool_patch import PoolOptions
+
+LINGER = 0.1
+PATIENT = APIConnectOptions(max_retry=3, timeout=5.0)
+
+reply = pytest.mark.parametrize(
+    "patched", [PoolOptions(warm="reply", linger=LINGER)], indirect=True
+)
+
+
+async def until_idle(count: int) -> None:
+    while xai_pool_patch.stats()["idle"] != count or xai_pool_patch.stats()["connecting"]:
+        await asyncio.sleep(0.01)
+
+
+async def talk(line: Line, tts: xai.TTS, *texts: str) -> None:
+    for text in texts:
+        await hear_whole(line, tts, text)
+
+
+@reply
+async def test_a_call_holds_a_session_only_while_it_speaks(patched: None) -> None:
+    """S1: and for `linger` afterwards, so that the next sentence of a reply finds it."""
+    async with line_to() as line:
+        tts = line.tts()
+        await talk(line, tts, "First.", "Second.")
+        assert len(line.server.connections) == 1
+        await line.server.wait_for(lambda server: server.open_count == 0)
+        await talk(line, tts, "Third.")
+        assert len(line.server.connections) == 2
+        await tts.aclose()
+
+
+@reply
+async def test_prewarm_is_a_sign_of_a_reply(patched: None) -> None:
+    """S2: the connection is there when the greeting asks for it."""
+    async with line_to() as line:
+        tts = line.tts()
+        tts.prewarm()
+        await until_idle(1)
+        await asyncio.sleep(2 * LINGER)
+        await talk(line, tts, "Hello.")
+        assert xai_pool_patch.stats()["connections_reused"] == 1
+        await tts.aclose()
+
+
+async def test_a_refused_caller_makes_room(patched: None) -> None:
+    """S4: it closes what is idle in this process, and dials once more. Nobody hears of it."""
+    async with line_to(quick(max_sessions=1)) as line:
+        first, second = line.tts(voice="ara"), line.tts(voice="eve")
+        await talk(line, first, "First.")
+        await until_idle(1)
+        await talk(line, second, "Second.")
+        assert [shake.status for shake in line.server.handshakes] == [101, 429, 101]
+        assert line.errors == []
+        assert xai_pool_patch.stats()["rate_limited"] == 1
+        await first.aclose()
+        await second.aclose()
+
+
+async def test_a_refused_caller_without_anything_to_close_hears_so_at_once(patched: None) -> None:
+    """S4, A6: the refusal is the plugin's, after one dial."""
+    async with line_to(quick(max_sessions=0)) as line:
+        tts = line.tts()
+        heard = await speak(tts, "Hello.")
+        assert getattr(heard.error, "status_code", None) == 429
+        assert len(line.server.handshakes) == 1
+        await tts.aclose()
+
+
+async def test_after_a_refusal_nothing_is_kept_between_replies(patched: None) -> None:
+    """S1, S3: until the mark is over. And nothing is dialled on suspicion."""
+    async with line_to(quick(max_sessions=1)) as line:
+        tts, other = line.tts(voice="ara"), line.tts(voice="eve")
+        await talk(line, tts, "First.")
+        await talk(line, other, "Second.")
+        assert xai_pool_patch.stats()["lean"] == 2
+        await line.server.wait_for(lambda server: server.open_count == 0)
+        seen = len(line.server.handshakes)
+        await talk(line, tts, "Third.")
+        await talk(line, other, "Fourth.")
+        assert [shake.status for shake in line.server.handshakes[seen:]] in (
+            [101, 101],
+            [101, 429, 101],
+        )
+        await tts.aclose()
+        await other.aclose()
+
+
+@pytest.mark.parametrize("patched", [PoolOptions(warm="always")], indirect=True)
+async def test_always_warm_stays_warm(patched: None) -> None:
+    """S1: after a refusal, too."""
+    async with line_to(quick(max_sessions=1)) as line:
+        first, second = line.tts(voice="ara"), line.tts(voice="eve")
+        await talk(line, first, "First.")
+        await talk(line, second, "Second.")
+        assert xai_pool_patch.stats()["lean"] == 0
+        await until_idle(1)
+        await first.aclose()
+        await second.aclose()
+
+
+async def test_an_error_frame_that_names_the_limit_is_a_refusal(patched: None) -> None:
+    """S3: a server may accept the handshake and refuse the session then."""
+    async with line_to(quick(error_on_text="Too many concurrent sessions.")) as line:
+        tts = line.tts()
+        assert (await speak(tts, "Hello.")).error is not None
+        assert xai_pool_patch.stats()["lean"] == 1
+        assert xai_pool_patch.stats()["rate_limited"] >= 1
+        await tts.aclose()
+
+
+async def test_an_error_frame_of_another_kind_is_none(patched: None) -> None:
+    """S3: a text that is too long, or a pipeline that timed out, says nothing about sessions."""
+    for message in ("Text exceeds the limit of 15000 characters.", "Deadline expired after 2101s"):
+        async with line_to(quick(error_on_text=message)) as line:
+            tts = line.tts()
+            assert (await speak(tts, "Hello.")).error is not None
+            assert xai_pool_patch.stats()["lean"] == 0
+            await tts.aclose()
+
+
+async def test_another_voice_for_each_turn(patched: None) -> None:
+    """P11: each is heard on a limit of six, and three at most are open at any time."""
+    async with line_to(quick(max_sessions=6)) as line:
+        tts, peak = line.tts(), 0
+        for turn in range(20):
+            tts.update_options(voice=f"voice {turn}")
+            await hear_whole(line, tts, f"Turn {turn}.")
+            peak = max(peak, line.server.open_count)
+        assert peak <= 3
+        assert line.errors == []
+        assert {shake.status for shake in line.server.handshakes} == {101}
+        await tts.aclose()
+
+
+async def test_sixty_voices_without_a_word(patched: None) -> None:
+    """P11: leave two connections at most, however far their dials were."""
+    async with line_to(round_trip=0.02) as line:
+        tts = line.tts()
+        await hear_whole(line, tts, "Hello.")
+        for turn in range(60):
+            tts.update_options(voice=f"voice {turn}")
+            await asyncio.sleep(0.01)
+        await line.server.wait_for(lambda server: server.open_count <= 2)
+        await until_idle(1)
+        assert len(registry().here().pools) <= 2
+        await tts.aclose()
