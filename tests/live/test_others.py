@@ -291,7 +291,7 @@ async def test_a_wrapper_is_called_from_when_it_is_set_until_it_is_removed(
 
 
 async def test_a_connect_method_set_on_an_instance_is_used() -> None:
-    """No other TTS gets its connections: one a turn before 1.6.5, later those of the native pool."""
+    """No other TTS gets its connections: one a turn before 1.6.5, then the native pool."""
     xai_pool_patch.install()
     async with line_to() as line:
         tts, other = line.tts(), line.tts()

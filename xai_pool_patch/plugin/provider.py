@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from ..protocol.lease import NETWORK_ERRORS, Lease
 from ..telemetry.log import LogEvent, harmless, in_ms, log_event
 from ..telemetry.usage import UsageStats
 from .connector import Connector, key_of, with_status
+from .conversation import Conversation, current_conversation
 from .releases import Shape
 
 T = TypeVar("T")
@@ -219,6 +221,9 @@ class ConnectionProvider:
         pools = self._registry.here()
         if not pools.is_over(_job()):
             self._use(pools, tts).prewarm()
+        conversation = current_conversation()
+        if conversation is not None:
+            conversation.tts = tts  # of an agent that takes over, and has not spoken yet
 
     def follow(self, tts: Any) -> None:
         """Warm the pool of the TTS's new options, if the TTS has used a pool before."""
@@ -226,6 +231,14 @@ class ConnectionProvider:
             pools = self._registry.here()
             if pools.knows(tts) and not pools.is_over(_job()):
                 self._use(pools, tts)
+
+    def expect(self, conversation: Conversation, tts: Any) -> bool:
+        """Has a connection ready for a reply that is to come. False if that TTS is not in use."""
+        pools = self._registry.here()
+        is_in_use = pools.knows(tts) and not pools.is_over(_job())
+        if is_in_use:
+            conversation.expect_at(self._use(pools, tts))
+        return is_in_use
 
     async def close(self, tts: Any, close: Callable[[], Awaitable[Any]]) -> None:
         """Close the TTS, and the pools that no other TTS uses."""
@@ -252,11 +265,14 @@ class ConnectionProvider:
         usage = pools.usage(tts)  # now, since the TTS may be closed before the connection is there
         if opts is not None:
             pool = pools.pool_for(tts, key_of(tts, opts), lambda: self._connector(pools, tts, opts))
+        conversation = current_conversation()
 
         def acquire(*, fresh: bool = False) -> Awaitable[Acquired[Connection]]:
-            return _acquire(pools, pool, tts._api_key, timeout, fresh=fresh)
+            return _acquire(pools, pool, tts._api_key, timeout, fresh=fresh, caller=conversation)
 
         acquired = await acquire()
+        if conversation is not None:
+            conversation.speaks(tts, pool)
         if self.has_failed:  # since the pool handed out this connection
             raise PoolClosedError("the pool failed")
         exchange = Exchange(
@@ -311,11 +327,18 @@ def has_loop() -> bool:
 
 
 async def _acquire(
-    pools: PoolManager, pool: Pool[Connection], api_key: str, timeout: float, *, fresh: bool
+    pools: PoolManager,
+    pool: Pool[Connection],
+    api_key: str,
+    timeout: float,
+    *,
+    fresh: bool,
+    caller: Conversation | None,
 ) -> Acquired[Connection]:
     """Acquire a connection. Raises what the plugin's own connect would have raised."""
+    ask = functools.partial(pool.acquire, fresh=fresh, caller=caller)
     try:
-        return await _acquire_or_make_room(pools, pool, api_key, timeout, fresh=fresh)
+        return await _ask_or_make_room(ask, pools, api_key, timeout)
     except DialFailedError as failure:
         error = failure.error
     except AcquireTimeoutError as late:
@@ -334,14 +357,17 @@ async def _acquire(
     raise with_status(error) from error.__cause__
 
 
-async def _acquire_or_make_room(
-    pools: PoolManager, pool: Pool[Connection], api_key: str, timeout: float, *, fresh: bool
+async def _ask_or_make_room(
+    ask: Callable[[float], Awaitable[Acquired[Connection]]],
+    pools: PoolManager,
+    api_key: str,
+    timeout: float,
 ) -> Acquired[Connection]:
     """Ask again after a refusal for the limit, if this process gives sessions back."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
     try:
-        return await pool.acquire(timeout, fresh=fresh)
+        return await ask(timeout)
     except DialFailedError as failure:
         if failure_kind_of(failure.error) is not FailureKind.RATE_LIMITED:
             raise
@@ -349,4 +375,4 @@ async def _acquire_or_make_room(
         if not closing:
             raise
     await asyncio.wait(closing, timeout=ROOM_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
-    return await pool.acquire(max(0.0, deadline - loop.time()), fresh=fresh)
+    return await ask(max(0.0, deadline - loop.time()))

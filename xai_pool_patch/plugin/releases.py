@@ -20,6 +20,7 @@ DISTRIBUTION = "livekit-plugins-xai"
 FRAMEWORK = "livekit-agents"
 """LiveKit releases it together with the plugin, under the same numbers."""
 MODULE = "livekit.plugins.xai.tts"
+SESSION_MODULE = "livekit.agents.voice.agent_session"
 
 
 class Shape(enum.Enum):
@@ -181,6 +182,18 @@ def _has_own_prewarm(tts_type: type) -> bool:
     """Whether the TTS overrides `prewarm`. A wrapper around the inherited one does not count."""
     owners = [vars(owner)["prewarm"] for owner in tts_type.__mro__ if "prewarm" in vars(owner)]
     return "prewarm" in vars(tts_type) and len({inspect.unwrap(each) for each in owners}) > 1
+
+
+_EMIT = _Method("AgentSession", "emit", ("self", "event", "arg"), is_coroutine=False)
+
+
+def session_type() -> tuple[type | None, str | None]:
+    """The framework's AgentSession; else None, and what differs from the one that is known."""
+    module = sys.modules.get(SESSION_MODULE)
+    if module is None:
+        return None, f"{SESSION_MODULE} is not imported"
+    difference = _EMIT.difference(module)
+    return (None, difference) if difference else (module.AgentSession, None)
 
 
 def imported_plugin() -> ModuleType | None:

@@ -16,10 +16,12 @@ from livekit.agents.tts import ChunkedStream
 from ..manager import Registry
 from ..pool.pool import Reason
 from ..protocol.lease import NETWORK_ERRORS, Lease
+from ..telemetry.log import LogEvent, log_event
 from .native_pool import PoolAttribute
 from .patching import Patch
 from .provider import ConnectionProvider, current_turn, report_on
-from .releases import Shape
+from .releases import Shape, session_type
+from .signs import Signs
 
 
 def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> list[Patch]:
@@ -37,6 +39,9 @@ def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> list[Pa
         patch(tts, "synthesize", wrappers.synthesize),
         patch(tts, "aclose", wrappers.aclose),
     ]
+    session = _session_to_hear(registry)
+    if session is not None:
+        patches.append(patch(session, "emit", Signs(provider).emit))
     if has_pool:
         return [*patches, PoolAttribute(tts, provider)]
     return [
@@ -46,6 +51,16 @@ def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> list[Pa
         patch(tts, "prewarm", wrappers.prewarm),
         patch(tts, "update_options", wrappers.update_options),
     ]
+
+
+def _session_to_hear(registry: Registry) -> type | None:
+    """The framework's AgentSession, if signs of its replies are wanted and can be had."""
+    if registry.options.warm == "always":
+        return None
+    session, difference = session_type()
+    if difference is not None:
+        log_event(LogEvent.NO_SIGNS, reason=difference)
+    return session
 
 
 def connect_of(tts_type: type, shape: Shape) -> Any:

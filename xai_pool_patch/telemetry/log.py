@@ -50,6 +50,7 @@ class LogEvent(enum.Enum):
     REFUSED = ("refused", WARNING)
     SWITCHED_OFF = ("switched off by XAI_POOL_PATCH", WARNING)
     COVERED = ("covered by another wrapper", WARNING)
+    NO_SIGNS = ("no signs of replies", WARNING)
     FAULT = ("failed open", ERROR)
 
     CONNECTED = ("connected", INFO)

@@ -1,0 +1,83 @@
+"""What is known about one AgentSession: who speaks for it, and which of its replies are to come."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from ..pool.pool import Pool
+from ..protocol.connection import Connection
+
+SIGN_LASTS = 10.0
+"""Seconds after the last sign of a reply in which its first text is expected. An LLM that takes
+longer is rare, and until then the connection is one that nobody else can have."""
+
+
+class Conversation:
+    """One AgentSession, as a caller of the pools.
+
+    Keeps neither the session nor the TTS alive: contexts and pools hold it, and may outlive both.
+    """
+
+    def __init__(self) -> None:
+        self._tts: Callable[[], Any] = lambda: None
+        self._replies: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._expected_by: Pool[Connection] | None = None
+        self._expected_until = 0.0
+
+    @property
+    def tts(self) -> Any:
+        """The TTS that is most likely to speak next; None if none has spoken yet, or it is gone."""
+        return self._tts()
+
+    @tts.setter
+    def tts(self, tts: Any) -> None:
+        self._tts = weakref.ref(tts)
+
+    @property
+    def replies_to_come(self) -> int:
+        """Replies that have begun, and are neither done nor interrupted."""
+        return sum(not (handle.done() or handle.interrupted) for handle in self._replies)
+
+    @property
+    def is_expected(self) -> bool:
+        """Whether a pool keeps a connection for the next reply."""
+        now = asyncio.get_running_loop().time()
+        return self._expected_by is not None and now < self._expected_until
+
+    def begin_reply(self, handle: Any) -> None:
+        self._replies.add(handle)
+
+    def expect_at(self, pool: Pool[Connection]) -> None:
+        """After a sign of a reply: that pool keeps a connection for it, and no other does."""
+        if self._expected_by is not pool:
+            self.withdraw()
+        self._expected_by = pool
+        self._expected_until = asyncio.get_running_loop().time() + SIGN_LASTS
+        pool.expect(self, self._expected_until)
+
+    def withdraw(self) -> None:
+        """No reply is to come that needs a connection."""
+        pool, self._expected_by = self._expected_by, None
+        if pool is not None:
+            pool.withdraw(self)
+
+    def speaks(self, tts: Any, pool: Pool[Connection]) -> None:
+        """A reply has got its connection from that pool, which expects it no more."""
+        self.tts = tts
+        if self._expected_by is not pool:
+            self.withdraw()  # another TTS speaks than the one that was expected to
+        elif self.is_expected and self.replies_to_come > 1:
+            pool.expect(self, self._expected_until)  # one that is queued speaks next
+        else:
+            self._expected_by = None
+
+
+_conversation: contextvars.ContextVar[Conversation | None] = contextvars.ContextVar(
+    "xai_pool_patch.conversation", default=None
+)
+current_conversation = _conversation.get
+enter_conversation = _conversation.set

@@ -1,0 +1,126 @@
+"""Signs that an AgentSession is about to reply, in time to dial before there is any text.
+
+A session says by its events what it does. `speech_created` comes before the LLM is asked, also for
+a preemptive reply; the first text, which asks for a connection, only after the LLM's first token.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import Any
+
+from livekit.agents.llm import RealtimeModel
+from livekit.agents.utils import is_given
+
+from .conversation import Conversation, enter_conversation
+from .provider import ConnectionProvider, has_loop
+
+
+class Signs:
+    """Hears what AgentSessions emit, and has a connection ready for the replies that follow.
+
+    Args:
+        provider: keeps the connection, where it knows the TTS.
+    """
+
+    def __init__(self, provider: ConnectionProvider) -> None:
+        self._provider = provider
+        self._conversations: weakref.WeakKeyDictionary[Any, Conversation]
+        self._conversations = weakref.WeakKeyDictionary()
+
+    def emit(self, wrapped: Any, session: Any, args: Any, kwargs: Any) -> Any:
+        """Wraps `AgentSession.emit`.
+
+        The session's own listeners run first: they may interrupt a reply or cancel it.
+        """
+        emitted = wrapped(*args, **kwargs)
+        note = functools.partial(self._note, session, *args, **kwargs)
+        self._provider.attempt("a sign of a reply", note)
+        return emitted
+
+    def _note(self, session: Any, event: str, arg: Any) -> None:
+        sign = _SIGNS.get(event)
+        if sign is None or self._provider.has_failed or not has_loop():
+            return
+        conversation = self._conversation_of(session)
+        # Left set: the framework creates the task that will speak after this event, and that task
+        # inherits the context. So the session is known where the plugin asks for a connection.
+        enter_conversation(conversation)
+        if _is_heard(session):
+            sign(self, session, conversation, arg)
+
+    def _conversation_of(self, session: Any) -> Conversation:
+        conversation = self._conversations.get(session)
+        if conversation is None:
+            conversation = self._conversations[session] = Conversation()
+        return conversation
+
+    def _speech_created(self, session: Any, conversation: Conversation, event: Any) -> None:
+        if event.source == "generate_reply" and _speaks_itself(session):
+            return
+        conversation.begin_reply(event.speech_handle)
+        ended = functools.partial(self._ended, conversation)
+        event.speech_handle.add_done_callback(
+            lambda _: self._provider.attempt("the end of a reply", ended)
+        )
+        self._expect_reply(session, conversation)
+
+    def _function_tools_executed(
+        self, session: Any, conversation: Conversation, event: Any
+    ) -> None:
+        if event.has_tool_reply:
+            self._expect_reply(session, conversation)
+
+    def _agent_state_changed(self, session: Any, conversation: Conversation, event: Any) -> None:
+        # Only prolongs: it comes too when a tool begins that may take any time.
+        if event.new_state == "thinking" and conversation.is_expected:
+            self._expect_reply(session, conversation)
+
+    def _user_state_changed(self, session: Any, conversation: Conversation, event: Any) -> None:
+        # A realtime model creates its speech with its first output, which is too late.
+        is_realtime = isinstance(_model(session, "llm"), RealtimeModel)
+        if event.new_state == "listening" and is_realtime and not _speaks_itself(session):
+            self._expect(session, conversation)
+
+    def _expect_reply(self, session: Any, conversation: Conversation) -> None:
+        if conversation.replies_to_come:
+            self._expect(session, conversation)
+
+    def _expect(self, session: Any, conversation: Conversation) -> None:
+        expect = functools.partial(self._provider.expect, conversation)
+        # Before its first word, the session's own TTS is the best guess. Inside an adapter there
+        # may be several: which of them speaks is known once one has.
+        _ = expect(conversation.tts) or expect(_model(session, "tts"))
+
+    def _ended(self, conversation: Conversation) -> None:
+        if not conversation.replies_to_come:
+            conversation.withdraw()
+
+
+_SIGNS = {
+    "speech_created": Signs._speech_created,
+    "function_tools_executed": Signs._function_tools_executed,
+    "agent_state_changed": Signs._agent_state_changed,
+    "user_state_changed": Signs._user_state_changed,
+}
+
+
+def _is_heard(session: Any) -> bool:
+    """Whether the session has its replies spoken at all; it may only write."""
+    return session.output.audio is not None and session.output.audio_enabled
+
+
+def _speaks_itself(session: Any) -> bool:
+    """Whether the replies of the session's model need no TTS."""
+    model = _model(session, "llm")
+    return isinstance(model, RealtimeModel) and model.capabilities.audio_output
+
+
+def _model(session: Any, name: str) -> Any:
+    """The `llm` or `tts` of the session's agent, else the session's own."""
+    try:
+        own = getattr(session.current_agent, name)
+    except RuntimeError:  # no agent is active
+        return None
+    return own if is_given(own) else getattr(session, name)
