@@ -71,6 +71,13 @@ def test_one_refusal(clock: Clock) -> None:
     assert limit.seconds_left == 0.0
 
 
+def test_the_marks_of_many_processes(clock: Clock) -> None:
+    """They do not end together, even if nobody hears of the others'."""
+    lengths = {refused(clock.limit(seed)).length for seed in range(100)}
+    assert min(lengths) < 111.0
+    assert max(lengths) > 129.0
+
+
 def test_a_thousand_refusals(clock: Clock) -> None:
     """They make one mark, and one more once half of it has passed, without doubling."""
     limit = clock.limit()
