@@ -121,8 +121,10 @@ class PoolManager:
         user = self._users[tts]
         if user.current != key:
             previous, user.current = user.current, key
-            self._resize(previous)
+            expected = self._resize(previous)
             self._resize(key)
+            for caller, until in expected.items():
+                pool.expect(caller, until)
             self._forget_older(user, previous)
         return pool
 
@@ -243,13 +245,14 @@ class PoolManager:
             del user.visited[key]
         self._end(older - {key for other in self._users.values() for key in other.visited})
 
-    def _resize(self, key: PoolKey | None) -> None:
+    def _resize(self, key: PoolKey | None) -> dict[object, float]:
+        """Returns the callers that were expected at a key that nobody speaks with any more."""
         if key not in self.pools:
-            return
-        if any(user.current == key for user in self._users.values()):
-            self.pools[key].resize(self._options.min_size)
-        else:
-            self.pools[key].leave()
+            return {}
+        if not any(user.current == key for user in self._users.values()):
+            return self.pools[key].leave()
+        self.pools[key].resize(self._options.min_size)
+        return {}
 
     def _pools_of(self, api_key: str) -> list[Pool[Connection]]:
         return [pool for key, pool in self.pools.items() if key.api_key == api_key]

@@ -158,3 +158,18 @@ async def test_sixty_voices_without_a_word(patched: None) -> None:
         await until_idle(1)
         assert len(registry().here().pools) <= 2
         await tts.aclose()
+
+
+@reply
+async def test_a_voice_changed_before_the_first_word_is_the_one_that_is_dialled(
+    patched: None,
+) -> None:
+    """S2, P11: the reply is expected at the new voice then."""
+    async with line_to() as line:
+        tts = line.tts()
+        tts.prewarm()
+        tts.update_options(voice="eve")
+        await until_idle(1)
+        await hear_whole(line, tts, "Hello.")
+        assert xai_pool_patch.stats()["connections_reused"] == 1
+        await tts.aclose()

@@ -209,3 +209,14 @@ async def test_a_dial_for_a_voice_left_meanwhile_is_closed(
     assert pool.idle == 1
     await asyncio.sleep(11.0)
     assert pool.idle == 0
+
+
+@with_pool()
+async def test_who_is_expected_moves_on_with_the_voice(pool: Pool[Wire]) -> None:
+    """P11: a pool that nobody speaks with expects nobody, and says whom it expected."""
+    until = now() + 10.0
+    pool.set_lean(True)
+    pool.expect(ANN, until)
+    assert pool.leave() == {ANN: until}
+    await asyncio.sleep(HANDSHAKE + LINGER)
+    assert pool.connections == ()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests import virtual
+from tests.virtual import in_virtual_time
 from xai_pool_patch.sessions.limit import LimitWatch, SessionLimit
 from xai_pool_patch.sessions.mark import Mark, digest_of
 
@@ -316,190 +316,168 @@ def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     return take
 
 
-def test_a_store_is_asked_once_in_its_interval() -> None:
+@in_virtual_time
+async def test_a_store_is_asked_once_in_its_interval() -> None:
     """However often the pools look: they do at each connection that is given back."""
 
-    async def scenario() -> None:
-        world, shelf = World(), Shelf()
-        await world.look_for(60.0, shelf)
-        assert 55 <= shelf.reads <= 68
-
-    virtual.run(scenario())
+    world, shelf = World(), Shelf()
+    await world.look_for(60.0, shelf)
+    assert 55 <= shelf.reads <= 68
 
 
-def test_a_mark_goes_from_one_process_to_another() -> None:
+@in_virtual_time
+async def test_a_mark_goes_from_one_process_to_another() -> None:
     """Through each store, and a store that has it already is not written to."""
 
-    async def scenario() -> None:
-        world, shelf, other = World(), Shelf(), Shelf("other")
-        await world.watch.publish(world.limit, refused(world.limit), [shelf, other])
-        assert [len(shelf.writes), len(other.writes)] == [1, 1]
-        neighbour = World()
-        await neighbour.look_for(0.1, other)
-        assert (neighbour.limit.is_reached, neighbour.limit.source) == (True, "other")
-        unknowing = World()
-        await unknowing.watch.publish(unknowing.limit, refused(unknowing.limit), [shelf])
-        assert len(shelf.writes) == 1
-
-    virtual.run(scenario())
+    world, shelf, other = World(), Shelf(), Shelf("other")
+    await world.watch.publish(world.limit, refused(world.limit), [shelf, other])
+    assert [len(shelf.writes), len(other.writes)] == [1, 1]
+    neighbour = World()
+    await neighbour.look_for(0.1, other)
+    assert (neighbour.limit.is_reached, neighbour.limit.source) == (True, "other")
+    unknowing = World()
+    await unknowing.watch.publish(unknowing.limit, refused(unknowing.limit), [shelf])
+    assert len(shelf.writes) == 1
 
 
-def test_doubling_by_what_others_marked() -> None:
+@in_virtual_time
+async def test_doubling_by_what_others_marked() -> None:
     """A process that starts after a mark's end finds it in the store, and doubles it."""
 
-    async def scenario() -> None:
-        world, shelf = World(), Shelf()
-        shelf.mark = Mark(asyncio.get_running_loop().time() - 100.0, 240.0)
-        mark = refused(world.limit)
-        await world.watch.publish(world.limit, mark, [shelf])
-        assert [each.length for each in shelf.writes] == [480.0]
-        assert world.limit.seconds_left >= 480.0
-
-    virtual.run(scenario())
+    world, shelf = World(), Shelf()
+    shelf.mark = Mark(asyncio.get_running_loop().time() - 100.0, 240.0)
+    mark = refused(world.limit)
+    await world.watch.publish(world.limit, mark, [shelf])
+    assert [each.length for each in shelf.writes] == [480.0]
+    assert world.limit.seconds_left >= 480.0
 
 
-def test_a_store_that_fails_is_asked_less_and_less(logged: Callable[[], list[str]]) -> None:
+@in_virtual_time
+async def test_a_store_that_fails_is_asked_less_and_less(logged: Callable[[], list[str]]) -> None:
     """It is logged once, asked again after a second and then up to a minute, and once more logged
     when it works. Meanwhile the other store serves."""
 
-    async def scenario() -> None:
-        world, broken, sound = World(), Shelf("broken"), Shelf("sound")
-        broken.read_fails = ConnectionError("redis://:secret@host")
-        await world.look_for(600.0, broken, sound)
-        assert 10 <= broken.reads <= 20
-        assert sound.reads >= 550
-        assert logged() == ["mark store failed: read broken"]
-        broken.read_fails = None
-        await world.look_for(61.0, broken, sound)
-        assert logged() == ["mark store works again: read broken"]
-        reads = broken.reads
-        await world.look_for(10.0, broken, sound)
-        assert broken.reads - reads >= 8
-
-    virtual.run(scenario())
+    world, broken, sound = World(), Shelf("broken"), Shelf("sound")
+    broken.read_fails = ConnectionError("redis://:secret@host")
+    await world.look_for(600.0, broken, sound)
+    assert 10 <= broken.reads <= 20
+    assert sound.reads >= 550
+    assert logged() == ["mark store failed: read broken"]
+    broken.read_fails = None
+    await world.look_for(61.0, broken, sound)
+    assert logged() == ["mark store works again: read broken"]
+    reads = broken.reads
+    await world.look_for(10.0, broken, sound)
+    assert broken.reads - reads >= 8
 
 
-def test_calls_that_fail_at_once_count_once(logged: Callable[[], list[str]]) -> None:
+@in_virtual_time
+async def test_calls_that_fail_at_once_count_once(logged: Callable[[], list[str]]) -> None:
     """Fifty connections given back at once must not delay the next attempt by a minute."""
 
-    async def scenario() -> None:
-        world, shelf = World(), Shelf()
-        shelf.read_fails = OSError()
-        mark = refused(world.limit)
-        publishes = [world.watch.publish(world.limit, mark, [shelf]) for _ in range(50)]
-        shelf.hangs = True
-        await asyncio.gather(*publishes)
-        shelf.hangs, shelf.read_fails = False, None
-        await world.look_for(2.0, shelf)
-        assert logged() == ["mark store failed: read shelf", "mark store works again: read shelf"]
-
-    virtual.run(scenario())
+    world, shelf = World(), Shelf()
+    shelf.read_fails = OSError()
+    mark = refused(world.limit)
+    publishes = [world.watch.publish(world.limit, mark, [shelf]) for _ in range(50)]
+    shelf.hangs = True
+    await asyncio.gather(*publishes)
+    shelf.hangs, shelf.read_fails = False, None
+    await world.look_for(2.0, shelf)
+    assert logged() == ["mark store failed: read shelf", "mark store works again: read shelf"]
 
 
-def test_no_secret_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+@in_virtual_time
+async def test_no_secret_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     """An error's message may quote the URL, and with it the password: only its type is logged."""
 
-    async def scenario() -> None:
-        world, shelf = World(), Shelf()
-        shelf.read_fails = ConnectionError("redis://:secret@host")
-        await world.look_for(1.0, shelf)
-
-    virtual.run(scenario())
+    world, shelf = World(), Shelf()
+    shelf.read_fails = ConnectionError("redis://:secret@host")
+    await world.look_for(1.0, shelf)
     [record] = caplog.records
     assert record.xai_pool_error.startswith("ConnectionError at ")  # type: ignore[attr-defined]
     assert "secret" not in str(vars(record))
 
 
-def test_a_store_that_hangs_delays_no_other() -> None:
+@in_virtual_time
+async def test_a_store_that_hangs_delays_no_other() -> None:
     """What the other knows is known at once; a look lasts for a second at most."""
 
-    async def scenario() -> None:
-        world, slow, quick = World(), Shelf("slow"), Shelf("quick")
-        slow.hangs = True
-        loop = asyncio.get_running_loop()
-        quick.mark = Mark(loop.time() + 60.0, 120.0)
-        began = loop.time()
-        look = asyncio.ensure_future(world.watch.look(world.limit, [slow, quick]))
-        await asyncio.sleep(0.01)
-        assert world.limit.is_reached
-        await look
-        assert loop.time() - began == pytest.approx(1.0, abs=0.1)
-
-    virtual.run(scenario())
+    world, slow, quick = World(), Shelf("slow"), Shelf("quick")
+    slow.hangs = True
+    loop = asyncio.get_running_loop()
+    quick.mark = Mark(loop.time() + 60.0, 120.0)
+    began = loop.time()
+    look = asyncio.ensure_future(world.watch.look(world.limit, [slow, quick]))
+    await asyncio.sleep(0.01)
+    assert world.limit.is_reached
+    await look
+    assert loop.time() - began == pytest.approx(1.0, abs=0.1)
 
 
-def test_a_store_that_can_only_be_read(logged: Callable[[], list[str]]) -> None:
+@in_virtual_time
+async def test_a_store_that_can_only_be_read(logged: Callable[[], list[str]]) -> None:
     """It goes on being read, and that it cannot be written is logged once, not at each mark."""
 
-    async def scenario() -> None:
-        world, shelf = World(), Shelf()
-        shelf.write_fails = OSError("read-only")
-        for _ in range(5):
-            await world.watch.publish(world.limit, refused(world.limit), [shelf])
-            await world.look_for(1500.0, shelf)
-        assert shelf.reads > 5000
-        assert logged() == ["mark store failed: write shelf"]
-
-    virtual.run(scenario())
+    world, shelf = World(), Shelf()
+    shelf.write_fails = OSError("read-only")
+    for _ in range(5):
+        await world.watch.publish(world.limit, refused(world.limit), [shelf])
+        await world.look_for(1500.0, shelf)
+    assert shelf.reads > 5000
+    assert logged() == ["mark store failed: write shelf"]
 
 
-def test_a_mark_that_could_not_be_written_is_written_later() -> None:
+@in_virtual_time
+async def test_a_mark_that_could_not_be_written_is_written_later() -> None:
     """As long as it lasts, and once. A store that comes back too late gets no old mark."""
 
-    async def scenario() -> None:
-        world, shelf = World(), Shelf()
-        shelf.write_fails = shelf.read_fails = OSError()
-        mark = refused(world.limit)
-        await world.watch.publish(world.limit, mark, [shelf])
-        await world.look_for(10.0, shelf)
-        shelf.write_fails = shelf.read_fails = None
-        await world.look_for(60.0, shelf)
-        assert shelf.writes == [mark]
+    world, shelf = World(), Shelf()
+    shelf.write_fails = shelf.read_fails = OSError()
+    mark = refused(world.limit)
+    await world.watch.publish(world.limit, mark, [shelf])
+    await world.look_for(10.0, shelf)
+    shelf.write_fails = shelf.read_fails = None
+    await world.look_for(60.0, shelf)
+    assert shelf.writes == [mark]
 
-        await asyncio.sleep(world.limit.seconds_left)
-        shelf.write_fails = OSError()
-        await world.watch.publish(world.limit, refused(world.limit), [shelf])
-        await asyncio.sleep(world.limit.seconds_left)
-        shelf.write_fails = None
-        await world.look_for(100.0, shelf)
-        world.limit.learn(Mark(asyncio.get_running_loop().time() + 60.0, 120.0), "other")
-        await world.look_for(10.0, shelf)
-        assert shelf.writes == [mark]
-
-    virtual.run(scenario())
+    await asyncio.sleep(world.limit.seconds_left)
+    shelf.write_fails = OSError()
+    await world.watch.publish(world.limit, refused(world.limit), [shelf])
+    await asyncio.sleep(world.limit.seconds_left)
+    shelf.write_fails = None
+    await world.look_for(100.0, shelf)
+    world.limit.learn(Mark(asyncio.get_running_loop().time() + 60.0, 120.0), "other")
+    await world.look_for(10.0, shelf)
+    assert shelf.writes == [mark]
 
 
 @pytest.mark.parametrize("nonsense", ["text", Mark("soon", 1.0), (1.0, 2.0), 17])  # type: ignore[arg-type]
-def test_a_store_that_answers_with_something_else(
+@in_virtual_time
+async def test_a_store_that_answers_with_something_else(
     nonsense: Any, logged: Callable[[], list[str]]
 ) -> None:
     """An operator's own store may: it counts as failed, and a mark is written all the same."""
 
-    async def scenario() -> None:
-        world, shelf = World(), Shelf()
-        shelf.mark = nonsense
-        await world.look_for(3.0, shelf)
-        assert logged() == ["mark store failed: read shelf"]
-        assert not world.limit.is_reached
-        await world.watch.publish(world.limit, refused(world.limit), [shelf])
-        assert len(shelf.writes) == 1
-
-    virtual.run(scenario())
+    world, shelf = World(), Shelf()
+    shelf.mark = nonsense
+    await world.look_for(3.0, shelf)
+    assert logged() == ["mark store failed: read shelf"]
+    assert not world.limit.is_reached
+    await world.watch.publish(world.limit, refused(world.limit), [shelf])
+    assert len(shelf.writes) == 1
 
 
-def test_a_look_that_is_cancelled() -> None:
+@in_virtual_time
+async def test_a_look_that_is_cancelled() -> None:
     """It ends at once, and counts as no failure of the store."""
 
-    async def scenario() -> None:
-        world, shelf = World(), Shelf()
-        shelf.hangs = True
-        look = asyncio.ensure_future(world.watch.look(world.limit, [shelf]))
-        await asyncio.sleep(0.5)
-        look.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await look
-        shelf.hangs = False
-        await world.look_for(10.0, shelf)
-        assert shelf.reads >= 10
-
-    virtual.run(scenario())
+    world, shelf = World(), Shelf()
+    shelf.hangs = True
+    look = asyncio.ensure_future(world.watch.look(world.limit, [shelf]))
+    await asyncio.sleep(0.5)
+    look.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await look
+    shelf.hangs = False
+    await world.look_for(10.0, shelf)
+    assert shelf.reads >= 10

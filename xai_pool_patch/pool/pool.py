@@ -305,10 +305,16 @@ class Pool(Generic[C]):
         self._min_size, self._is_left = min_size, False
         self._settle_soon()
 
-    def leave(self) -> None:
-        """Nobody speaks with this key now. Keep what has been used, in case somebody comes back."""
+    def leave(self) -> dict[object, float]:
+        """Nobody speaks with this key now. Keep what has been used, in case somebody comes back.
+
+        Returns:
+            The callers that were expected here, and until when.
+        """
         self._min_size, self._is_left = 0, True
+        expected, self._expected = self._expected, {}
         self._settle_soon()
+        return expected
 
     def set_lean(self, is_lean: bool) -> None:
         """See `is_lean`."""
