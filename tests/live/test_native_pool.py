@@ -240,7 +240,7 @@ async def test_after_a_fault_in_replacing_it_the_plugins_pool_serves(
             await speak(tts, "During.")
             registry().fail("testing", ZeroDivisionError())
         with monkeypatch.context() as breaking:
-            breaking.setattr(f"xai_pool_patch.native_pool.{part}", broken)
+            breaking.setattr(f"xai_pool_patch.plugin.native_pool.{part}", broken)
             for text in ("First.", "Second."):
                 heard = await speak(tts, text)
                 assert heard.samples == {line.server.utterance_for(text).number}
