@@ -67,7 +67,7 @@ class RedisStore:
     """
 
     name = "redis"
-    interval = 1.5
+    interval = 1.0
 
     def __init__(self, url: str) -> None:
         self._url = url
