@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import redis
 import trustme
 
 from tests.live.redis_kit import RedisServer, redis_server
@@ -373,6 +374,31 @@ async def test_it_answers_nonsense(answer: str, caplog: pytest.LogCaptureFixture
         await fails_open(f"redis://127.0.0.1:{port}/0", caplog)
 
 
+@pytest.mark.usefixtures("usual_timeouts")
+@pytest.mark.parametrize("is_silent", [True, False])
+async def test_one_attempt_within_a_second(is_silent: bool) -> None:
+    """The client gives up by itself, and leaves the next attempt to the backoff."""
+    attempts = 0
+    ended = asyncio.Event()
+
+    async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal attempts
+        attempts += 1
+        if is_silent:
+            await ended.wait()
+        writer.close()
+
+    listener = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    async with listener:
+        store = RedisStore(f"redis://127.0.0.1:{port}/0")
+        with pytest.raises((redis.TimeoutError, redis.ConnectionError)):
+            await asyncio.wait_for(store.read(DIGEST), 30)
+        assert attempts == 1
+        await store.aclose()
+        ended.set()
+
+
 async def test_nobody_listens(unused_tcp_port: int, caplog: pytest.LogCaptureFixture) -> None:
     """Refused at once."""
     await fails_open(f"redis://127.0.0.1:{unused_tcp_port}/0", caplog)
@@ -440,6 +466,7 @@ WRONG = [
     f"redis://:{PASSWORD}@host:port/0",
     f"redis://:{PASSWORD}@host:99999999/0",
     f"redis://:{PASSWORD}@[host/0",
+    f"redis://:{PASSWORD}/#@host/0",
     f"redis://:{PASSWORD}@host/0?unknown={PASSWORD}",
     f"redis://:{PASSWORD}@host/0?protocol={PASSWORD}",
     f"redis://:{PASSWORD}@host/0?socket_timeout={PASSWORD}",
@@ -458,11 +485,39 @@ def test_a_url_that_is_wrong(url: str) -> None:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
+class Own:
+    """What an operator may pass."""
+
+    name = "own"
+    interval: object = 1
+
+    async def read(self, digest: str) -> Mark | None: ...
+
+    async def write(self, digest: str, mark: Mark) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+def test_a_store_of_the_operators_own() -> None:
+    """It is taken as it is."""
+    own = Own()
+    assert store_from(own) is own
+
+
 @pytest.mark.parametrize("spec", [None, 17, b"redis://host", object()])
-def test_no_text(spec: object) -> None:
-    """Whatever it is, it is an invalid option."""
-    with pytest.raises(InvalidOptionError, match="redis://"):
+def test_neither_a_url_nor_a_store(spec: object) -> None:
+    """Whatever it is, it is an invalid option, and the error says what is missing."""
+    with pytest.raises(InvalidOptionError, match=r"redis://.* no name, interval, read, write, acl"):
         store_from(spec)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("interval", [0, -1.0, float("nan"), float("inf"), "1", None, True])
+def test_an_interval_that_makes_no_sense(interval: object) -> None:
+    """It would be asked at every look, or never."""
+    own = Own()
+    own.interval = interval
+    with pytest.raises(InvalidOptionError, match="interval"):
+        store_from(own)  # type: ignore[arg-type]
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

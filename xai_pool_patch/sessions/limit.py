@@ -34,8 +34,9 @@ TIMEOUT = 1.0
 """Seconds that one call of a store may take."""
 FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0
 """Seconds after a failed call until the next, doubling from the first to the longest."""
-EARLY = 0.9
-"""Part of a store's interval after which a look is due: the caller's timer may be a bit early."""
+EARLY = 0.75
+"""Part of a store's interval after which a look is due. The caller's timer is jittered: a look that
+comes a bit early must not be left out, or the next would come almost two intervals late."""
 
 
 @dataclass(frozen=True)

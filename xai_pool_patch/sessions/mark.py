@@ -30,7 +30,7 @@ class MarkStore(Protocol):
     name: str
     """Part of log records and statistics."""
     interval: float
-    """Seconds between two looks."""
+    """Seconds between two looks, about."""
 
     async def read(self, digest: str) -> Mark | None:
         """The last mark of an API key, for five minutes after its end at least. None: no mark."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import weakref
 from typing import TYPE_CHECKING
@@ -13,7 +14,8 @@ from .mark import Mark, MarkStore
 if TYPE_CHECKING:
     import redis.asyncio
 
-SCHEMES = ("redis", "rediss", "unix")
+SCHEMES = ("redis://", "rediss://", "unix://")
+_SCHEMES = " or ".join(SCHEMES)
 PREFIX = "xai_pool_patch:limit:"
 KEPT = 300.0
 """Seconds that a mark stays after its end: one that recurs within this time is twice as long."""
@@ -21,19 +23,32 @@ TIMEOUT = 0.8
 """Seconds for connecting and for each answer, unless the URL says otherwise."""
 
 
-def store_from(spec: str) -> MarkStore:
-    """The store that a URL names. Connects to nothing.
+def store_from(spec: str | MarkStore) -> MarkStore:
+    """The store that a URL names, or an operator's own. Connects to nothing.
 
     Raises:
-        InvalidOptionError: the URL is of another kind or wrong, or the package `redis` is missing.
-            The message has no part of the URL but the scheme: it may contain a password.
+        InvalidOptionError: the URL is of another kind or wrong, the package `redis` is missing, or
+            the object is no `MarkStore`. The message quotes nothing: a URL may have a password.
     """
-    scheme = spec.partition("://")[0] if isinstance(spec, str) and "://" in spec else None
-    if scheme not in SCHEMES:
-        raise InvalidOptionError(
-            "a store of marks must be a URL that begins with redis://, rediss:// or unix://"
-        )
+    if not isinstance(spec, str):
+        return _checked(spec)
+    if not spec.startswith(SCHEMES):
+        raise InvalidOptionError(f"the URL of a store of marks must begin with {_SCHEMES}")
     return RedisStore(spec)
+
+
+def _checked(store: MarkStore) -> MarkStore:
+    parts = ("name", "interval", "read", "write", "aclose")
+    missing = [part for part in parts if not hasattr(store, part)]
+    if missing:
+        raise InvalidOptionError(
+            f"a store of marks must be a URL that begins with {_SCHEMES}, or a MarkStore; "
+            f"a {type(store).__name__} has no {', '.join(missing)}"
+        )
+    is_number = isinstance(store.interval, (int, float)) and not isinstance(store.interval, bool)
+    if not is_number or not 0.0 < store.interval < math.inf:
+        raise InvalidOptionError("the interval of a store of marks must be seconds above 0")
+    return store
 
 
 class RedisStore:
@@ -52,7 +67,7 @@ class RedisStore:
     """
 
     name = "redis"
-    interval = 1.5
+    interval = 1.0
 
     def __init__(self, url: str) -> None:
         self._url = url
