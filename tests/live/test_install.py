@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import wrapt
+from livekit.agents import AgentSession
 from livekit.plugins import xai
 from livekit.plugins.xai import tts as plugin_module
 
@@ -43,8 +44,8 @@ from xai_pool_patch.plugin import patching, releases
 from xai_pool_patch.plugin.connector import key_of
 from xai_pool_patch.testing import End
 
-CLASSES = (plugin_module.TTS, plugin_module.SynthesizeStream)
-STEPS = 5 if HAS_NATIVE_POOL else 8
+CLASSES = (plugin_module.TTS, plugin_module.SynthesizeStream, AgentSession)
+STEPS = 6 if HAS_NATIVE_POOL else 9
 """Of uninstall(): so many attributes are patched, and then there are the pools."""
 
 
@@ -593,6 +594,7 @@ class Finder:
         return spec
 
 sys.meta_path.insert(0, Finder())
+from livekit.agents import AgentSession
 from livekit.plugins import xai
 assert xai_pool_patch.is_installed()
 assert hasattr(xai.TTS.aclose, "__wrapped__"), "not patched"
