@@ -27,7 +27,7 @@ LONGEST_DELAY = {Clearing.LATE: 0.15, Clearing.LEAKING: 0.02}
 
 
 @pytest.fixture
-def clearing() -> Any:
+def clears_interrupted() -> Any:
     xai_pool_patch.install(CLEAR)
     yield
     xai_pool_patch.uninstall()
@@ -173,7 +173,7 @@ def steady(**faults: Any) -> Behaviour:
     return quick(**{"pace": 40.0, "speech_per_character": SECONDS_PER_CHARACTER, **faults})
 
 
-@pytest.mark.usefixtures("clearing")
+@pytest.mark.usefixtures("clears_interrupted")
 async def test_the_conversation_goes_on_over_the_same_connection() -> None:
     """A round trip after the interruption it is idle, and the pool has dialled no other."""
     async with line_to(steady(), round_trip=0.05) as line:
@@ -188,7 +188,7 @@ async def test_the_conversation_goes_on_over_the_same_connection() -> None:
         await tts.aclose()
 
 
-@pytest.mark.usefixtures("clearing")
+@pytest.mark.usefixtures("clears_interrupted")
 @pytest.mark.parametrize("answered", [Clearing.ACKNOWLEDGED, Clearing.IGNORED])
 async def test_an_interruption_does_not_wait_for_the_server(answered: Clearing) -> None:
     """P7: the stream is closed before the server can have received the clear."""
@@ -201,7 +201,7 @@ async def test_an_interruption_does_not_wait_for_the_server(answered: Clearing) 
         await tts.aclose()
 
 
-@pytest.mark.usefixtures("clearing")
+@pytest.mark.usefixtures("clears_interrupted")
 async def test_a_turn_interrupted_before_its_first_text_needs_no_clear() -> None:
     """The server owes nothing."""
     async with line_to(steady()) as line:
@@ -218,7 +218,7 @@ async def test_a_turn_interrupted_before_its_first_text_needs_no_clear() -> None
         await tts.aclose()
 
 
-@pytest.mark.usefixtures("clearing")
+@pytest.mark.usefixtures("clears_interrupted")
 async def test_a_connection_without_a_sign_of_life_is_not_cleared() -> None:
     """It is closed, as it is without an interruption."""
     async with line_to(steady(), round_trip=0.02) as line:
@@ -239,7 +239,7 @@ async def test_a_connection_without_a_sign_of_life_is_not_cleared() -> None:
         await tts.aclose()
 
 
-@pytest.mark.usefixtures("clearing")
+@pytest.mark.usefixtures("clears_interrupted")
 @pytest.mark.parametrize("clearing", [Clearing.IGNORED, Clearing.REFUSED])
 async def test_after_two_failed_clears_interruptions_discard(
     clearing: Clearing, caplog: pytest.LogCaptureFixture
@@ -257,7 +257,7 @@ async def test_after_two_failed_clears_interruptions_discard(
         await tts.aclose()
 
 
-@pytest.mark.usefixtures("clearing")
+@pytest.mark.usefixtures("clears_interrupted")
 @pytest.mark.parametrize(
     ("when", "clear_delay"), [("idle", 0.03), ("leased", 0.1), ("text under way", 0.07)]
 )
@@ -292,7 +292,7 @@ async def test_audio_after_the_acknowledgement_is_not_heard(
         await tts.aclose()
 
 
-@pytest.mark.usefixtures("clearing")
+@pytest.mark.usefixtures("clears_interrupted")
 async def test_a_server_that_answers_at_once_is_not_suspected(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -308,7 +308,7 @@ async def test_a_server_that_answers_at_once_is_not_suspected(
         await tts.aclose()
 
 
-@pytest.mark.usefixtures("clearing")
+@pytest.mark.usefixtures("clears_interrupted")
 async def test_without_pongs_no_acknowledgement_is_trusted() -> None:
     """Nothing separates old audio from new, so the turn is replayed elsewhere, and heard."""
     async with line_to(steady(answer_pings=False)) as line:
@@ -324,7 +324,7 @@ async def test_without_pongs_no_acknowledgement_is_trusted() -> None:
 # Ends
 
 
-@pytest.mark.usefixtures("clearing")
+@pytest.mark.usefixtures("clears_interrupted")
 async def test_aclose_does_not_wait_for_a_clear(no_tasks_left: None) -> None:
     """The server gets its Close frame."""
     async with line_to(steady(clearing=Clearing.IGNORED)) as line:
@@ -348,7 +348,7 @@ async def test_uninstall_during_a_clear_closes_the_connection(no_tasks_left: Non
         await all_closed(line.server)
 
 
-@pytest.mark.usefixtures("clearing")
+@pytest.mark.usefixtures("clears_interrupted")
 async def test_a_http_session_closed_during_a_clear_ends_the_pool_quietly(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

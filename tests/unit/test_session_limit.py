@@ -71,6 +71,13 @@ def test_one_refusal(clock: Clock) -> None:
     assert limit.seconds_left == 0.0
 
 
+def test_the_marks_of_many_processes(clock: Clock) -> None:
+    """They do not end together, even if nobody hears of the others'."""
+    lengths = {refused(clock.limit(seed)).length for seed in range(100)}
+    assert min(lengths) < 111.0
+    assert max(lengths) > 129.0
+
+
 def test_a_thousand_refusals(clock: Clock) -> None:
     """They make one mark, and one more once half of it has passed, without doubling."""
     limit = clock.limit()
@@ -196,17 +203,18 @@ def test_a_clock_that_jumps(clock: Clock, jump: float) -> None:
     """
     limit = clock.limit()
     own = refused(limit)
+    limit.learn(own, "machine")
     until = limit.until
     clock.wall_minus_now += jump
-    for _ in range(int(until - clock.now)):
-        limit.learn(own, "machine")
-        assert limit.is_reached
-        clock.now += 1.0
-    clock.now += 0.3 * own.length
-    limit.learn(own, "machine")
     newcomer = clock.limit()
     newcomer.learn(own, "machine")
     assert newcomer.seconds_left <= 1.25 * own.length
+    while clock.now < until:
+        limit.learn(own, "machine")
+        assert limit.is_reached
+        clock.now += 1.0
+    limit.learn(own, "machine")
+    assert not limit.is_reached
     clock.now += 1.25 * own.length
     newcomer.learn(own, "machine")
     assert not newcomer.is_reached
@@ -371,6 +379,23 @@ def test_a_store_that_fails_is_asked_less_and_less(logged: Callable[[], list[str
     virtual.run(scenario())
 
 
+def test_calls_that_fail_at_once_count_once(logged: Callable[[], list[str]]) -> None:
+    """Fifty connections given back at once must not delay the next attempt by a minute."""
+
+    async def scenario() -> None:
+        world, shelf = World(), Shelf()
+        shelf.read_fails = OSError()
+        mark = refused(world.limit)
+        publishes = [world.watch.publish(world.limit, mark, [shelf]) for _ in range(50)]
+        shelf.hangs = True
+        await asyncio.gather(*publishes)
+        shelf.hangs, shelf.read_fails = False, None
+        await world.look_for(2.0, shelf)
+        assert logged() == ["mark store failed: read shelf", "mark store works again: read shelf"]
+
+    virtual.run(scenario())
+
+
 def test_no_secret_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     """An error's message may quote the URL, and with it the password: only its type is logged."""
 
@@ -437,6 +462,8 @@ def test_a_mark_that_could_not_be_written_is_written_later() -> None:
         await asyncio.sleep(world.limit.seconds_left)
         shelf.write_fails = None
         await world.look_for(100.0, shelf)
+        world.limit.learn(Mark(asyncio.get_running_loop().time() + 60.0, 120.0), "other")
+        await world.look_for(10.0, shelf)
         assert shelf.writes == [mark]
 
     virtual.run(scenario())

@@ -185,10 +185,6 @@ class _Operation:
         self._next_attempt = -math.inf
 
     @property
-    def is_working(self) -> bool:
-        return self._failures == 0
-
-    @property
     def is_due(self) -> bool:
         return _now() >= self._next_attempt
 
@@ -207,14 +203,14 @@ class _Operation:
     def _failed(self, error: Exception) -> None:
         if not self.is_due:
             return  # one of several calls at the same time, of which another has failed already
-        if self.is_working:
+        if self._failures == 0:
             self._log(LogEvent.MARK_STORE_FAILED, error=error)
         delay = min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** min(self._failures, 10))
         self._failures += 1
         self._next_attempt = _now() + delay * self._jitter.uniform(0.8, 1.0)
 
     def _succeeded(self) -> None:
-        if not self.is_working:
+        if self._failures > 0:
             self._log(LogEvent.MARK_STORE_RESTORED)
         self._failures = 0
         self._next_attempt = -math.inf
@@ -230,7 +226,8 @@ class _View:
         self.store = store
         self.reading = _Operation(store, "read", jitter)
         self.writing = _Operation(store, "write", jitter)
-        self.unpublished: Mark | None = None
+        self.unconfirmed: Mark | None = None
+        """A mark of this process that was to be written, and has not been seen in the store yet."""
         self._next_look = -math.inf
 
     def begin_look(self) -> bool:
@@ -259,7 +256,7 @@ class LimitWatch:
     async def look(self, limit: SessionLimit, stores: Iterable[MarkStore]) -> None:
         """Learn what the stores know. Each is asked once in its interval, however often this runs.
 
-        A mark that a store has not taken so far is published again.
+        A mark that the store has not taken, or has lost at once, is published again.
         """
         views = [view for view in map(self._view_of, stores) if view.begin_look()]
         await asyncio.gather(*(self._look(limit, view) for view in views))
@@ -269,22 +266,18 @@ class LimitWatch:
         await asyncio.gather(*(self._publish(limit, mark, self._view_of(s)) for s in stores))
 
     async def _look(self, limit: SessionLimit, view: _View) -> None:
-        if view.unpublished is not None and limit.is_reached:
-            await self._publish(limit, view.unpublished, view)
+        if view.unconfirmed is not None and limit.is_reached:
+            await self._publish(limit, view.unconfirmed, view)
         else:
-            view.unpublished = None
+            view.unconfirmed = None
             await self._read(limit, view)
 
     async def _publish(self, limit: SessionLimit, mark: Mark, view: _View) -> None:
         # The last mark may have ended within five minutes, before this process began.
         renewed = limit.reconcile(mark, await self._read(limit, view))
-        view.unpublished = renewed
-        if renewed is None:
-            return
-        await view.writing.attempt(lambda: view.store.write(self._digest, renewed))
-        # A younger mark may have come while this one was being written.
-        if view.writing.is_working and view.unpublished is renewed:
-            view.unpublished = None
+        view.unconfirmed = renewed
+        if renewed is not None:
+            await view.writing.attempt(lambda: view.store.write(self._digest, renewed))
 
     async def _read(self, limit: SessionLimit, view: _View) -> Mark | None:
         async def learn() -> Mark | None:
