@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import gc
 import logging
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Coroutine, Iterator
@@ -238,11 +238,10 @@ class _Records(logging.Handler):
 def _forget_what_is_cached() -> None:
     """A function that is cached is called once in the life of a process, and else not broken."""
     log._has_complained = False
-    for each in gc.get_objects():
-        if isinstance(each, functools._lru_cache_wrapper) and (
-            each.__module__.split(".")[0] == xai_pool_patch.__name__
-        ):
-            each.cache_clear()
+    modules = [each for name, each in sys.modules.items() if name.startswith("xai_pool_patch.")]
+    for value in (value for module in modules for value in vars(module).values()):
+        if isinstance(value, functools._lru_cache_wrapper):
+            value.cache_clear()
 
 
 @pytest.fixture(scope="module")
