@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import gc
 import logging
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
 import pytest
-from livekit.agents import APIConnectOptions
+from livekit.agents import Agent, AgentSession, APIConnectOptions
 from livekit.plugins import xai
 
 import xai_pool_patch
 from tests.instrument import Probes, instrumented
 from tests.kit import HAS_NATIVE_POOL, Heard, Line, line_to, quick, speak
+from tests.session.test_session import session_of
 from xai_pool_patch import PoolOptions
 from xai_pool_patch.telemetry import log
 
@@ -52,8 +53,9 @@ GUARDS = {
 }
 """What others call, and what catches the faults of the rest: a `try` and a call, and no more."""
 
-AS_IT_WAS = {owner: dict(vars(owner)) for owner in (xai.TTS, xai.tts.SynthesizeStream)}
-"""The plugin's classes, unpatched."""
+PATCHED = (xai.TTS, xai.tts.SynthesizeStream, AgentSession)
+AS_IT_WAS = {owner: dict(vars(owner)) for owner in PATCHED}
+"""The classes that are patched, as they are without."""
 
 RETRYING = APIConnectOptions(max_retry=2, retry_interval=0.01, timeout=2.0)
 """Where a connection dies that is not the patch's any more, the framework retries, as it does
@@ -139,6 +141,7 @@ class Play:
         if line.server.connections[-1].query["voice"] != "eve":
             self.problems.append("spoken in the old voice")
         await self._synthesize(line, tts, "In one piece.")
+        await self._in_time("A session", self._hold_session(line, tts))
         await self._closing(tts)
         await self._hear(line, tts, "After the end.")
         await self._closing(tts)
@@ -193,6 +196,20 @@ class Play:
         behaviour.generation = 0.01
         self._check(line, text, heard)
 
+    async def _hold_session(self, line: Line, tts: xai.TTS) -> None:
+        """Its events reach its listeners, whatever is wrong with the wrapper around them."""
+        created: list[Any] = []
+        async with session_of(Agent(instructions=""), tts=tts) as (session, loudspeaker):
+            session.on("speech_created", created.append)
+            handles = [session.say(text) for text in ("By a session.", "And once more.")]
+            for handle in handles:
+                await handle.wait_for_playout()
+        if [event.speech_handle for event in created] != handles:
+            self.problems.append(f"heard of {len(created)} replies")
+        spoken = [set(playback.samples) - {0} for playback in loudspeaker.playbacks]
+        if spoken != [{utterance.number} for utterance in line.server.utterances[-2:]]:
+            self.problems.append(f"the session said {spoken}")
+
     async def _synthesize(self, line: Line, tts: xai.TTS, text: str) -> None:
         heard = Heard()
 
@@ -221,11 +238,10 @@ class _Records(logging.Handler):
 def _forget_what_is_cached() -> None:
     """A function that is cached is called once in the life of a process, and else not broken."""
     log._has_complained = False
-    for each in gc.get_objects():
-        if isinstance(each, functools._lru_cache_wrapper) and (
-            each.__module__.split(".")[0] == xai_pool_patch.__name__
-        ):
-            each.cache_clear()
+    modules = [each for name, each in sys.modules.items() if name.startswith("xai_pool_patch.")]
+    for value in (value for module in modules for value in vars(module).values()):
+        if isinstance(value, functools._lru_cache_wrapper):
+            value.cache_clear()
 
 
 @pytest.fixture(scope="module")

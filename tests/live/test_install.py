@@ -594,6 +594,7 @@ class Finder:
         return spec
 
 sys.meta_path.insert(0, Finder())
+from livekit.agents import AgentSession
 from livekit.plugins import xai
 assert xai_pool_patch.is_installed()
 assert hasattr(xai.TTS.aclose, "__wrapped__"), "not patched"

@@ -107,6 +107,21 @@ async def test_a_reply_that_does_not_come_costs_one_connection_for_a_while(
 
 
 @with_pool()
+async def test_the_first_to_be_expected_is_who_was_prewarmed_for(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """S2: a session that starts and greets needs one connection, and a second session another."""
+    pool.resize(1)
+    pool.prewarm()
+    pool.expect(ANN, now() + 10.0)
+    await asyncio.sleep(1.0)
+    assert len(network.wires) == 1
+    pool.expect(BOB, now() + 10.0)
+    await asyncio.sleep(1.0)
+    assert len(network.wires) == 2
+
+
+@with_pool()
 async def test_prewarm_is_for_whoever_asks_first(network: Network, pool: Pool[Wire]) -> None:
     """S2: and only for so long, unless something else keeps it."""
     pool.set_lean(True)

@@ -60,10 +60,8 @@ class Signs:
         if event.source == "generate_reply" and _speaks_itself(session):
             return
         conversation.begin_reply(event.speech_handle)
-        ended = functools.partial(self._ended, conversation)
-        event.speech_handle.add_done_callback(
-            lambda _: self._provider.attempt("the end of a reply", ended)
-        )
+        attempt = functools.partial(self._provider.attempt, "the end of a reply")
+        event.speech_handle.add_done_callback(functools.partial(attempt, self._ended, conversation))
         self._expect_reply(session, conversation)
 
     def _function_tools_executed(
@@ -93,7 +91,7 @@ class Signs:
         # may be several: which of them speaks is known once one has.
         _ = expect(conversation.tts) or expect(_model(session, "tts"))
 
-    def _ended(self, conversation: Conversation) -> None:
+    def _ended(self, conversation: Conversation, handle: Any) -> None:
         if not conversation.replies_to_come:
             conversation.withdraw()
 

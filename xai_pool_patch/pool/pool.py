@@ -278,6 +278,9 @@ class Pool(Generic[C]):
             until: when to give up expecting; time of the event loop. A later call may prolong it.
         """
         if not self.is_closed:
+            # LiveKit prewarms when a session starts, and the first to be expected is most likely
+            # that session. Counted side by side, the two would have a connection each.
+            self._expected.pop(ANYBODY, None)
             self._expected[caller] = max(until, self._expected.get(caller, until))
             self._settle()
 
