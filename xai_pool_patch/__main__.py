@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import importlib
 import json
@@ -39,7 +38,7 @@ KEY_VARIABLE = "XAI_API_KEY"
 FAILED, MISUSED, OTHERWISE, INTERRUPTED = 1, 2, 3, 130
 """Exit codes."""
 
-PROBE_HINT = f"{NAME} probe asks xAI's live service what the patch supposes of it"
+PROBE_HINT = f"with a key, {NAME} probe asks xAI what the patch supposes of its service"
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """click's, which some versions of typer have a copy of, under no public name."""
@@ -208,7 +207,7 @@ def check() -> None:
     if is_switched_off():
         _fail(f"can be patched, but {OFF_SWITCH}=off keeps the patch out")
     print("can be patched: all that is wrapped or relied on is as expected")
-    print(f"with a key, {PROBE_HINT}")
+    print(PROBE_HINT)
 
 
 @app.command()
@@ -283,11 +282,10 @@ def _confirm(announcement: str, *, yes: bool, console: Console) -> None:
     if yes:
         console.print(announcement)
         return
-    print(announcement, file=sys.stderr)
-    with contextlib.suppress(typer.Abort):  # no answer
-        if typer.confirm("Begin?", err=True):
-            return
-    _fail("not begun; --yes begins without asking")
+    # Not typer.confirm(): it writes to stdout too.
+    print(announcement, "Begin? [y/N] ", sep="\n", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        _fail("not begun; --yes begins without asking")
 
 
 def _ask(questions: list[Question], open_service: OpenService, progress: Progress) -> str | None:

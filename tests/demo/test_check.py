@@ -25,7 +25,7 @@ def check(edit: str = "", **changes: str) -> tuple[int, list[str], str]:
 
 
 def test_the_installed_plugin() -> None:
-    """Its version and shape, that its file is the published one, and that all is well."""
+    """Its version and shape, that its file is the published one, that all is well, what is next."""
     assert check() == (
         0,
         [
@@ -33,6 +33,7 @@ def test_the_installed_plugin() -> None:
             f"shape: {SHAPE.value}",
             "file: as published",
             "can be patched: all that is wrapped or relied on is as expected",
+            "with a key, xai-pool-patch probe asks xAI what the patch supposes of its service",
         ],
         "",
     )

@@ -27,25 +27,23 @@ PLAIN_WORDS = frozenset(_WORDS.split())
 LONGEST = 160
 """Characters that are shown of an error message."""
 
-_WORD = re.compile(r"[A-Za-z]+(?:[.'_][A-Za-z]+)*|\d{1,5}(?:\.\d{1,3})?m?s?(?!\w)|\S")
-_NUMBER = re.compile(r"\d{1,5}(?:\.\d{1,3})?m?s?")
-_MARK = re.compile(r"[.,:;()]")
+_MARKS = ".,:;()"
+_NUMBER = re.compile(r"\d{1,5}(\.\d{1,3})?m?s?")
 
 
 def plain_words(message: str) -> str:
     """An error message with every word left out that is not known to be harmless."""
     kept: list[str] = []
     for token in message.split():
-        shown = token if all(map(_is_plain, _WORD.findall(token))) else "…"
+        shown = token if _is_plain(token.strip(_MARKS)) else "…"
         if shown != "…" or kept[-1:] != ["…"]:
             kept.append(shown)
     return " ".join(kept)[:LONGEST]
 
 
-def _is_plain(part: str) -> bool:
-    words = re.split(r"[._]", part.lower())
-    is_number = _NUMBER.fullmatch(part) is not None
-    return is_number or _MARK.fullmatch(part) is not None or set(words) <= PLAIN_WORDS
+def _is_plain(word: str) -> bool:
+    parts = re.split(r"[._:/-]", word.lower())
+    return not word or _NUMBER.fullmatch(word) is not None or PLAIN_WORDS.issuperset(parts)
 
 
 PUBLIC_HEADERS = re.compile(r"retry-after|(x-)?ratelimit-[a-z-]+", re.IGNORECASE)
