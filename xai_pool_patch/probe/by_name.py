@@ -52,7 +52,7 @@ async def _idle(seconds: float, service: Service) -> Answer:
     async with service.open() as silent, service.open() as kept:
         over = now() + seconds
         await asyncio.gather(_watch(silent, over), _keep(kept, over))
-        left, alive = await _fate(silent), await _fate(kept)
+        left, alive = await asyncio.gather(_fate(silent), _fate(kept))
     found = f"without PINGs {left.found}; with PINGs {alive.found}"
     measured = {"without_pings_s": round(left.lived, 1), "with_pings_s": round(alive.lived, 1)}
     advises = _for_idle(seconds, left, alive)
@@ -92,17 +92,18 @@ async def _fate(socket: Socket) -> _Fate:
     if not socket.is_open and socket.ended_at is not None:
         lived = socket.ended_at - socket.opened_at
         return _Fate(False, lived, False, f"{socket.why_silent()} after {_s(lived)}{sent}")
-    answers_pings = await socket.ping() is not None
-    spoken = await socket.speak(HELLO)
     last = max((heard.at for heard in socket.heard), default=socket.opened_at)
-    lived = last - socket.opened_at
-    if spoken.is_done:
-        found = f"usable after {_s(lived)}{sent}"
+    asked_at = now()
+    answers_pings = await socket.ping() is not None
+    usable = (await socket.speak(HELLO)).is_done
+    if usable:
+        state = "usable"
     elif answers_pings:
-        found = f"PINGs are answered and a text is not after {_s(lived)}{sent}"
+        state = "PINGs are answered and a text is not,"
     else:
-        found = f"silent, with no sign of life after {_s(lived)}{sent}"
-    return _Fate(spoken.is_done, lived, answers_pings, found)
+        state = "silent, with no sign of life"
+    lived = (asked_at if usable or answers_pings else last) - socket.opened_at
+    return _Fate(usable, lived, answers_pings, f"{state} after {_s(lived)}{sent}")
 
 
 def idle(seconds: float) -> Question:
@@ -222,7 +223,9 @@ async def _sessions(count: int, service: Service) -> Answer:
             return Answer(Verdict.UNKNOWN, f"no session was free: {limit.refusal}")
         held = len(opened)
         after_close = await _time_to_free(opened, service, close=True)
-        after_drop = await _time_to_free(opened, service, close=False)
+        after_drop = None
+        if after_close is not None:  # else it would take as long again
+            after_drop = await _time_to_free(opened, service, close=False)
     finally:
         await asyncio.gather(*(socket.close() for socket in opened))
     return _limited(held, limit, after_close, after_drop)
@@ -239,16 +242,14 @@ async def _open_all(opened: list[Socket], count: int, service: Service) -> _Limi
 
 
 async def _time_to_free(opened: list[Socket], service: Service, *, close: bool) -> float | None:
-    """How long after the end of one connection another is accepted; None if none is."""
-    if not opened:
-        return None
+    """How long after the end of one connection a dial is accepted; None if none is."""
     socket = opened.pop()
     await (socket.close() if close else socket.drop())
     ended_at, pause = now(), RETRY
     while now() - ended_at < service.timing.frees:
-        limit = await _open_all(opened, len(opened) + 1, service)
-        if limit is None:
-            return now() - ended_at
+        dialled_at = now()
+        if await _open_all(opened, len(opened) + 1, service) is None:
+            return dialled_at - ended_at
         await asyncio.sleep(pause)
         pause = min(2 * pause, LONGEST_RETRY)
     return None
@@ -275,7 +276,9 @@ def _limited(
 
 
 def _freed(after: float | None) -> str:
-    return "freed no session" if after is None else f"freed a session within {after:.1f} s"
+    if after is None:
+        return "freed no session"
+    return "freed a session at once" if after < RETRY else f"freed a session after {after:.1f} s"
 
 
 async def _all_speak(opened: list[Socket]) -> Answer:

@@ -6,7 +6,6 @@ None of it holds a key, the name of an account or a spoken text. The answers hol
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from .._version import __version__
 from .question import Finding, Question, Verdict, advice, options_line
 from .service import HOST
 
@@ -195,7 +195,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
 
 def _versions() -> dict[str, str]:
     return {
-        "xai_pool_patch": importlib.metadata.version("xai_pool_patch"),
+        "xai_pool_patch": __version__,
         "aiohttp": aiohttp.__version__,
         "python": platform.python_version(),
     }
