@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
-from tests.unit.test_project import ROOT
 from xai_pool_patch.probe.question import Question
 from xai_pool_patch.probe.report import markdown_table
 from xai_pool_patch.probe.run import EVERY
 
-PAGE = ROOT / "docs/live-service.md"
+PAGE = Path(__file__).parents[2] / "docs/live-service.md"
 HEAD = ("question", "supposed", "what the patch makes of it", "if it is otherwise", "options")
 
 
