@@ -24,14 +24,21 @@ from .python import check_python
 from .telemetry.log import FIELD_PREFIX, describe
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from .demo.conversation import OpenEndpoint, Setting
+    from .probe.question import Question
+    from .probe.report import Progress
+    from .probe.run import OpenService
 
 NAME = "xai-pool-patch"
 
 KEY_VARIABLE = "XAI_API_KEY"
 
-FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+FAILED, MISUSED, OTHERWISE, INTERRUPTED = 1, 2, 3, 130
 """Exit codes."""
+
+PROBE_HINT = f"with a key, {NAME} probe asks xAI what the patch supposes of its service"
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """click's class. Some versions of typer have a copy of it, without a public name."""
@@ -127,7 +134,7 @@ def demo(
 
     The agent and the plugin are real. The server is a fake one, unless you give --live.
     """
-    api_key = _api_key() if live else None
+    api_key = _api_key("--live") if live else None
     _check_plugin()
     from .demo import conversation
 
@@ -141,10 +148,10 @@ def demo(
         _compare(conversation.Setting(plan, round_trip=None), endpoint, as_json=as_json, svg=svg)
 
 
-def _api_key() -> str:
+def _api_key(purpose: str) -> str:
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if not key:
-        _fail(f"--live needs an API key of xAI in {KEY_VARIABLE}, which is not set", MISUSED)
+        _fail(f"{purpose} needs an API key of xAI in {KEY_VARIABLE}, which is not set", MISUSED)
     return key
 
 
@@ -178,6 +185,8 @@ def _compare(
         print(json.dumps(report.as_json(comparison, setting), indent=2))
     else:
         report.show(console, comparison, setting)
+        if setting.round_trip is None:
+            console.print(PROBE_HINT)
     if svg is not None:
         svg.write_text(report.picture(comparison, setting), encoding="utf-8")
 
@@ -200,6 +209,99 @@ def check() -> None:
     if is_switched_off():
         _fail(f"can be patched, but {OFF_SWITCH}=off keeps the patch out")
     print("can be patched: everything that is wrapped or relied on is as expected")
+    print(PROBE_HINT)
+
+
+@app.command()
+def probe(
+    yes: Annotated[bool, typer.Option("--yes", help="Begin without asking.")] = False,
+    idle: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="Ask too whether a connection can be used after this time.",
+            callback=arguments.idle_time,
+        ),
+    ] = None,
+    deadline: Annotated[
+        bool, typer.Option("--deadline", help="Ask too when a connection is ended. 40 minutes.")
+    ] = False,
+    sessions: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Ask too whether idle connections count, with up to N of them. Takes sessions"
+            " from your team's calls.",
+            callback=arguments.sessions,
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document and nothing else.")
+    ] = False,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="FILE",
+            help="Write a report for an issue, without key, account or spoken text.",
+            callback=arguments.writable,
+        ),
+    ] = None,
+    fake: Annotated[
+        bool, typer.Option("--fake", help="Ask a fake server on this machine. Needs no key.")
+    ] = False,
+) -> None:
+    """Ask xAI's live service what the patch supposes of it, and advise options.
+
+    Needs a key in XAI_API_KEY. Exit code 3: something is not as supposed.
+    """
+    api_key = "" if fake else _api_key("probe")
+    from rich.console import Console
+
+    from .probe import report, run
+
+    console = Console(quiet=as_json, highlight=False)
+    questions = run.chosen(idle=idle, deadline=deadline, sessions=sessions)
+    _confirm(report.announcement(questions, fake=fake), yes=yes, console=console)
+    open_service = run.fake_service if fake else functools.partial(run.live_service, api_key)
+    with report.Progress(console, len(questions)) as progress:
+        trouble = _ask(questions, open_service, progress)
+    outcome = report.Outcome(progress.findings, progress.characters, fake=fake)
+    if as_json and trouble is None:
+        print(json.dumps(report.as_json(outcome), indent=2))
+    elif outcome.findings:
+        report.show(console, outcome)
+    if file is not None and outcome.findings:
+        file.write_text(report.as_markdown(outcome), encoding="utf-8")
+    if trouble is not None:
+        _fail(trouble)
+    if outcome.deviations:
+        _fail(f"not as supposed: {', '.join(outcome.deviations)}", OTHERWISE)
+
+
+def _confirm(announcement: str, *, yes: bool, console: Console) -> None:
+    """Says what follows, and ends the command if nobody wants it."""
+    if yes:
+        console.print(announcement)
+        return
+    # Not typer.confirm(): it writes to stdout too.
+    print(announcement, "Begin? [y/N] ", sep="\n", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        _fail("not begun; --yes begins without asking")
+
+
+def _ask(questions: list[Question], open_service: OpenService, progress: Progress) -> str | None:
+    """Asks them; why not all of them, or None."""
+    from .probe import run
+    from .probe.service import DialError
+
+    try:
+        asyncio.run(run.ask(questions, open_service, progress))
+    except DialError as error:
+        return run.explain(error)
+    except asyncio.CancelledError:
+        _fail("interrupted; every connection is closed", INTERRUPTED)
+    return None
 
 
 class _OneLine(logging.Handler):

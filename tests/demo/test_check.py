@@ -25,8 +25,7 @@ def check(edit: str = "", **changes: str) -> tuple[int, list[str], str]:
 
 
 def test_the_installed_plugin() -> None:
-    """It passes. The command shows its version and shape, and that its file is the published
-    one."""
+    """It passes: version, shape, whether the file is the published one, and what to do next."""
     assert check() == (
         0,
         [
@@ -34,6 +33,7 @@ def test_the_installed_plugin() -> None:
             f"shape: {SHAPE.value}",
             "file: as published",
             "can be patched: everything that is wrapped or relied on is as expected",
+            "with a key, xai-pool-patch probe asks xAI what the patch supposes of its service",
         ],
         "",
     )

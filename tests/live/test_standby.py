@@ -15,7 +15,7 @@ from livekit.plugins import xai
 import xai_pool_patch
 from tests.kit import Line, all_closed, line_to, quick, speak
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.protocol.connection import _transport_of
+from xai_pool_patch.protocol.connection import transport_of
 
 VOICES = ("ara", "eve")
 
@@ -223,7 +223,7 @@ async def test_a_standby_that_dies_during_its_dial_under_eager_tasks_is_replaced
             ws = await dial(self, *args)
             if len(line.server.connections) == 1:
                 line.server.reset_all()
-                while not (transport := _transport_of(ws)) or not transport.is_closing():
+                while not (transport := transport_of(ws)) or not transport.is_closing():
                     await asyncio.sleep(0)
             return ws
 

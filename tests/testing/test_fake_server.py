@@ -317,6 +317,36 @@ class TestHandshake:
             assert handshake.status == status
             assert client.server.connections == []
 
+    @pytest.mark.parametrize("status", [429, 503])
+    async def test_is_refused_above_the_limit(self, status: int) -> None:
+        """With the status and the Retry-After that the limit has."""
+        async with serving(max_sessions=1, limit_status=status, retry_after=7) as client:
+            await client.connect()
+            with pytest.raises(aiohttp.WSServerHandshakeError) as refusal:
+                await client.connect()
+            assert refusal.value.status == status
+            assert refusal.value.headers is not None
+            assert refusal.value.headers["Retry-After"] == "7"
+
+    async def test_is_refused_after_the_upgrade(self) -> None:
+        """By an error frame and a Close, where the limit has no status."""
+        async with serving(max_sessions=1, limit_status=None) as client:
+            accepted = await client.connect()
+            refused = await client.connect()
+            assert (await hear(refused))["type"] == "error"
+            message = await refused.receive(timeout=5)
+            assert (message.type, message.data) == (WSMsgType.CLOSE, 1013)
+            await say(accepted, "Hello")
+            assert await hear_out(accepted)
+
+    async def test_a_session_may_be_freed_late(self) -> None:
+        """A connection that has been closed counts for a while."""
+        async with serving(max_sessions=1, close_frees_after=60.0) as client:
+            await (await client.connect()).close()
+            assert await client.refused() == 429
+            client.server.behaviour.close_frees_after = 0.0
+            await client.connect()
+
     async def test_the_next_ones_are_refused(self) -> None:
         """Just as many as were asked for."""
         async with serving(refuse_next=[503, 429]) as client:
@@ -393,6 +423,29 @@ class TestPings:
             assert (await deaf.receive(timeout=5)).type is WSMsgType.PING
             await assert_ended(deaf, Ending.RESET)
             reader.cancel()
+
+    async def test_an_edge_answers_first(self) -> None:
+        """A PING overtakes the message that was sent before it."""
+        async with serving(edge_distance=0.1) as client:
+            ws = await client.connect(autoping=False)
+            started = now()
+            await send(ws, "text.clear")
+            await ws.ping(b"?")
+            assert (await ws.receive(timeout=5)).type is WSMsgType.PONG
+            assert (await hear(ws))["type"] == "audio.clear"
+            assert now() - started >= 0.1
+
+    async def test_an_edge_outlives_the_session(self) -> None:
+        """PINGs are answered on a connection that has been idle for too long, and texts are not."""
+        async with serving(idle_death=0.1) as client:
+            ws = await client.connect(autoping=False)
+            await say(ws, "Hello")
+            await hear_out(ws)
+            await asyncio.sleep(0.2)
+            await say(ws, "Hello")
+            await ws.ping(b"?")
+            assert (await ws.receive(timeout=5)).type is WSMsgType.PONG
+            await assert_silent(ws)
 
 
 class TestEndings:
@@ -608,6 +661,18 @@ class TestFaultsInAnUtterance:
             await say(ws, "hello")
             assert (await ws.receive(timeout=5)).type is WSMsgType.ERROR
             assert ws.close_code == 1009
+
+    async def test_too_many_at_once(self) -> None:
+        """The utterance above the limit is answered by an error, the others are spoken."""
+        async with serving(max_utterances=1, generation=0.1) as client:
+            first, second = await client.connect(), await client.connect()
+            await say(first, "Hello")
+            await client.server.wait_for(lambda server: len(server.utterances) == 1)
+            await say(second, "Hello")
+            assert (await hear(second))["type"] == "error"
+            assert await hear_out(first)
+            await say(second, "Hello")
+            assert await hear_out(second)
 
 
 class TestLinkFaults:

@@ -15,7 +15,7 @@ ROOT = Path(xai_pool_patch.__file__).parent
 NAME = xai_pool_patch.__name__
 
 FLOORS = (
-    {"__main__", "demo"},
+    {"__main__", "demo", "probe"},
     {"__init__"},
     {"installation"},
     {"plugin"},

@@ -10,6 +10,12 @@ import typer
 LONGEST_ROUND_TRIP = 1000
 """Milliseconds. With much more, a handshake does not fit the plugin's timeout of 10 s."""
 
+LONGEST_IDLE_TIME = 2000
+"""Seconds. Somewhat later xAI ends any connection."""
+
+MOST_SESSIONS = 200
+"""More than xAI allows a team, as far as is documented."""
+
 
 def turns(value: int) -> int:
     if value < 1:
@@ -22,6 +28,20 @@ def milliseconds(value: float) -> float:
         raise typer.BadParameter(
             f"must be a number of milliseconds from 0 to {LONGEST_ROUND_TRIP}, not {value:g}"
         )
+    return value
+
+
+def idle_time(value: float | None) -> float | None:
+    if value is not None and not 1 <= value <= LONGEST_IDLE_TIME:
+        raise typer.BadParameter(
+            f"must be a number of seconds from 1 to {LONGEST_IDLE_TIME}, not {value:g}"
+        )
+    return value
+
+
+def sessions(value: int | None) -> int | None:
+    if value is not None and not 1 <= value <= MOST_SESSIONS:
+        raise typer.BadParameter(f"must be a whole number from 1 to {MOST_SESSIONS}, not {value}")
     return value
 
 

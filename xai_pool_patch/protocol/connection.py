@@ -144,7 +144,7 @@ class Connection:
         self._close_timeout = close_timeout
         self._on_rate_limited = on_rate_limited
         self._closer: asyncio.Task[None] | None = None
-        self._transport = _transport_of(ws)
+        self._transport = transport_of(ws)
         self.reader = supervisor.spawn(self._read(), name="xai_pool_patch.reader")
 
     def __repr__(self) -> str:
@@ -394,7 +394,7 @@ class Connection:
                 self.on_lost()
 
 
-def _transport_of(ws: aiohttp.ClientWebSocketResponse) -> asyncio.WriteTransport | None:
+def transport_of(ws: aiohttp.ClientWebSocketResponse) -> asyncio.WriteTransport | None:
     """The transport, which is needed to abort: aiohttp has no public way to do either."""
     connection = getattr(getattr(ws, "_response", None), "connection", None)
     return getattr(connection, "transport", None)

@@ -39,6 +39,8 @@ SAMPLE_RATE = 24_000
 BYTES_PER_SECOND = 2 * SAMPLE_RATE
 HIGHEST_SAMPLE = 32_766
 SWITCHING_PROTOCOLS = 101
+LIMIT_CODE = 1013
+"""Of the Close frame that refuses a connection above the limit: try again later."""
 CLOSE_TIMEOUT = 1.0
 """Seconds the server waits for the answer to its Close frame before it drops the connection."""
 
@@ -114,7 +116,16 @@ class Behaviour:
     voices: set[str] | None = None
     """The voices that are accepted, any other gets 400; None accepts all."""
     max_sessions: int | None = None
-    """Open connections above which a handshake gets 429."""
+    """Open connections above which a handshake gets `limit_status`."""
+    limit_status: int | None = 429
+    """The HTTP status of a handshake above `max_sessions`. None: it is accepted, and an error frame
+    and a Close follow."""
+    retry_after: int | None = None
+    """Seconds that the Retry-After header of a refusal above `max_sessions` names."""
+    close_frees_after: float = 0.0
+    """Seconds for which a connection counts among `max_sessions` after the client's Close."""
+    max_utterances: int | None = None
+    """Utterances under way above which the first text of another gets an error frame."""
     refuse: int | None = None
     """The HTTP status that every handshake gets."""
     refuse_next: list[int] = field(default_factory=list)
@@ -126,6 +137,11 @@ class Behaviour:
     """Whether the client's PINGs are answered."""
     pong_delay: float = 0.0
     """Seconds by which the answer to a PING is late."""
+    edge_distance: float = 0.0
+    """Seconds that a message takes from an edge, which answers the PINGs, to the server."""
+    idle_death: float | None = None
+    """Seconds without an utterance under way after which a connection answers PINGs and nothing
+    else."""
     answer_close: bool = True
     """Whether the client's Close is answered. If not, the connection stays until it is dropped."""
     ping_interval: float | None = None
@@ -343,6 +359,14 @@ class FakeServer:
         """Connections that are open now."""
         return sum(connection.is_open for connection in self.connections)
 
+    def has_too_many_utterances(self, utterance: Utterance) -> bool:
+        """Whether this one began while as many were under way as the behaviour allows."""
+        limit = self.behaviour.max_utterances
+        if limit is None:
+            return False
+        under_way = [each for each in self.utterances if each.outcome is Outcome.UNDER_WAY]
+        return utterance in under_way[limit:]
+
     def client_session(self, **kwargs: Any) -> aiohttp.ClientSession:
         """An HTTP session for which every host name leads here; the caller closes it.
 
@@ -436,11 +460,13 @@ class FakeServer:
         handshake.status = self._judge(request)
         self.note_change()
         if handshake.status != SWITCHING_PROTOCOLS:
-            return web.Response(status=handshake.status)
+            return web.Response(status=handshake.status, headers=self._refusal_headers())
+        is_above_limit = self._is_limit_reached
         ws = web.WebSocketResponse(timeout=CLOSE_TIMEOUT, autoping=False, autoclose=False)
         await ws.prepare(request)
         connection = ServedConnection(len(self.connections) + 1, _now(), dict(request.query), route)
-        await self._serve(_Session(self, ws, transport, connection), connection)
+        session = _Session(self, ws, transport, connection, is_above_limit=is_above_limit)
+        await self._serve(session, connection)
         return ws
 
     def _route_of(self, transport: asyncio.Transport) -> Route | None:
@@ -457,9 +483,25 @@ class FakeServer:
             return 401
         if behaviour.voices is not None and request.query.get("voice") not in behaviour.voices:
             return 400
-        if behaviour.max_sessions is not None and self.open_count >= behaviour.max_sessions:
-            return 429
+        if self._is_limit_reached and behaviour.limit_status is not None:
+            return behaviour.limit_status
         return SWITCHING_PROTOCOLS
+
+    @property
+    def _is_limit_reached(self) -> bool:
+        limit = self.behaviour.max_sessions
+        return limit is not None and sum(map(self._counts, self.connections)) >= limit
+
+    def _counts(self, connection: ServedConnection) -> bool:
+        """Whether a connection takes one of the sessions."""
+        if connection.ended is End.CLIENT_CLOSE and connection.ended_at is not None:
+            return _now() < connection.ended_at + self.behaviour.close_frees_after
+        return connection.is_open
+
+    def _refusal_headers(self) -> dict[str, str]:
+        retry_after = self.behaviour.retry_after
+        is_for_limit = self._is_limit_reached and retry_after is not None
+        return {"Retry-After": str(retry_after)} if is_for_limit else {}
 
     async def _serve(self, session: _Session, connection: ServedConnection) -> None:
         self._sessions.add(session)
@@ -481,11 +523,14 @@ class _Session:
         ws: web.WebSocketResponse,
         transport: asyncio.Transport,
         connection: ServedConnection,
+        *,
+        is_above_limit: bool,
     ) -> None:
         self._server = server
         self._ws = ws
         self._transport = transport
         self._connection = connection
+        self._is_above_limit = is_above_limit
         self._tasks: set[asyncio.Task[None]] = set()
         self._reader = self._start(self._read())
         self._speaker: asyncio.Task[None] | None = None
@@ -503,6 +548,9 @@ class _Session:
             self._start(self._mind_the_time())
             if self._server.behaviour.stray_done:
                 await self._say("audio.done", trace_id="stray")
+            if self._is_above_limit:
+                await self._say("error", message="too many concurrent sessions")
+                self.end(End.SERVER_CLOSE, LIMIT_CODE)
             await asyncio.wait([self._reader])
             if self._connection.ended is End.SERVER_CLOSE:
                 await self._ws.close(code=self._connection.close_code or 1000)
@@ -565,7 +613,7 @@ class _Session:
             frame = await self._ws.receive()
             self._frames_heard += 1
             if frame.type is WSMsgType.TEXT:
-                await self._on_message(frame.data)
+                await self._take(frame.data)
             elif frame.type is WSMsgType.BINARY:
                 await self._object("binary frame")
             elif frame.type is WSMsgType.PING:
@@ -602,6 +650,18 @@ class _Session:
             await self._connection.route.client_left.wait()
         self._note_end(End.CLIENT_CLOSE)
         await self._ws.close(code=code or 1000)
+
+    async def _take(self, data: str) -> None:
+        """Passes a message on from the edge, if there is one. PINGs overtake it there."""
+        if self._server.behaviour.edge_distance:
+            self._start(self._on_distant_message(data))
+        else:
+            await self._on_message(data)
+
+    async def _on_distant_message(self, data: str) -> None:
+        await asyncio.sleep(self._server.behaviour.edge_distance)
+        await self._on_message(data)
+        self._server.note_change()
 
     async def _on_message(self, data: str) -> None:
         match _parsed(data):
@@ -695,9 +755,12 @@ class _Session:
 
     async def _answer(self, utterance: Utterance) -> None:
         behaviour = self._server.behaviour
-        if behaviour.error_on_text is not None:
+        refusal = behaviour.error_on_text
+        if self._server.has_too_many_utterances(utterance):
+            refusal = "too many concurrent requests"
+        if refusal is not None:
             self._conclude(utterance, Outcome.FAILED)
-            await self._say("error", message=behaviour.error_on_text)
+            await self._say("error", message=refusal)
             return
         is_wordless = behaviour.wordless is not Wordless.SPOKEN and await self._is_wordless(
             utterance
@@ -797,6 +860,8 @@ class _Session:
             due[self._ping] = self._pinged_at + behaviour.ping_interval
         if behaviour.idle_limit is not None and self._current is None:
             due[self._end_idle] = self._idle_since + behaviour.idle_limit
+        if behaviour.idle_death is not None and self._current is None and not self.is_dead:
+            due[self._die] = self._idle_since + behaviour.idle_death
         if behaviour.deadline is not None and not self._expired:
             due[self._expire] = self._connection.opened_at + behaviour.deadline
         return due
@@ -812,6 +877,9 @@ class _Session:
 
     async def _end_idle(self) -> None:
         self.end(self._server.behaviour.ending.value)
+
+    async def _die(self) -> None:
+        self.is_dead = True
 
     async def _expire(self) -> None:
         self._expired = True
