@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 import aiohttp
-from aiohttp import WSMsgType, web
+from aiohttp import WSCloseCode, WSMsgType, web
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from .network import HOST, Route, SlowNetwork, reset_transport
@@ -84,6 +84,26 @@ class Clearing(enum.Enum):
     LEAKING = "it does as documented, and after `clear_delay` more audio of the utterance comes"
 
 
+class Refusal(enum.Enum):
+    """How a client learns that no session is left for it."""
+
+    TOO_MANY_REQUESTS = "HTTP 429 at the handshake"
+    UNAVAILABLE = "HTTP 503 at the handshake"
+    ERROR_FRAME = "the handshake succeeds; an error frame comes, then a Close frame"
+
+    @property
+    def status(self) -> int:
+        """The HTTP status of the handshake."""
+        return _STATUS_OF_REFUSAL[self]
+
+
+_STATUS_OF_REFUSAL = {
+    Refusal.TOO_MANY_REQUESTS: 429,
+    Refusal.UNAVAILABLE: 503,
+    Refusal.ERROR_FRAME: SWITCHING_PROTOCOLS,
+}
+
+
 class Wordless(enum.Enum):
     """What the server does about an utterance of nothing but blanks and punctuation."""
 
@@ -114,7 +134,11 @@ class Behaviour:
     voices: set[str] | None = None
     """The voices that are accepted, any other gets 400; None accepts all."""
     max_sessions: int | None = None
-    """Open connections above which a handshake gets 429."""
+    """The sessions that a team has, see `FakeServer.session_count`; None for any number."""
+    refusal: Refusal = Refusal.TOO_MANY_REQUESTS
+    """What a client gets when no session is left."""
+    permit_ttl: float = 0.0
+    """Seconds for which a session still counts that ended without a Close frame."""
     refuse: int | None = None
     """The HTTP status that every handshake gets."""
     refuse_next: list[int] = field(default_factory=list)
@@ -236,6 +260,7 @@ class ServedConnection:
         pings_received: PINGs of the client.
         pongs_received: answers of the client to the server's PINGs.
         violations: what the client sent against the protocol, a sentence each.
+        over_limit: whether it was refused by `Refusal.ERROR_FRAME`. It holds no session.
     """
 
     number: int
@@ -249,6 +274,7 @@ class ServedConnection:
     pings_received: int = 0
     pongs_received: int = 0
     violations: list[str] = field(default_factory=list)
+    over_limit: bool = False
     clears: int = 0
     """text.clear messages that have come."""
     leaks: int = 0
@@ -258,6 +284,15 @@ class ServedConnection:
     def is_open(self) -> bool:
         """True until either side has ended it."""
         return self.ended is None
+
+    def holds_session(self, now: float, permit_ttl: float) -> bool:
+        """Whether it counts as a session at the loop time `now`."""
+        if self.over_limit:
+            return False
+        if self.ended_at is None:
+            return True
+        without_close = self.ended not in (End.CLIENT_CLOSE, End.SERVER_CLOSE)
+        return without_close and now < self.ended_at + permit_ttl
 
 
 class FakeServer:
@@ -276,6 +311,7 @@ class FakeServer:
         connections: every connection that was accepted, in order.
         utterances: every utterance of all connections, in order.
         peak_open: the highest number of connections open at a time.
+        peak_sessions: the highest `session_count`.
     """
 
     network: SlowNetwork
@@ -286,6 +322,7 @@ class FakeServer:
         self.connections: list[ServedConnection] = []
         self.utterances: list[Utterance] = []
         self.peak_open = 0
+        self.peak_sessions = 0
         self._round_trip = round_trip
         self._sessions: set[_Session] = set()
         self._handlers: set[asyncio.Task[Any]] = set()
@@ -342,6 +379,13 @@ class FakeServer:
     def open_count(self) -> int:
         """Connections that are open now."""
         return sum(connection.is_open for connection in self.connections)
+
+    @property
+    def session_count(self) -> int:
+        """Sessions that count now: open connections, and those that ended without a Close frame
+        less than `permit_ttl` ago."""
+        now, permit_ttl = _now(), self.behaviour.permit_ttl
+        return sum(each.holds_session(now, permit_ttl) for each in self.connections)
 
     def client_session(self, **kwargs: Any) -> aiohttp.ClientSession:
         """An HTTP session for which every host name leads here; the caller closes it.
@@ -439,7 +483,13 @@ class FakeServer:
             return web.Response(status=handshake.status)
         ws = web.WebSocketResponse(timeout=CLOSE_TIMEOUT, autoping=False, autoclose=False)
         await ws.prepare(request)
-        connection = ServedConnection(len(self.connections) + 1, _now(), dict(request.query), route)
+        connection = ServedConnection(
+            len(self.connections) + 1,
+            _now(),
+            dict(request.query),
+            route,
+            over_limit=self._is_full and self.behaviour.refusal is Refusal.ERROR_FRAME,
+        )
         await self._serve(_Session(self, ws, transport, connection), connection)
         return ws
 
@@ -457,14 +507,18 @@ class FakeServer:
             return 401
         if behaviour.voices is not None and request.query.get("voice") not in behaviour.voices:
             return 400
-        if behaviour.max_sessions is not None and self.open_count >= behaviour.max_sessions:
-            return 429
-        return SWITCHING_PROTOCOLS
+        return behaviour.refusal.status if self._is_full else SWITCHING_PROTOCOLS
+
+    @property
+    def _is_full(self) -> bool:
+        limit = self.behaviour.max_sessions
+        return limit is not None and self.session_count >= limit
 
     async def _serve(self, session: _Session, connection: ServedConnection) -> None:
         self._sessions.add(session)
         self.connections.append(connection)
         self.peak_open = max(self.peak_open, self.open_count)
+        self.peak_sessions = max(self.peak_sessions, self.session_count)
         self.note_change()
         try:
             await session.run()
@@ -501,6 +555,9 @@ class _Session:
         """Serves the connection to its end."""
         try:
             self._start(self._mind_the_time())
+            if self._connection.over_limit:
+                await self._say("error", message="concurrent session limit reached")
+                self.end(End.SERVER_CLOSE, WSCloseCode.TRY_AGAIN_LATER)
             if self._server.behaviour.stray_done:
                 await self._say("audio.done", trace_id="stray")
             await asyncio.wait([self._reader])
