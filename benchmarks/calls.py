@@ -25,6 +25,7 @@ from xai_pool_patch.demo.conversation import (
     TURN_TIMEOUT,
     Loudspeaker,
     Playback,
+    TurnFailedError,
     ignore_reported,
 )
 from xai_pool_patch.options import PoolOptions
@@ -134,6 +135,21 @@ class Call:
     def _on_error(self, _: object) -> None:
         self._errors += 1
 
+    async def hear_greeting(self, sentence: str) -> float:
+        """Starts the session with an agent that speaks first: from `say()` to its first audio.
+
+        Raises:
+            TurnFailedError: nothing was heard.
+        """
+        playback = self.loudspeaker.next_playback()
+        greeter = _Greeter(sentence)
+        await self.session.start(greeter)
+        said_at, handle = await greeter.said
+        await handle.wait_for_playout()
+        if not playback.done():
+            raise TurnFailedError("the greeting ended without any audio")
+        return playback.result().began_at - said_at
+
     async def hear_reply(self, sentence: str, *, interrupt: bool) -> Reply:
         """Asks for a reply, and listens to its end."""
         playback = self.loudspeaker.next_playback()
@@ -151,6 +167,21 @@ class Call:
         if not playback.done():
             return Reply(None, errors)
         return Reply(playback.result().began_at - self._model.first_token_at, errors)
+
+
+class _Greeter(Agent):
+    """Says something as soon as it is asked in."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(instructions="")
+        self.said: asyncio.Future[tuple[float, SpeechHandle]] = (
+            asyncio.get_running_loop().create_future()
+        )
+        self._sentence = sentence
+
+    async def on_enter(self) -> None:
+        said_at = _now()
+        self.said.set_result((said_at, self.session.say(self._sentence)))
 
 
 def _interrupt(handle: SpeechHandle, playback: asyncio.Future[Playback]) -> None:

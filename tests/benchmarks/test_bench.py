@@ -25,6 +25,8 @@ CASES = [
     "voices",
     "ten-cold",
     "cut-early",
+    "first-words",
+    "first-words-late",
 ]
 QUICK = ["--turns", "2", "--rtt", "20"]
 PERCENTILES = {"p50", "p95", "max"}
@@ -101,12 +103,14 @@ def test_json_counts_turns_and_connections(report: Any) -> None:
     assert counts["voices"][4:] == [2, 2]
     assert counts["ten-cold"] == [2, 2, 2, 2, 2, 2]
     assert counts["cut-early"][0::3] == [2, 2]
+    assert counts["first-words"] == [2, 2, 1, 2, 2, 1]
+    assert counts["first-words-late"] == [2, 2, 1, 2, 2, 1]
 
 
 def test_goals_are_for_gaps_that_a_handshake_fits_into(report: Any) -> None:
     """Of the others it is not asked."""
     without = {case["name"] for case in report["cases"] if case["missed_goals"] is None}
-    assert without == {"interrupted-0.1s", "cleared-0.1s", "ten-cold"}
+    assert without == {"interrupted-0.1s", "cleared-0.1s", "ten-cold", "first-words-late"}
 
 
 def test_shows_a_line_per_case_and_a_table() -> None:
