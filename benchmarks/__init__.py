@@ -4,7 +4,8 @@
 nothing else imports it but its own test.
 
 - `cases`: conversations with the real plugin against the fake server
+- `calls`, `fleet`: real AgentSessions, and many of them that share the sessions of one team
 - `costs`: what the pool itself takes in CPU time
-- `helpers`, `runs`: the processes, and one run over all of it
-- `report`: tables and JSON
+- `helpers`, `servers`, `runs`: the processes, the way between them, and one run over all of it
+- `report`, `fleet_command`: tables and JSON
 """

@@ -15,6 +15,7 @@ from xai_pool_patch.plugin.releases import DISTRIBUTION
 
 from . import report
 from .cases import CASES
+from .fleet_command import fleet
 from .helpers import HelperFailedError
 from .runs import COSTS, Bench, CostResult, crew_at_work, measure_case
 
@@ -23,8 +24,12 @@ NAME = "benchmarks"
 app = typer.Typer(pretty_exceptions_enable=False)
 
 
-@app.command()
+app.command()(fleet)
+
+
+@app.callback(invoke_without_command=True)
 def bench(
+    context: typer.Context,
     turns: Annotated[
         int,
         typer.Option(
@@ -51,6 +56,8 @@ def bench(
 
     The plugin is real, and the server is the fake one. Exit code 1: a turn failed.
     """
+    if context.invoked_subcommand is not None:
+        return
     names = _chosen([each.name for each in (*CASES, *COSTS)], only or [])
     console = Console(quiet=as_json, highlight=False)
     try:

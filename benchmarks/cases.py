@@ -30,6 +30,8 @@ from xai_pool_patch.pool.pool import ROTATION_LEAD
 from xai_pool_patch.telemetry.log import describe
 from xai_pool_patch.testing import Behaviour, FakeServer
 
+from .calls import Call
+
 SENTENCE = "Your order is on its way."
 
 PAUSE = 0.8
@@ -106,6 +108,15 @@ class Talk:
             await asyncio.sleep(duration)
             self._silent_since = _now()
 
+    async def greeting(self) -> None:
+        """The first words of an AgentSession, which an agent says when it is entered."""
+        with self._failure_noted():
+            call = Call(self.tts)
+            try:
+                self.times.append(await call.hear_greeting(SENTENCE))
+            finally:
+                await call.session.aclose()
+
     @contextlib.asynccontextmanager
     async def _asked(self) -> AsyncIterator[Any]:
         async with self.tts.stream(conn_options=ONCE) as stream:
@@ -150,6 +161,10 @@ async def _cut_early(talk: Talk) -> None:
         await talk.unheard_turn(CUT_EARLY_AFTER[number % 2])
         await talk.pause()
         await talk.turn()
+
+
+async def _first_words(talk: Talk) -> None:
+    await talk.greeting()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +232,19 @@ CASES = (
         name="cut-early",
         shows="before every turn another is interrupted before its first audio",
         play=_cut_early,
+    ),
+    Case(
+        name="first-words",
+        shows="say() in on_enter, 0.8 s after the application has called tts.prewarm()",
+        play=_first_words,
+        turns_each=1,
+    ),
+    Case(
+        name="first-words-late",
+        shows="say() in on_enter, and only AgentSession.start() prewarms",
+        play=_first_words,
+        gap=0.0,
+        turns_each=1,
     ),
 )
 
@@ -309,7 +337,7 @@ async def _converse(
         tts = xai.TTS(api_key=server.behaviour.api_key, http_session=http)
         _scale_native_pool(tts, case.options)
         if case.gap:
-            tts.prewarm()  # as AgentSession.start() does
+            tts.prewarm()
             await asyncio.sleep(PAUSE)  # before the agent speaks for the first time
         talk = Talk(tts, range(1, turns + 1), case.gap)
         await case.play(talk)

@@ -12,14 +12,9 @@ import asyncio
 import contextlib
 import functools
 import gc
-import itertools
 import json
-import queue
-import socket
-import ssl
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
@@ -27,7 +22,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
-from aiohttp.abc import AbstractResolver, ResolveResult
 from livekit.agents import APIConnectOptions
 from livekit.plugins import xai
 
@@ -37,9 +31,10 @@ from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.plugin.provider import ConnectionProvider
 from xai_pool_patch.plugin.releases import MODULE, Shape, detect, installed_version
 from xai_pool_patch.plugin.wrappers import connect_of
-from xai_pool_patch.testing import Behaviour, FakeServer
-from xai_pool_patch.testing.network import HOST
+from xai_pool_patch.testing import Behaviour
 from xai_pool_patch.testing.server import PATH, SERVER_NAME
+
+from .servers import Address, client_session
 
 TURNS = 2000
 
@@ -67,15 +62,6 @@ CONN_OPTIONS = APIConnectOptions(max_retry=0, timeout=30.0)
 
 
 @dataclass(frozen=True)
-class Address:
-    """How to get to some servers in another process."""
-
-    ports: tuple[int, ...]
-    authorities: bytes
-    """The certificates to trust, DER."""
-
-
-@dataclass(frozen=True)
 class MessageCosts:
     """CPU time of the client per message received, one value a round."""
 
@@ -97,62 +83,6 @@ class StreamCosts:
     @property
     def handshakes(self) -> float:
         return self.first - self.again
-
-
-# The servers
-
-
-def open_servers(count: int, *, messages_per_second: float = 50.0) -> Address:
-    """Starts some in a thread, where they stay until the process ends."""
-    opened: queue.Queue[Address] = queue.Queue()
-    behaviour = Behaviour(generation=0.0)
-    behaviour.pace = messages_per_second * behaviour.chunk
-    serving = _serve([FakeServer(behaviour=behaviour) for _ in range(count)], opened)
-    threading.Thread(target=asyncio.run, args=(serving,), daemon=True).start()
-    return opened.get()
-
-
-async def _serve(servers: list[FakeServer], opened: queue.Queue[Address]) -> None:
-    async with contextlib.AsyncExitStack() as stack:
-        for server in servers:
-            await stack.enter_async_context(server)
-        authorities = b"".join(servers[0].ssl_context.get_ca_certs(binary_form=True))
-        opened.put(Address(tuple(server.network.port for server in servers), authorities))
-        await asyncio.Event().wait()
-
-
-class _InTurn(AbstractResolver):
-    """Sends one connection after another to one server after another."""
-
-    def __init__(self, address: Address) -> None:
-        self._ports = itertools.cycle(address.ports)
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[ResolveResult]:
-        return [
-            ResolveResult(
-                hostname=host,
-                host=HOST,
-                port=next(self._ports),
-                family=socket.AF_INET,
-                proto=0,
-                flags=0,
-            )
-        ]
-
-    async def close(self) -> None:
-        """Holds nothing."""
-
-
-def _client_session(address: Address) -> aiohttp.ClientSession:
-    connector = aiohttp.TCPConnector(
-        resolver=_InTurn(address),
-        use_dns_cache=False,
-        limit=0,
-        ssl=ssl.create_default_context(cadata=address.authorities),
-    )
-    return aiohttp.ClientSession(connector=connector)
 
 
 # The pool's part of a turn
@@ -211,7 +141,7 @@ def acquire_and_release(address: Address) -> list[float]:
 
 
 async def _acquire_and_release(address: Address) -> list[float]:
-    async with _client_session(address) as http, _Pooled(http) as pooled:
+    async with client_session(address) as http, _Pooled(http) as pooled:
         await pooled.turn(_say_nothing)  # the handshake
         return [(await pooled.turn(_say_nothing)).acquire_and_release for _ in range(TURNS)]
 
@@ -231,7 +161,7 @@ def receive(address: Address) -> MessageCosts:
 async def _receive(address: Address) -> MessageCosts:
     costs = MessageCosts([], [])
     async with (
-        _client_session(address) as http,
+        client_session(address) as http,
         _Pooled(http) as pooled,
         contextlib.AsyncExitStack() as stack,
     ):
@@ -307,7 +237,7 @@ def speak_at_once(address: Address, *, patched: bool, streams: int) -> StreamCos
 
 
 async def _speak_repeatedly(address: Address, streams: int, *, patched: bool) -> StreamCosts:
-    async with _client_session(address) as http:
+    async with client_session(address) as http:
         tts = xai.TTS(api_key=Behaviour().api_key, http_session=http)
         if not patched and not hasattr(tts, "_pool"):
             tts = _KeepsOpen(api_key=Behaviour().api_key, http_session=http)

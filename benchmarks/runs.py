@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from . import costs
+from . import costs, servers
 from .cases import Case, Figures, Plugin, inspect_plugin, run_case
 from .helpers import Helper
 
@@ -97,7 +97,7 @@ class CostResult:
 
 
 def _hit(crew: Crew) -> Measured:
-    address = crew.server.run(costs.open_servers, 1)
+    address = crew.server.run(servers.open_servers, 1)
     times = crew.patched.run(costs.acquire_and_release, address)
     return Measured(
         statistics.median(times) * 1e6,
@@ -106,7 +106,9 @@ def _hit(crew: Crew) -> Measured:
 
 
 def _message(crew: Crew) -> Measured:
-    address = crew.server.run(costs.open_servers, 1, messages_per_second=costs.MESSAGES_PER_SECOND)
+    address = crew.server.run(
+        servers.open_servers, 1, messages_per_second=costs.MESSAGES_PER_SECOND
+    )
     received = crew.patched.run(costs.receive, address)
     # What else the machine does can only add to either.
     bare, pooled = min(received.bare) * 1e6, min(received.pooled) * 1e6
@@ -115,7 +117,7 @@ def _message(crew: Crew) -> Measured:
 
 def _streams(crew: Crew) -> Measured:
     streams = costs.STREAMS
-    address = crew.server.run(costs.open_servers, streams // costs.STREAMS_PER_SERVER)
+    address = crew.server.run(servers.open_servers, streams // costs.STREAMS_PER_SERVER)
     speak = functools.partial(costs.speak_at_once, address, streams=streams)
     unpatched, patched = [], []
     for _ in range(costs.PAIRS):

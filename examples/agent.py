@@ -25,11 +25,16 @@ class Assistant(Agent):
 
 @server.rtc_session()
 async def entrypoint(job: JobContext) -> None:
+    tts = xai.TTS(voice="ara")
+    # Dials while the room connects, so that the greeting finds its connection. What
+    # AgentSession.start() prewarms would come milliseconds before it, too late for a handshake.
+    tts.prewarm()
     session: AgentSession[None] = AgentSession(
         stt="deepgram/nova-3",  # any STT and LLM will do; these come with the LiveKit key
         llm="openai/gpt-4.1-mini",
-        tts=xai.TTS(voice="ara"),
+        tts=tts,
     )
+    await job.connect()
     await session.start(Assistant(), room=job.room)
 
 

@@ -25,6 +25,8 @@ CASES = [
     "voices",
     "ten-cold",
     "cut-early",
+    "first-words",
+    "first-words-late",
 ]
 QUICK = ["--turns", "2", "--rtt", "20"]
 PERCENTILES = {"p50", "p95", "max"}
@@ -101,12 +103,14 @@ def test_json_counts_turns_and_connections(report: Any) -> None:
     assert counts["voices"][4:] == [2, 2]
     assert counts["ten-cold"] == [2, 2, 2, 2, 2, 2]
     assert counts["cut-early"][0::3] == [2, 2]
+    assert counts["first-words"] == [2, 2, 1, 2, 2, 1]
+    assert counts["first-words-late"] == [2, 2, 1, 2, 2, 1]
 
 
 def test_goals_are_for_gaps_that_a_handshake_fits_into(report: Any) -> None:
     """Of the others it is not asked."""
     without = {case["name"] for case in report["cases"] if case["missed_goals"] is None}
-    assert without == {"interrupted-0.1s", "cleared-0.1s", "ten-cold"}
+    assert without == {"interrupted-0.1s", "cleared-0.1s", "ten-cold", "first-words-late"}
 
 
 def test_shows_a_line_per_case_and_a_table() -> None:
@@ -185,6 +189,51 @@ def test_counts_turns_that_fail(tmp_path: Path) -> None:
     assert "as it is - (2 failed), patched - (2 failed)" in done.stdout
     assert "A turn failed: API" in done.stdout
     assert "missed by steady" in " ".join(done.stdout.split())
+
+
+def test_a_fleet() -> None:
+    """Two processes with a call each, unpatched and patched: all is heard, nobody is refused."""
+    keywords = "min_size=0, max_age=60"
+    done = bench(
+        *["fleet", "--json", "--processes", "2", "--replies", "1", "--rtt", "20", "--llm", "50"],
+        *["--folder", "apart", "--options", keywords],
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = json.loads(done.stdout)
+    assert list(rows) == ["unpatched", f"patched {keywords}"]
+    for row in rows.values():
+        counts = [row[name] for name in ("replies", "silent", "in_error", "refused")]
+        assert counts == [2, 0, 0, 0]
+        assert row["peak_sessions"] in (1, 2)
+        assert row["p50_s"] >= 0.33
+
+
+def test_a_fleet_without_sessions_is_silent() -> None:
+    """Nothing is heard of any reply, the errors are counted, and so are the refusals."""
+    done = bench(
+        *["fleet", "--json", "--processes", "1", "--replies", "1", "--rtt", "0", "--llm", "0"],
+        *["--sessions", "0", "--refusal", "frame", "--skip-unpatched"],
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    row = json.loads(done.stdout)["patched"]
+    assert (row["replies"], row["silent"], row["in_error"]) == (1, 1, 1)
+    assert row["refused"] > 0
+    assert (row["peak_sessions"], row["p50_s"]) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "right"),
+    [
+        ("--refusal", "nonsense", "429, 503, frame"),
+        ("--options", "nonsense=1", "nonsense"),
+        ("--options", "no keywords", "no keywords"),
+    ],
+)
+def test_a_fleet_refuses_nonsense(option: str, value: str, right: str) -> None:
+    """One line that names the option and what would be right."""
+    line = refused(bench("fleet", option, value), 2)
+    assert option in line
+    assert right in line
 
 
 def test_ends_cleanly_when_interrupted() -> None:

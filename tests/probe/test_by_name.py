@@ -11,7 +11,7 @@ import pytest
 from tests.probe.kit import HASTY, SHORT, ask, serving_both
 from xai_pool_patch.probe import by_name
 from xai_pool_patch.probe.question import Verdict
-from xai_pool_patch.testing import End, Ending
+from xai_pool_patch.testing import End, Ending, Refusal
 
 pytestmark = pytest.mark.asyncio
 
@@ -88,8 +88,8 @@ async def test_no_deadline() -> None:
 LIMITS = [
     ({"retry_after": 7}, SO, "refused with HTTP 429, Retry-After: 7", {"warm": "auto"}),
     ({}, SO, "A Close freed a session at once", {"warm": "auto"}),
-    ({"limit_status": 503}, OTHERWISE, "refused with HTTP 503", {"warm": "reply"}),
-    ({"limit_status": None}, OTHERWISE, "refused with error: too many concurrent sessions",
+    ({"refusal": Refusal.UNAVAILABLE}, OTHERWISE, "refused with HTTP 503", {"warm": "reply"}),
+    ({"refusal": Refusal.ERROR_FRAME}, OTHERWISE, "error: concurrent session limit reached",
      {"warm": "auto"}),
     ({"close_frees_after": 1.5}, OTHERWISE, "A Close freed a session after",
      {"warm": "auto", "interruption": "clear"}),

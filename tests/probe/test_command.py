@@ -16,7 +16,7 @@ from tests.demo.test_demo import TIMEOUT, command, environment, refused
 from tests.probe.kit import HASTY, SHORT, Listener, serving_both
 from xai_pool_patch.probe import run
 from xai_pool_patch.probe.service import DialError, RefusedError, UnreachableError
-from xai_pool_patch.testing import Behaviour, End
+from xai_pool_patch.testing import Behaviour, End, Refusal
 
 KEY = Behaviour.api_key
 CHEAP = ("handshake", "bad voice")
@@ -150,7 +150,10 @@ def test_refuses_nonsense(option: str, value: str, right: str) -> None:
         ({"api_key": "another"}, "refuses the API key: HTTP 401"),
         ({"refuse": 429}, "no session is free"),
         ({"refuse": 503}, "refuses a connection: HTTP 503"),
-        ({"max_sessions": 0, "limit_status": None}, "error: too many concurrent sessions"),
+        (
+            {"max_sessions": 0, "refusal": Refusal.ERROR_FRAME},
+            "error: concurrent session limit reached",
+        ),
     ],
 )
 async def test_a_service_that_cannot_be_asked(behaviour: dict[str, Any], reason: str) -> None:

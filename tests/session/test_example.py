@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_importing_the_example_patches_the_plugin(example: Any) -> None:
 async def test_a_job_of_the_example_greets_the_caller(
     example: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The greeting is heard whole, and the next turn finds a connection."""
+    """It dials before it connects to the room. Both turns find that connection, and are whole."""
     monkeypatch.setenv("XAI_API_KEY", API_KEY)
     sessions: list[Mouth] = []
     metrics: list[Any] = []
@@ -70,10 +71,17 @@ async def test_a_job_of_the_example_greets_the_caller(
         job.shutdown()
 
     async with line_to() as line:
+
+        async def connect_slowly(_: JobContext) -> None:
+            await line.server.wait_for(lambda server: server.open_count == 1)
+            while not xai_pool_patch.stats()["idle"]:
+                await asyncio.sleep(0)
+
+        monkeypatch.setattr(JobContext, "connect", connect_slowly)
         await run_job(job_of_two_turns, line.server, monkeypatch)
         heard = [set(playback.samples) - {0} for playback in sessions[0].loudspeaker.playbacks]
         spoken = [line.server.utterance_for(text).number for text in (GREETING, ANSWER)]
         assert heard == [{number} for number in spoken]
-        assert metrics[-1].connection_reused
+        assert [metric.connection_reused for metric in metrics] == [True, True]
         assert len(line.server.connections) == 1
         await all_closed(line.server)

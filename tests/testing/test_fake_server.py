@@ -23,6 +23,7 @@ from xai_pool_patch.testing import (
     Ending,
     FakeServer,
     Outcome,
+    Refusal,
     SlowNetwork,
     Wordless,
 )
@@ -304,6 +305,7 @@ class TestHandshake:
             ({}, {"key": "wrong"}, 401),
             ({"voices": {"ara"}}, {"voice": "nobody"}, 400),
             ({"max_sessions": 0}, {}, 429),
+            ({"max_sessions": 0, "refusal": Refusal.UNAVAILABLE}, {}, 503),
             ({"refuse": 503}, {}, 503),
         ],
     )
@@ -317,27 +319,13 @@ class TestHandshake:
             assert handshake.status == status
             assert client.server.connections == []
 
-    @pytest.mark.parametrize("status", [429, 503])
-    async def test_is_refused_above_the_limit(self, status: int) -> None:
-        """With the status and the Retry-After that the limit has."""
-        async with serving(max_sessions=1, limit_status=status, retry_after=7) as client:
-            await client.connect()
+    async def test_a_refusal_above_the_limit_may_say_when_to_try_again(self) -> None:
+        """In a Retry-After header."""
+        async with serving(max_sessions=0, retry_after=7) as client:
             with pytest.raises(aiohttp.WSServerHandshakeError) as refusal:
                 await client.connect()
-            assert refusal.value.status == status
             assert refusal.value.headers is not None
             assert refusal.value.headers["Retry-After"] == "7"
-
-    async def test_is_refused_after_the_upgrade(self) -> None:
-        """By an error frame and a Close, where the limit has no status."""
-        async with serving(max_sessions=1, limit_status=None) as client:
-            accepted = await client.connect()
-            refused = await client.connect()
-            assert (await hear(refused))["type"] == "error"
-            message = await refused.receive(timeout=5)
-            assert (message.type, message.data) == (WSMsgType.CLOSE, 1013)
-            await say(accepted, "Hello")
-            assert await hear_out(accepted)
 
     async def test_a_session_may_be_freed_late(self) -> None:
         """A connection that has been closed counts for a while."""
@@ -364,6 +352,51 @@ class TestHandshake:
             await client.connect()
             assert client.server.peak_open == 2
             assert len(client.server.connections) == 3
+
+    @pytest.mark.parametrize("ending", [Ending.RESET, Ending.SILENT])
+    async def test_a_session_without_a_close_counts_for_longer(self, ending: Ending) -> None:
+        """For `permit_ttl` seconds; a session that ended with a Close frame does not."""
+        async with serving(max_sessions=2, permit_ttl=60.0) as client:
+            server = client.server
+            closed, _ = await client.connect(), await client.connect()
+            await closed.close()
+            await server.wait_for(lambda server: server.session_count == 1)
+            server.behaviour.ending, server.behaviour.idle_limit = ending, 0.0
+            await server.wait_for(lambda server: server.open_count == 0)
+            server.behaviour.idle_limit = None
+            assert server.session_count == 1
+            await client.connect()
+            assert await client.refused() == 429
+            server.behaviour.permit_ttl = 0.0
+            assert server.session_count == 1
+            await client.connect()
+            assert (server.peak_open, server.peak_sessions) == (2, 2)
+
+    async def test_a_permit_expires(self) -> None:
+        """By itself, so the next handshake succeeds."""
+        async with serving(max_sessions=1, permit_ttl=0.05) as client:
+            await client.connect()
+            client.server.reset_all()
+            assert client.server.session_count == 1
+            while client.server.session_count:
+                await asyncio.sleep(0.01)
+            await client.connect()
+
+    async def test_refused_by_an_error_frame(self) -> None:
+        """After the upgrade, and a Close frame follows; it takes nobody's session."""
+        async with serving(max_sessions=1, refusal=Refusal.ERROR_FRAME) as client:
+            first, second = await client.connect(), await client.connect()
+            assert (await hear(second))["type"] == "error"
+            message = await second.receive(timeout=5)
+            assert (message.type, message.data) == (WSMsgType.CLOSE, 1013)
+            connections = client.server.connections
+            assert [connection.over_limit for connection in connections] == [False, True]
+            assert client.server.session_count == client.server.peak_sessions == 1
+            await first.close()
+            await client.server.wait_for(lambda server: server.open_count == 0)
+            third = await client.connect()
+            await say(third, "hello")
+            assert await hear_out(third)
 
     async def test_delay(self) -> None:
         """A handshake takes as long as it is told to."""

@@ -17,6 +17,8 @@ What can be asked of it:
   refuses, how it ends a connection. Change a field at any time.
 - `server.network`, a `SlowNetwork`, is how far away the server is and how the network fails: it
   refuses, stalls, freezes and resets connections, all of them or one (`connection.route`).
+- `server.behaviour.max_sessions` is the team's limit, `server.behaviour.refusal` how a client hears
+  of it, and `server.session_count` what counts against it.
 - `server.handshakes`, `server.connections` and `server.utterances` are what has happened so far.
   `await server.wait_for(...)` waits until something has.
 
@@ -39,6 +41,7 @@ from .server import (
     FakeServer,
     Handshake,
     Outcome,
+    Refusal,
     ServedConnection,
     Utterance,
     Wordless,
@@ -53,6 +56,7 @@ __all__ = [
     "FakeServer",
     "Handshake",
     "Outcome",
+    "Refusal",
     "Route",
     "ServedConnection",
     "SlowNetwork",

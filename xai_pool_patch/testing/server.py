@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 import aiohttp
-from aiohttp import WSMsgType, web
+from aiohttp import WSCloseCode, WSMsgType, web
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from .network import HOST, Route, SlowNetwork, reset_transport
@@ -39,8 +39,6 @@ SAMPLE_RATE = 24_000
 BYTES_PER_SECOND = 2 * SAMPLE_RATE
 HIGHEST_SAMPLE = 32_766
 SWITCHING_PROTOCOLS = 101
-LIMIT_CODE = 1013
-"""Of the Close frame that refuses a connection above the limit: try again later."""
 CLOSE_TIMEOUT = 1.0
 """Seconds the server waits for the answer to its Close frame before it drops the connection."""
 
@@ -86,6 +84,26 @@ class Clearing(enum.Enum):
     LEAKING = "it does as documented, and after `clear_delay` more audio of the utterance comes"
 
 
+class Refusal(enum.Enum):
+    """How a client learns that no session is left for it."""
+
+    TOO_MANY_REQUESTS = "HTTP 429 at the handshake"
+    UNAVAILABLE = "HTTP 503 at the handshake"
+    ERROR_FRAME = "the handshake succeeds; an error frame comes, then a Close frame"
+
+    @property
+    def status(self) -> int:
+        """The HTTP status of the handshake."""
+        return _STATUS_OF_REFUSAL[self]
+
+
+_STATUS_OF_REFUSAL = {
+    Refusal.TOO_MANY_REQUESTS: 429,
+    Refusal.UNAVAILABLE: 503,
+    Refusal.ERROR_FRAME: SWITCHING_PROTOCOLS,
+}
+
+
 class Wordless(enum.Enum):
     """What the server does about an utterance of nothing but blanks and punctuation."""
 
@@ -116,14 +134,15 @@ class Behaviour:
     voices: set[str] | None = None
     """The voices that are accepted, any other gets 400; None accepts all."""
     max_sessions: int | None = None
-    """Open connections above which a handshake gets `limit_status`."""
-    limit_status: int | None = 429
-    """The HTTP status of a handshake above `max_sessions`. None: it is accepted, and an error frame
-    and a Close follow."""
+    """The sessions that a team has, see `FakeServer.session_count`; None for any number."""
+    refusal: Refusal = Refusal.TOO_MANY_REQUESTS
+    """What a client gets when no session is left."""
+    permit_ttl: float = 0.0
+    """Seconds for which a session still counts that ended without a Close frame."""
     retry_after: int | None = None
     """Seconds that the Retry-After header of a refusal above `max_sessions` names."""
     close_frees_after: float = 0.0
-    """Seconds for which a connection counts among `max_sessions` after the client's Close."""
+    """Seconds for which a session still counts after the client's Close."""
     max_utterances: int | None = None
     """Utterances under way above which the first text of another gets an error frame."""
     refuse: int | None = None
@@ -252,6 +271,7 @@ class ServedConnection:
         pings_received: PINGs of the client.
         pongs_received: answers of the client to the server's PINGs.
         violations: what the client sent against the protocol, a sentence each.
+        over_limit: whether it was refused by `Refusal.ERROR_FRAME`. It holds no session.
     """
 
     number: int
@@ -265,6 +285,7 @@ class ServedConnection:
     pings_received: int = 0
     pongs_received: int = 0
     violations: list[str] = field(default_factory=list)
+    over_limit: bool = False
     clears: int = 0
     """text.clear messages that have come."""
     leaks: int = 0
@@ -274,6 +295,15 @@ class ServedConnection:
     def is_open(self) -> bool:
         """True until either side has ended it."""
         return self.ended is None
+
+    def holds_session(self, now: float, behaviour: Behaviour) -> bool:
+        """Whether it counts as a session at the loop time `now`."""
+        if self.over_limit:
+            return False
+        if self.ended_at is None:
+            return True
+        lasts = {End.CLIENT_CLOSE: behaviour.close_frees_after, End.SERVER_CLOSE: 0.0}
+        return now < self.ended_at + lasts.get(self.ended, behaviour.permit_ttl)
 
 
 class FakeServer:
@@ -292,6 +322,7 @@ class FakeServer:
         connections: every connection that was accepted, in order.
         utterances: every utterance of all connections, in order.
         peak_open: the highest number of connections open at a time.
+        peak_sessions: the highest `session_count`.
     """
 
     network: SlowNetwork
@@ -302,6 +333,7 @@ class FakeServer:
         self.connections: list[ServedConnection] = []
         self.utterances: list[Utterance] = []
         self.peak_open = 0
+        self.peak_sessions = 0
         self._round_trip = round_trip
         self._sessions: set[_Session] = set()
         self._handlers: set[asyncio.Task[Any]] = set()
@@ -366,6 +398,13 @@ class FakeServer:
             return False
         under_way = [each for each in self.utterances if each.outcome is Outcome.UNDER_WAY]
         return utterance in under_way[limit:]
+
+    @property
+    def session_count(self) -> int:
+        """Sessions that count now: open connections, and those that ended less than `permit_ttl`
+        ago without a Close frame, or less than `close_frees_after` ago with one."""
+        now, behaviour = _now(), self.behaviour
+        return sum(each.holds_session(now, behaviour) for each in self.connections)
 
     def client_session(self, **kwargs: Any) -> aiohttp.ClientSession:
         """An HTTP session for which every host name leads here; the caller closes it.
@@ -461,12 +500,16 @@ class FakeServer:
         self.note_change()
         if handshake.status != SWITCHING_PROTOCOLS:
             return web.Response(status=handshake.status, headers=self._refusal_headers())
-        is_above_limit = self._is_limit_reached
         ws = web.WebSocketResponse(timeout=CLOSE_TIMEOUT, autoping=False, autoclose=False)
         await ws.prepare(request)
-        connection = ServedConnection(len(self.connections) + 1, _now(), dict(request.query), route)
-        session = _Session(self, ws, transport, connection, is_above_limit=is_above_limit)
-        await self._serve(session, connection)
+        connection = ServedConnection(
+            len(self.connections) + 1,
+            _now(),
+            dict(request.query),
+            route,
+            over_limit=self._is_full and self.behaviour.refusal is Refusal.ERROR_FRAME,
+        )
+        await self._serve(_Session(self, ws, transport, connection), connection)
         return ws
 
     def _route_of(self, transport: asyncio.Transport) -> Route | None:
@@ -483,30 +526,23 @@ class FakeServer:
             return 401
         if behaviour.voices is not None and request.query.get("voice") not in behaviour.voices:
             return 400
-        if self._is_limit_reached and behaviour.limit_status is not None:
-            return behaviour.limit_status
-        return SWITCHING_PROTOCOLS
+        return behaviour.refusal.status if self._is_full else SWITCHING_PROTOCOLS
 
     @property
-    def _is_limit_reached(self) -> bool:
+    def _is_full(self) -> bool:
         limit = self.behaviour.max_sessions
-        return limit is not None and sum(map(self._counts, self.connections)) >= limit
-
-    def _counts(self, connection: ServedConnection) -> bool:
-        """Whether a connection takes one of the sessions."""
-        if connection.ended is End.CLIENT_CLOSE and connection.ended_at is not None:
-            return _now() < connection.ended_at + self.behaviour.close_frees_after
-        return connection.is_open
+        return limit is not None and self.session_count >= limit
 
     def _refusal_headers(self) -> dict[str, str]:
         retry_after = self.behaviour.retry_after
-        is_for_limit = self._is_limit_reached and retry_after is not None
+        is_for_limit = self._is_full and retry_after is not None
         return {"Retry-After": str(retry_after)} if is_for_limit else {}
 
     async def _serve(self, session: _Session, connection: ServedConnection) -> None:
         self._sessions.add(session)
         self.connections.append(connection)
         self.peak_open = max(self.peak_open, self.open_count)
+        self.peak_sessions = max(self.peak_sessions, self.session_count)
         self.note_change()
         try:
             await session.run()
@@ -523,14 +559,11 @@ class _Session:
         ws: web.WebSocketResponse,
         transport: asyncio.Transport,
         connection: ServedConnection,
-        *,
-        is_above_limit: bool,
     ) -> None:
         self._server = server
         self._ws = ws
         self._transport = transport
         self._connection = connection
-        self._is_above_limit = is_above_limit
         self._tasks: set[asyncio.Task[None]] = set()
         self._reader = self._start(self._read())
         self._speaker: asyncio.Task[None] | None = None
@@ -546,11 +579,11 @@ class _Session:
         """Serves the connection to its end."""
         try:
             self._start(self._mind_the_time())
+            if self._connection.over_limit:
+                await self._say("error", message="concurrent session limit reached")
+                self.end(End.SERVER_CLOSE, WSCloseCode.TRY_AGAIN_LATER)
             if self._server.behaviour.stray_done:
                 await self._say("audio.done", trace_id="stray")
-            if self._is_above_limit:
-                await self._say("error", message="too many concurrent sessions")
-                self.end(End.SERVER_CLOSE, LIMIT_CODE)
             await asyncio.wait([self._reader])
             if self._connection.ended is End.SERVER_CLOSE:
                 await self._ws.close(code=self._connection.close_code or 1000)

@@ -1,0 +1,86 @@
+"""Fake servers in one process, and the way to them from another."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import queue
+import socket
+import ssl
+import threading
+from dataclasses import dataclass
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+from xai_pool_patch.testing import Behaviour, FakeServer
+from xai_pool_patch.testing.network import HOST
+
+
+@dataclass(frozen=True)
+class Address:
+    """How to get to some servers in another process."""
+
+    ports: tuple[int, ...]
+    authorities: bytes
+    """The certificates to trust, DER."""
+
+
+def open_servers(count: int, *, messages_per_second: float = 50.0) -> Address:
+    """Starts some in a thread, where they stay until the process ends."""
+    opened: queue.Queue[Address] = queue.Queue()
+    behaviour = Behaviour(generation=0.0)
+    behaviour.pace = messages_per_second * behaviour.chunk
+    serving = _serve([FakeServer(behaviour=behaviour) for _ in range(count)], opened)
+    threading.Thread(target=asyncio.run, args=(serving,), daemon=True).start()
+    return opened.get()
+
+
+async def _serve(servers: list[FakeServer], opened: queue.Queue[Address]) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        for server in servers:
+            await stack.enter_async_context(server)
+        opened.put(address_of(*servers))
+        await asyncio.Event().wait()
+
+
+def address_of(*servers: FakeServer) -> Address:
+    """How another process gets to servers of this one."""
+    authorities = b"".join(servers[0].ssl_context.get_ca_certs(binary_form=True))
+    return Address(tuple(server.network.port for server in servers), authorities)
+
+
+class _InTurn(AbstractResolver):
+    """Sends one connection after another to one server after another."""
+
+    def __init__(self, address: Address) -> None:
+        self._ports = itertools.cycle(address.ports)
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        return [
+            ResolveResult(
+                hostname=host,
+                host=HOST,
+                port=next(self._ports),
+                family=socket.AF_INET,
+                proto=0,
+                flags=0,
+            )
+        ]
+
+    async def close(self) -> None:
+        """Holds nothing."""
+
+
+def client_session(address: Address) -> aiohttp.ClientSession:
+    """An HTTP session for which every host name leads there; the caller closes it."""
+    connector = aiohttp.TCPConnector(
+        resolver=_InTurn(address),
+        use_dns_cache=False,
+        limit=0,
+        ssl=ssl.create_default_context(cadata=address.authorities),
+    )
+    return aiohttp.ClientSession(connector=connector)
