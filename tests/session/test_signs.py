@@ -22,6 +22,7 @@ from livekit.agents import (
     AgentSession,
     AgentStateChangedEvent,
     AgentTask,
+    UserStateChangedEvent,
     function_tool,
     tokenize,
 )
@@ -31,7 +32,7 @@ from livekit.agents.voice.agent_session import SessionConnectOptions
 from livekit.plugins import xai
 
 import xai_pool_patch
-from tests.kit import Line, all_closed, line_to
+from tests.kit import Line, all_closed, line_to, registry
 from tests.session.fakes import (
     FakeLLM,
     FakeRealtimeModel,
@@ -125,6 +126,12 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.001)
 
     await asyncio.wait_for(wait(), 10.0)
+
+
+def is_expected() -> bool:
+    """Whether a reply is expected of the session that emitted last in this context."""
+    session = current_conversation()
+    return session is not None and session.is_expected
 
 
 async def reply(each: Call, model: FakeLLM, dials: int = 1) -> SpeechHandle:
@@ -359,6 +366,37 @@ async def test_a_reply_without_text() -> None:
 
 
 @pytest.mark.usefixtures("lean")
+async def test_a_reply_that_a_listener_interrupts() -> None:
+    """The listener runs first, so nothing is dialled for that reply."""
+    async with call(FakeLLM("First.")) as each:
+        each.session.on("speech_created", lambda event: event.speech_handle.interrupt())
+        handle = each.session.generate_reply()
+        assert not is_expected()
+        await handle.wait_for_playout()
+        assert each.handshakes == 0
+
+
+@pytest.mark.usefixtures("lean")
+async def test_thinking_only_prolongs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself it is no sign: a tool may begin that takes any time."""
+    thinking = AgentStateChangedEvent(old_state="listening", new_state="thinking")
+    user_listens = UserStateChangedEvent(old_state="speaking", new_state="listening")
+    model = FakeLLM("First.")
+    async with call(model) as each:
+        for event in (thinking, user_listens):
+            each.session.emit(event.type, event)
+            assert not is_expected()
+        monkeypatch.setattr(conversation, "SIGN_LASTS", 0.5)
+        handle = each.session.generate_reply()
+        monkeypatch.setattr(conversation, "SIGN_LASTS", 10.0)
+        each.session.emit(thinking.type, thinking)
+        await asyncio.sleep(0.6)
+        assert is_expected()
+        handle.interrupt()
+        await each.quiet()
+
+
+@pytest.mark.usefixtures("lean")
 async def test_a_session_that_only_writes() -> None:
     """Without an audio output there is nothing to dial for."""
     model = FakeLLM("First.")
@@ -449,7 +487,10 @@ async def test_a_realtime_model_that_speaks_itself() -> None:
         [realtime] = model.sessions
         realtime.user_speaks()
         realtime.user_stops()
-        assert each.handshakes == 0
+        assert not is_expected()
+        handle = each.session.generate_reply()
+        assert not is_expected()
+        handle.interrupt()
         await each.session.say("By the TTS.").wait_for_playout()
         assert each.handshakes == 1
 
@@ -643,6 +684,7 @@ async def test_events_of_the_application_and_of_other_threads() -> None:
         await asyncio.to_thread(each.session.emit, "speech_created", 2)
         assert heard == [1, 2]
         assert each.handshakes == 0
+        assert not registry().has_failed
 
 
 @pytest.mark.usefixtures("lean")
