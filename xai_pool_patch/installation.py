@@ -25,9 +25,12 @@ from .telemetry.usage import Counters, PoolStats, Stats, stats_of
 
 if TYPE_CHECKING:
     from .manager import Registry
+    from .mark import MarkStore
     from .plugin.patching import Patch
 
 OFF_SWITCH = "XAI_POOL_PATCH"
+MARK_STORE = "XAI_POOL_PATCH_MARK_STORE"
+"""The variable with the URL of a mark store that the options do not name."""
 
 
 @dataclass(eq=False)
@@ -37,6 +40,7 @@ class Installation:
     options: PoolOptions
     version: str
     allow_unverified: bool
+    stores: list[MarkStore]
     registry: Registry | None = None
     patches: list[Patch] = field(default_factory=list)
 
@@ -51,7 +55,7 @@ class Installation:
         from .plugin.wrappers import patches_for
 
         shape = detect(module, self.version, allow_unverified=self.allow_unverified)
-        self.registry = Registry(self.options)
+        self.registry = Registry(self.options, self.stores)
         try:
             for patch in patches_for(module, shape, self.registry):
                 patch.apply()
@@ -231,7 +235,7 @@ def _prepare(options: PoolOptions, allow_unverified: bool) -> Installation:
 
     check_python()
     version = installed_version()
-    installation = Installation(options, version, allow_unverified)
+    installation = Installation(options, version, allow_unverified, _mark_stores(options))
     if imported_plugin() is None:
         check_version(version, allow_unverified=allow_unverified)
         _hook_import(installation.on_import)
@@ -241,6 +245,20 @@ def _prepare(options: PoolOptions, allow_unverified: bool) -> Installation:
     if module is not None:
         installation.apply(module)
     return installation
+
+
+def _mark_stores(options: PoolOptions) -> list[MarkStore]:
+    """
+    Raises:
+        InvalidOptionError: the store that the options or the environment name cannot be used.
+    """
+    from .sessions.machine import MachineStore
+    from .sessions.redis import store_from
+
+    shared = options.mark_store
+    if shared is None:
+        shared = os.environ.get(MARK_STORE, "").strip() or None
+    return [MachineStore()] if shared is None else [MachineStore(), store_from(shared)]
 
 
 def _hook_import(hook: Callable[[ModuleType], None]) -> None:

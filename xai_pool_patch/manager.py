@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
+from .mark import MarkStore
 from .options import PoolOptions
 from .pool.backoff import Backoff, FailureKind, RateLimit
 from .pool.pool import Pool, PoolClosedError
@@ -21,10 +22,8 @@ from .pool.supervisor import OnFault, Supervisor
 from .protocol.connection import Connection, Heartbeat
 from .protocol.first_audio import FirstAudio
 from .protocol.lease import Lease
-from .sessions.limit import SessionLimit
-from .sessions.machine import MachineStore
-from .sessions.mark import MarkStore, digest_of
-from .sessions.watch import SessionWatch
+from .sessions.limit import SessionLimit, digest_of
+from .sessions.watch import SessionWatch, close_stores
 from .telemetry import instruments
 from .telemetry.log import LogEvent, log_event, status_of
 from .telemetry.pool_metrics import PoolMetrics
@@ -104,6 +103,7 @@ class PoolManager:
         self._limits = limits
         self._stores = stores
         self._watches: dict[str, SessionWatch] = {}
+        self._closing_stores: asyncio.Task[None] | None = None
         self._jitter = random.Random()
 
     def knows(self, tts: object) -> bool:
@@ -187,7 +187,13 @@ class PoolManager:
         self.close()
         ending, self._ending = self._ending, []
         await asyncio.gather(*(pool.aclose() for pool in ending))
+        await self.closed()
+
+    async def closed(self) -> None:
+        """Wait until nothing is open that the pools needed which have ended."""
         await self.supervisor.stopped()
+        if self._closing_stores is not None:
+            await asyncio.wait([self._closing_stores])
 
     def abandon(self) -> None:
         """After a fault, end all tasks and close all sockets, except those that the plugin hears.
@@ -229,9 +235,12 @@ class PoolManager:
         self.pools = {key: pool for key, pool in self.pools.items() if key not in keys}
         for pool in ended:
             pool.close()
-        for api_key, watch in self._watches.items():
+        for api_key in {key.api_key for key in keys} & self._watches.keys():
             if not self._pools_of(api_key):
-                watch.end()
+                self._watches.pop(api_key).end()
+                if not self._watches and not self._loop.is_closed():
+                    close = close_stores(self._stores)
+                    self._closing_stores = self.supervisor.spawn(close, "xai_pool_patch.stores")
         self._ending = [pool for pool in (*self._ending, *ended) if not pool.is_empty]
         return ended
 
@@ -339,6 +348,10 @@ class _Loops:
 class Registry:
     """The pools of one installation, in every event loop of this process.
 
+    Args:
+        options: see `PoolOptions`.
+        stores: where to hear of refusals that others met, and to leave word of one's own.
+
     Readers take no lock. A signal handler may ask for statistics while its own thread is in the
     middle of a change, and would wait for itself.
 
@@ -346,13 +359,13 @@ class Registry:
         has_failed: a fault has closed the pools; the plugin connects by itself.
     """
 
-    def __init__(self, options: PoolOptions) -> None:
+    def __init__(self, options: PoolOptions, stores: Sequence[MarkStore]) -> None:
         self.options = options
         self.has_failed = False
         self._is_closed = False
         self._loops = _Loops({}, Counters())
         self._limits: dict[str, SessionLimit] = {}
-        self._stores: list[MarkStore] = [MachineStore()]
+        self._stores = stores
         self._lock = threading.Lock()  # worker threads have a loop each
         instruments.observe(self)
 

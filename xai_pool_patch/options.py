@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 from .errors import InvalidOptionError
+from .mark import MarkStore
 
 Interruption = Literal["discard", "clear"]
 Warm = Literal["auto", "always", "reply"]
@@ -40,6 +41,13 @@ class PoolOptions:
     holds a session only while its agent speaks; part of the handshake may delay the first audio.
     `"auto"`: as with `"always"` until xAI refuses a session, to this process or another that shares
     the API key; then for some minutes as with `"reply"`."""
+
+    mark_store: str | MarkStore | None = field(default=None, repr=False)
+    """With `warm="auto"`, where processes on several machines leave word for each other that xAI
+    refused a session: the URL of a Redis (`redis://`, `rediss://` or `unix://`), or an object of
+    your own. None: the URL in the environment variable `XAI_POOL_PATCH_MARK_STORE`, if it is set;
+    else only the processes of this user on this machine hear of it. Not in the repr: a URL may
+    contain a password."""
 
     linger: float = 0.3
     """Idle time after which the pool closes a connection while it keeps none: with `warm="reply"`,
@@ -83,14 +91,16 @@ class PoolOptions:
     the pool relies on PINGs alone. After two failures in a row the pool stops verifying."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name == "min_size":
-                _check_count(field.name, value)
-            elif field.name in _CHOICES:
-                _check_choice(field.name, value)
-            elif value is not None or field.default is not None:
-                _check_seconds(field.name, value)
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name == "min_size":
+                _check_count(option.name, value)
+            elif option.name in _CHOICES:
+                _check_choice(option.name, value)
+            elif option.name == "mark_store":
+                pass  # install() checks it: that needs the Redis client
+            elif value is not None or option.default is not None:
+                _check_seconds(option.name, value)
 
 
 _CHOICES = {"interruption": get_args(Interruption), "warm": get_args(Warm)}

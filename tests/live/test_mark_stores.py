@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from xai_pool_patch.sessions.limit import LimitWatch, SessionLimit
+from xai_pool_patch.mark import Mark
+from xai_pool_patch.sessions.limit import LimitWatch, SessionLimit, digest_of
 from xai_pool_patch.sessions.machine import MachineStore
-from xai_pool_patch.sessions.mark import Mark, digest_of
 
 DIGEST = digest_of("xai-test-key")
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")

@@ -21,9 +21,9 @@ import trustme
 
 from tests.live.redis_kit import RedisServer, redis_server
 from xai_pool_patch.errors import InvalidOptionError
-from xai_pool_patch.sessions.limit import LimitWatch, SessionLimit
+from xai_pool_patch.mark import Mark, MarkStore
+from xai_pool_patch.sessions.limit import LimitWatch, SessionLimit, digest_of
 from xai_pool_patch.sessions.machine import MachineStore
-from xai_pool_patch.sessions.mark import Mark, MarkStore, digest_of
 from xai_pool_patch.sessions.redis import RedisStore, store_from
 
 DIGEST = digest_of("xai-test-key")

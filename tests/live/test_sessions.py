@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 from livekit.agents import APIConnectOptions
 from livekit.plugins import xai
 
 import xai_pool_patch
-from tests.kit import Line, hear_whole, line_to, quick, registry, speak
-from xai_pool_patch import PoolOptions
+from tests.kit import API_KEY, Line, hear_whole, line_to, quick, registry, speak
+from xai_pool_patch import InvalidOptionError, Mark, PoolOptions
+from xai_pool_patch.sessions.limit import digest_of
 
 LINGER = 0.1
 PATIENT = APIConnectOptions(max_retry=3, timeout=5.0)
@@ -173,3 +175,69 @@ async def test_a_voice_changed_before_the_first_word_is_the_one_that_is_dialled(
         await hear_whole(line, tts, "Hello.")
         assert xai_pool_patch.stats()["connections_reused"] == 1
         await tts.aclose()
+
+
+class Shelf:
+    """A mark store of an operator's own, which forgets nothing."""
+
+    name, interval = "shelf", 0.1
+
+    def __init__(self) -> None:
+        self.marks: dict[str, Mark] = {}
+        self.is_open = True
+
+    async def read(self, digest: str) -> Mark | None:
+        return self.marks.get(digest)
+
+    async def write(self, digest: str, mark: Mark) -> None:
+        self.marks[digest] = mark
+
+    async def aclose(self) -> None:
+        self.is_open = False
+
+
+async def test_others_hear_of_a_refusal() -> None:
+    """S3: by a store of the operator's own, which knows the API key by its digest only."""
+    shelf = Shelf()
+    async with line_to(quick(max_sessions=0)) as line:
+        xai_pool_patch.install(PoolOptions(mark_store=shelf))
+        tts = line.tts()
+        await speak(tts, "Hello.")
+        while not shelf.marks:
+            await asyncio.sleep(0.01)
+        assert API_KEY not in repr(shelf.marks)
+        await tts.aclose()
+        assert not shelf.is_open
+        xai_pool_patch.uninstall()
+
+
+async def test_a_process_hears_of_a_refusal_of_others() -> None:
+    """S3: it lets go of its idle connections within two seconds, and says why."""
+    shelf = Shelf()
+    xai_pool_patch.install(PoolOptions(mark_store=shelf))
+    async with line_to() as line:
+        tts = line.tts()
+        await hear_whole(line, tts, "Hello.")
+        await until_idle(1)
+        shelf.marks[digest_of(API_KEY)] = Mark(time.time() + 60.0, 120.0)
+        await line.server.wait_for(lambda server: server.open_count == 0)
+        assert xai_pool_patch.stats()["lean"] == 1
+        await hear_whole(line, tts, "Hello again.")
+        await tts.aclose()
+    xai_pool_patch.uninstall()
+
+
+@pytest.mark.parametrize("named_by", ["option", "variable"])
+def test_a_mark_store_that_cannot_be_used_is_refused(
+    named_by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one error that says what would be right, and quotes nothing. The plugin stays as is."""
+    url = "http://user:secret@host"
+    options = PoolOptions(mark_store=url) if named_by == "option" else None
+    if named_by == "variable":
+        monkeypatch.setenv("XAI_POOL_PATCH_MARK_STORE", url)
+    with pytest.raises(InvalidOptionError, match="redis://") as refusal:
+        xai_pool_patch.install(options)
+    assert "secret" not in str(refusal.value)
+    assert "secret" not in repr(options)
+    assert not xai_pool_patch.is_installed()

@@ -24,7 +24,7 @@ FLOORS = (
     {"sessions"},
     {"pool"},
     {"telemetry"},
-    {"errors", "options", "python", "_version"},
+    {"errors", "mark", "options", "python", "_version"},
 )
 """From top to bottom."""
 

@@ -21,11 +21,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.unit.pool_kit import no_fault
 from tests.virtual import VirtualLoop, block
 from xai_pool_patch.manager import Connect, PoolKey, PoolManager
+from xai_pool_patch.mark import Mark
 from xai_pool_patch.options import PoolOptions, Warm
 from xai_pool_patch.pool.pool import AcquireTimeoutError, DialFailedError, Pool, Reason
 from xai_pool_patch.protocol.connection import TEXT_CLEAR, Connection
-from xai_pool_patch.sessions.limit import SessionLimit
-from xai_pool_patch.sessions.mark import Mark, digest_of
+from xai_pool_patch.sessions.limit import SessionLimit, digest_of
 
 T = TypeVar("T")
 

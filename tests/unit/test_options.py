@@ -28,6 +28,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "min_size": 1,
         "max_age": 1800.0,
         "warm": "auto",
+        "mark_store": None,
         "linger": 0.3,
         "max_idle_time": 60.0,
         "close_timeout": 5.0,

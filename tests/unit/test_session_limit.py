@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.virtual import in_virtual_time
-from xai_pool_patch.sessions.limit import LimitWatch, SessionLimit
-from xai_pool_patch.sessions.mark import Mark, digest_of
+from xai_pool_patch.mark import Mark
+from xai_pool_patch.sessions.limit import LimitWatch, SessionLimit, digest_of
 
 FIRST = (108.0, 132.0)
 """Two minutes, a tenth shorter or longer."""

@@ -257,7 +257,7 @@ class ConnectionProvider:
     async def _ended(self, pools: Sequence[Pool[Connection]]) -> None:
         """Wait until these pools have closed their connections."""
         await asyncio.gather(*(pool.aclose() for pool in pools))
-        await self._registry.here().supervisor.stopped()
+        await self._registry.here().closed()
 
     async def _lease(self, turn: Turn, tts: Any, timeout: float, opts: Any) -> Lease:
         pools = turn.pools = self._registry.here()

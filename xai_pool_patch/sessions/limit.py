@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
+import hmac
 import math
 import random
 import time
@@ -11,12 +13,14 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from ..mark import Mark, MarkStore
 from ..telemetry.log import LogEvent, log_event
-from .mark import Mark, MarkStore
 
 T = TypeVar("T")
 
 THIS_PROCESS = "this process"
+
+_NAME_SPACE = b"xai_pool_patch.sessions"
 
 FIRST_LENGTH = 120.0
 JITTER = 0.1
@@ -298,3 +302,8 @@ class LimitWatch:
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
+
+
+def digest_of(api_key: str) -> str:
+    """What stands for an API key where others can read it."""
+    return hmac.new(_NAME_SPACE, api_key.encode(), hashlib.sha256).hexdigest()[:32]

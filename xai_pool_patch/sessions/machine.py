@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from .mark import Mark
+from ..mark import Mark
 
 T = TypeVar("T")
 

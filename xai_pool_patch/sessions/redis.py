@@ -9,7 +9,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidOptionError
-from .mark import Mark, MarkStore
+from ..mark import Mark, MarkStore
 
 if TYPE_CHECKING:
     import redis.asyncio

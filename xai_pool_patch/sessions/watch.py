@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from ..mark import MarkStore
 from ..pool.supervisor import Supervisor
 from ..telemetry.log import LogEvent, log_event
 from .limit import LimitWatch, SessionLimit
-from .mark import MarkStore
 
 SHORTEST_INTERVAL, LONGEST_INTERVAL = 0.8, 1.4
 """Seconds between two looks. Twice the longest is less than the 2.1 s after which LiveKit has
 retried a refused utterance twice: by then whoever holds an idle connection has let go of it."""
+
+
+CLOSE_TIMEOUT = 1.0
 
 
 class Keeper(Protocol):
@@ -107,3 +111,13 @@ class SessionWatch:
                 log_event(LogEvent.SESSIONS_SUFFICE)
         for pool in self._pools():
             pool.set_lean(is_scarce)
+
+
+async def close_stores(stores: Sequence[MarkStore]) -> None:
+    """Close what the stores have open in this event loop. Takes a second at most."""
+    await asyncio.gather(*map(_close, stores))
+
+
+async def _close(store: MarkStore) -> None:
+    with contextlib.suppress(Exception):  # nothing depends on it, and it may be an operator's own
+        await asyncio.wait_for(store.aclose(), CLOSE_TIMEOUT)

@@ -300,7 +300,7 @@ class ServedConnection:
         """Whether it counts as a session at the loop time `now`."""
         if self.over_limit:
             return False
-        if self.ended_at is None:
+        if self.ended is None or self.ended_at is None:
             return True
         lasts = {End.CLIENT_CLOSE: behaviour.close_frees_after, End.SERVER_CLOSE: 0.0}
         return now < self.ended_at + lasts.get(self.ended, behaviour.permit_ttl)

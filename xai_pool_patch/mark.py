@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from dataclasses import dataclass
 from typing import Protocol
-
-_NAME_SPACE = b"xai_pool_patch.sessions"
 
 
 @dataclass(frozen=True)
@@ -40,8 +36,3 @@ class MarkStore(Protocol):
 
     async def aclose(self) -> None:
         """Close what the running event loop has opened. The store works again afterwards."""
-
-
-def digest_of(api_key: str) -> str:
-    """What stands for an API key where others can read it."""
-    return hmac.new(_NAME_SPACE, api_key.encode(), hashlib.sha256).hexdigest()[:32]
