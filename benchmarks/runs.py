@@ -40,7 +40,7 @@ def crew_at_work() -> Iterator[Crew]:
         for helper in helpers:
             stack.callback(helper.stop)
         unpatched, patched, server = helpers
-        for helper in (unpatched, patched):  # both, lest one begins the first case late
+        for helper in (unpatched, patched):  # both: otherwise one begins the first case late
             helper.begin(inspect_plugin)
         unpatched.result()
         yield Crew(unpatched, patched, server, patched.result())

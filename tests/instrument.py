@@ -103,7 +103,7 @@ class Probes:
         self.broken, self._nth = broken, nth
         self._is_broken = broken is not None
 
-    def mend(self) -> None:
+    def restore(self) -> None:
         """Nothing is broken any more."""
         self._is_broken = False
 

@@ -1,6 +1,6 @@
-"""The Pythons that are supported. Older ones can read this, and so be told.
+"""The Pythons that are supported. Older ones can read this file, and print why they are refused.
 
-Run by itself, as the Makefile does, it tells on stderr what is wrong with the Python that runs it.
+Run by itself, as the Makefile does, it says on stderr what is wrong with the Python that runs it.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ def test_does_not_take_the_unpatched_plugin_for_the_patched() -> None:
 
 
 def test_counts_turns_that_fail(tmp_path: Path) -> None:
-    """They have no time, they are shown, and the exit code tells."""
+    """They have no time, they are shown, and the exit code says so."""
     path = everywhere(tmp_path, REFUSING_VOICES)
     done = bench(*QUICK, *chosen("steady"), PYTHONPATH=path)
     assert (done.returncode, done.stderr) == (1, "")

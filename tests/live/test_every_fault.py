@@ -83,7 +83,7 @@ class Play:
         except Exception as error:
             self.problems.append(f"raised {error!r}")
         finally:
-            self._probes.mend()
+            self._probes.restore()
             xai_pool_patch.uninstall()
             self._put_the_plugin_right()
             logger.removeHandler(records)

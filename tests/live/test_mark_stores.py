@@ -319,9 +319,9 @@ from pathlib import Path
 from xai_pool_patch.sessions.limit import LimitWatch, SessionLimit
 from xai_pool_patch.sessions.machine import MachineStore
 
-async def main(folder, digest, deed):
+async def main(folder, digest, task):
     limit, watch, store = SessionLimit(), LimitWatch(digest), MachineStore(Path(folder))
-    if deed == "refused":
+    if task == "refused":
         await watch.publish(limit, limit.refused(), [store])
     else:
         await watch.look(limit, [store])
@@ -331,8 +331,8 @@ asyncio.run(main(*sys.argv[1:]))
 """
 
 
-def process(folder: Path, deed: str, digest: str = DIGEST) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PROCESS, str(folder), digest, deed]
+def process(folder: Path, task: str, digest: str = DIGEST) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PROCESS, str(folder), digest, task]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 

@@ -137,7 +137,7 @@ async def test_idle_connections_are_free() -> None:
 
 
 async def test_a_limit_that_is_not_reached() -> None:
-    """Cannot be told, and stops at the number that was given."""
+    """Cannot be known, and stops at the number that was given."""
     async with serving_both(max_sessions=9) as (service, server):
         answer = await by_name.sessions(3).ask(service)
         assert service.characters == by_name.sessions(3).characters

@@ -73,7 +73,7 @@ class Client:
 
 @contextlib.asynccontextmanager
 async def serving(round_trip: float = 0.0, **behaviour: Any) -> AsyncIterator[Client]:
-    """A fake server that loses no time unless told to, and a client's session with it."""
+    """A fake server that loses no time unless it is set to, and a client's session with it."""
     quick = {"generation": 0.0, "pace": 1000.0, "speech_per_character": 0.01, **behaviour}
     async with contextlib.AsyncExitStack() as stack:
         server = FakeServer(round_trip=round_trip, behaviour=Behaviour(**quick))
@@ -399,7 +399,7 @@ class TestHandshake:
             assert await hear_out(third)
 
     async def test_delay(self) -> None:
-        """A handshake takes as long as it is told to."""
+        """A handshake takes as long as it is set to."""
         async with serving(handshake_delay=0.05) as client:
             started = now()
             await client.connect()
@@ -710,7 +710,7 @@ class TestFaultsInAnUtterance:
 
 class TestLinkFaults:
     async def test_freeze_all(self) -> None:
-        """Nothing passes and nobody is told; what was held back comes after unfreeze()."""
+        """Nothing passes and nobody hears of it; what was held back comes after unfreeze()."""
         async with serving() as client:
             ws = await client.connect()
             client.server.freeze_all()

@@ -8,7 +8,7 @@ from xai_pool_patch.plugin.conversation import Conversation
 
 
 class Expecting:
-    """A pool, as far as it can be told to expect somebody."""
+    """A pool, as far as it can expect somebody."""
 
     def __init__(self) -> None:
         self.expected: set[object] = set()

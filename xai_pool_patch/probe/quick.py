@@ -99,11 +99,11 @@ async def _ping_origin(service: Service) -> Answer:
     session = min((seconds for seconds in answers if seconds is not None), default=None)
     if pong is None or session is None:
         missing = "PONG" if pong is None else "acknowledgement of text.clear"
-        return Answer(Verdict.UNKNOWN, f"cannot be told without a {missing}")
+        return Answer(Verdict.UNKNOWN, f"cannot be known without a {missing}")
     is_nearer = session > NEARER * pong and session - pong > NEARER_BY
     found = f"PONG after {_ms(pong)}, an answer of the session after {_ms(session)}"
     if is_nearer:
-        found += ": a nearer server answers PINGs, or the session is slow; which, cannot be told"
+        found += ": a nearer server answers PINGs, or the session is slow; which, cannot be known"
     return Answer(
         _verdict(not is_nearer),
         found,
@@ -124,7 +124,7 @@ async def _fence(service: Service) -> Answer:
             pong = await socket.first(PONG, since=mark)
             if pong is None or spoken.first_audio is None:
                 missing = "audio" if spoken.first_audio is None else "PONG"
-                return Answer(Verdict.UNKNOWN, f"cannot be told without {missing}")
+                return Answer(Verdict.UNKNOWN, f"cannot be known without {missing}")
             orders.append(pong.at < sent_at + spoken.first_audio)
     late = orders.count(False)
     if late:
@@ -328,7 +328,7 @@ QUICK = (
         name="PING's origin",
         supposed="The PONG comes from as far away as an answer of the session.",
         if_so="The pool takes a PONG as a sign of life. Whether the session itself sends it, or"
-        " something just as near, cannot be told.",
+        " something just as near, cannot be known.",
         if_not="A PONG may come from something in front of a dead session. With `verify_after`"
         " the session itself has to answer.",
         options=("verify_after",),
@@ -379,7 +379,7 @@ QUICK = (
         name="after audio.done",
         supposed="Nothing comes after `audio.done`.",
         if_so="`audio.done` makes a connection reusable.",
-        if_not="The pool discards a connection on which audio comes late. It recognises late audio"
+        if_not="The pool discards a connection on which audio comes late. It detects late audio"
         " while the connection is idle, and by the PONG of the next utterance.",
         characters=len(HELLO),
         seconds=4,

@@ -82,7 +82,7 @@ class Handshake:
     dns: float | None
     """None if the address was known."""
     connect: float | None
-    """TCP and TLS, which aiohttp does not tell apart. None if there was an open HTTP connection."""
+    """TCP and TLS, which aiohttp does not separate. None if there was an open HTTP connection."""
     upgrade: float
     """From there to the WebSocket."""
     total: float

@@ -192,7 +192,7 @@ class Behaviour:
     """What is done about a text.clear."""
     clear_delay: float = 0.0
     """Seconds; see `Clearing`. Audio leaks only until the client says something: from then on it
-    could not be told from what the client has asked for."""
+    could not be distinguished from what the client has asked for."""
 
     _on_change: Callable[[], None] | None = field(default=None, init=False, repr=False)
 
