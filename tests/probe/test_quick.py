@@ -76,7 +76,8 @@ TEMPERAMENTS = [
      "ended with a Close frame 1000", {}),
     ("first audio", SHORT, {"end_before_audio": Ending.RESET}, UNKNOWN, "without a Close frame",
      {}),
-    ("gap in a text", SHORT, {"error_on_text": "timed out"}, OTHERWISE, "error: timed out", {}),
+    ("gap in a text", SHORT, {"error_on_text": "timed out"}, OTHERWISE,
+     "within the gap of 0.1 s: error: timed out", {}),
     ("clear, speaking", HASTY, {"mute": True}, UNKNOWN, "no audio to cancel", {}),
     ("unknown message", HASTY, {"mute": True}, OTHERWISE, "ignored", {}),
     # Refuses otherwise.
