@@ -40,7 +40,8 @@ TEMPERAMENTS = [
     # Answers no PINGs.
     ("PING", HASTY, {"answer_pings": False}, OTHERWISE, "no PONG", {"heartbeat": NO_HEARTBEAT}),
     ("PING's origin", HASTY, {"answer_pings": False}, UNKNOWN, "without a PONG", {}),
-    ("fence", HASTY, {"answer_pings": False}, UNKNOWN, "without PONG", {}),
+    ("fence", HASTY, {"answer_pings": False}, UNKNOWN, "without PONG",
+     {"interruption": "discard"}),
     ("handshake", HASTY, {"answer_pings": False, "round_trip": FAR}, SO, "round trip", {}),
     # Has an edge in front that answers them.
     ("PING's origin", SHORT, {"edge_distance": 0.2}, OTHERWISE, "a nearer server answers PINGs",
