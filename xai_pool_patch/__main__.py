@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from .demo.conversation import OpenEndpoint, Setting
     from .probe.question import Question
-    from .probe.report import Progress
+    from .probe.report import Outcome, Progress
     from .probe.run import OpenService
 
 NAME = "xai-pool-patch"
@@ -267,6 +267,15 @@ def probe(
     with report.Progress(console, len(questions)) as progress:
         trouble = _ask(questions, open_service, progress)
     outcome = report.Outcome(progress.findings, progress.characters, fake=fake)
+    _conclude(outcome, trouble, console=console, as_json=as_json, file=file)
+
+
+def _conclude(
+    outcome: Outcome, trouble: str | None, *, console: Console, as_json: bool, file: Path | None
+) -> None:
+    """Shows what was found, and ends the command with the exit code for it."""
+    from .probe import report
+
     if as_json and trouble is None:
         print(json.dumps(report.as_json(outcome), indent=2))
     elif outcome.findings:

@@ -30,6 +30,13 @@ server.Behaviour = functools.partial(server.Behaviour, refuse=401)
 main()
 """
 
+LIVE = """
+from xai_pool_patch.__main__ import main
+from xai_pool_patch.demo import conversation
+conversation.xai_endpoint = lambda api_key: conversation.fake_endpoint(0.0)
+main()
+"""
+
 
 def environment(**changes: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name != "XAI_API_KEY"}
@@ -149,6 +156,14 @@ def test_live_without_a_key_is_refused(key: str) -> None:
     line = refused(command("demo", "--live", XAI_API_KEY=key), 2)
     assert "--live" in line
     assert "XAI_API_KEY" in line
+
+
+def test_live_names_the_probe() -> None:
+    """Whoever has a key can find out what else the service does."""
+    program = [sys.executable, "-c", LIVE]
+    done = command("demo", "--live", "--turns", "1", program=program, XAI_API_KEY="fake-api-key")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "xai-pool-patch probe asks xAI" in done.stdout.splitlines()[-1]
 
 
 def test_an_unsupported_plugin_is_refused(tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ async def test_a_limit_of_sessions(
     """How many there are, what a refusal looks like, and how soon one is free."""
     async with serving_both(max_sessions=2, **behaviour) as (service, server):
         answer = await by_name.sessions(5).ask(service)
+        await server.wait_for(lambda server: server.open_count == 0)
         assert service.characters == 0
     assert answer.verdict is verdict, answer
     assert "2 were open when the next was refused" in answer.found

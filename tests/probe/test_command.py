@@ -242,6 +242,17 @@ async def test_closes_a_connection_that_is_still_being_dialled() -> None:
     assert [each.ended for each in server.connections] == [End.CLIENT_CLOSE]
 
 
+async def test_does_not_wait_for_a_dial_that_stalls() -> None:
+    """The service has not answered its handshake by then, so there is nothing to close."""
+    async with serving_both(HASTY, handshake_delay=5.0) as (service, server):
+        dialling = asyncio.ensure_future(service.dial())
+        await server.wait_for(lambda server: server.handshakes)
+        dialling.cancel()
+        await asyncio.gather(dialling, return_exceptions=True)
+    assert [each.status for each in server.handshakes] == [None]
+    assert server.connections == []
+
+
 def test_is_named_where_it_is_needed() -> None:
     """By the command that knows the plugin only, and by its own help."""
     assert "xai-pool-patch probe" in command("check").stdout.splitlines()[-1]

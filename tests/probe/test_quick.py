@@ -40,7 +40,8 @@ TEMPERAMENTS = [
     # Answers no PINGs.
     ("PING", HASTY, {"answer_pings": False}, OTHERWISE, "no PONG", {"heartbeat": NO_HEARTBEAT}),
     ("PING's origin", HASTY, {"answer_pings": False}, UNKNOWN, "without a PONG", {}),
-    ("fence", HASTY, {"answer_pings": False}, UNKNOWN, "without PONG", {}),
+    ("fence", HASTY, {"answer_pings": False}, UNKNOWN, "without PONG",
+     {"interruption": "discard"}),
     ("handshake", HASTY, {"answer_pings": False, "round_trip": FAR}, SO, "round trip", {}),
     # Has an edge in front that answers them.
     ("PING's origin", SHORT, {"edge_distance": 0.2}, OTHERWISE, "a nearer server answers PINGs",
@@ -76,7 +77,8 @@ TEMPERAMENTS = [
      "ended with a Close frame 1000", {}),
     ("first audio", SHORT, {"end_before_audio": Ending.RESET}, UNKNOWN, "without a Close frame",
      {}),
-    ("gap in a text", SHORT, {"error_on_text": "timed out"}, OTHERWISE, "error: timed out", {}),
+    ("gap in a text", SHORT, {"error_on_text": "timed out"}, OTHERWISE,
+     "within the gap of 0.1 s: error: timed out", {}),
     ("clear, speaking", HASTY, {"mute": True}, UNKNOWN, "no audio to cancel", {}),
     ("unknown message", HASTY, {"mute": True}, OTHERWISE, "ignored", {}),
     # Refuses otherwise.

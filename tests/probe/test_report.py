@@ -25,8 +25,6 @@ from xai_pool_patch.probe.redaction import LONGEST, plain_words, public_headers
 from xai_pool_patch.testing import Behaviour
 
 KEY = Behaviour.api_key
-NOT_YET = {"warm"}
-"""Options that are advised before the pool has them."""
 
 
 async def never(service: object) -> Answer:
@@ -81,7 +79,7 @@ def test_the_line_to_take() -> None:
 @pytest.mark.parametrize("question", run.EVERY, ids=lambda question: question.name)
 def test_each_question_advises_options_that_exist(question: Question) -> None:
     """Under the names that `PoolOptions` has."""
-    assert set(question.options) - NOT_YET <= set(PoolOptions.__dataclass_fields__)
+    assert set(question.options) <= set(PoolOptions.__dataclass_fields__)
 
 
 def test_what_is_asked_by_default_is_cheap() -> None:

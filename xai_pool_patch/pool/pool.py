@@ -49,7 +49,7 @@ SPARE_IDLE_TIME = 5.0
 """Seconds that an idle connection stays which nobody is expected to use: one dialled too late to be
 needed, or the rest of a burst. Each counts among the team's sessions."""
 
-PREWARM_LASTS = 10.0
+PREWARM_LASTS = 3.0
 """Seconds that a connection made by `prewarm()` waits for its first use where nothing else keeps
 it. LiveKit prewarms when a session starts, and an agent that greets speaks within that time."""
 

@@ -113,6 +113,7 @@ async def _ping_origin(service: Service) -> Answer:
 
 
 async def _fence(service: Service) -> Answer:
+    """Without it the pool cannot check a cancel, so anything but the right order rules it out."""
     orders = []
     async with service.open() as socket:
         for _ in range(SAMPLES):
@@ -124,7 +125,8 @@ async def _fence(service: Service) -> Answer:
             pong = await socket.first(PONG, since=mark)
             if pong is None or spoken.first_audio is None:
                 missing = "audio" if spoken.first_audio is None else "PONG"
-                return Answer(Verdict.UNKNOWN, f"cannot be known without {missing}")
+                found = f"cannot be known without {missing}"
+                return Answer(Verdict.UNKNOWN, found, {"interruption": "discard"})
             orders.append(pong.at < sent_at + spoken.first_audio)
     late = orders.count(False)
     if late:
