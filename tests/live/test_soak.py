@@ -24,6 +24,7 @@ CONVERSATIONS = 4
 OPTIONS = PoolOptions(
     heartbeat=0.3, first_audio_timeout=0.3, close_timeout=0.3, max_age=3.0, max_idle_time=0.5
 )
+LEAN = dataclasses.replace(OPTIONS, linger=0.02)
 CLEARING = dataclasses.replace(OPTIONS, interruption="clear", clear_timeout=0.1, verify_after=0.02)
 FLAT = 1_500_000
 """Bytes: what caches hold, however many turns there were. 2,000 leases would be several times
@@ -41,6 +42,8 @@ class Conversation:
     tts: xai.TTS
     chance: random.Random
     turns: int
+    is_limited: bool
+    """The server may have no second session, and the TTS may be prewarmed, at any moment."""
     silent: list[str] = field(default_factory=list)
 
     async def hold(self) -> None:
@@ -68,6 +71,7 @@ class Conversation:
             lambda: setattr(behaviour, "late_audio", 0.0),
             lambda: setattr(behaviour, "answer_close", False),
             lambda: self.tts.update_options(voice=self.chance.choice(["ara", "eve"])),
+            *([lambda: setattr(behaviour, "max_sessions", 1), self.tts.prewarm] * self.is_limited),
         ]
         if self.chance.random() < 1 / 3:
             self.chance.choice(faults)()
@@ -76,7 +80,7 @@ class Conversation:
         behaviour = self.line.server.behaviour
         behaviour.end_before_audio = behaviour.end_after_audio = behaviour.late_audio = None
         behaviour.refuse_next, behaviour.raw_before_audio = [], []
-        behaviour.answer_close = True
+        behaviour.answer_close, behaviour.max_sessions = True, None
 
     async def _turn(self, text: str) -> None:
         heard = Heard()
@@ -97,7 +101,7 @@ class Conversation:
             self.silent.append(f"{text} {heard.error!r}")
 
 
-@pytest.mark.parametrize(("options", "share"), [(OPTIONS, 1), (CLEARING, 4)])
+@pytest.mark.parametrize(("options", "share"), [(OPTIONS, 1), (CLEARING, 4), (LEAN, 4)])
 async def test_thousands_of_turns_with_faults_leave_no_wrong_sample_and_no_leak(
     options: PoolOptions, share: int, pytestconfig: pytest.Config, no_tasks_left: None
 ) -> None:
@@ -106,10 +110,11 @@ async def test_thousands_of_turns_with_faults_leave_no_wrong_sample_and_no_leak(
     xai_pool_patch.install(options)
     logging.disable()  # pytest would keep every record, with the frames of its traceback
     try:
-        await _converse(turns // 10)  # so that what is cached once is there before counting
+        # So that what is cached once is there before counting.
+        await _converse(turns // 10, is_limited=options is LEAN)
         gc.collect()
         tracemalloc.start()
-        await _converse(turns)
+        await _converse(turns, is_limited=options is LEAN)
         gc.collect()
         linecache.clearcache()  # the source of every file that was in a traceback
         leaked, _ = tracemalloc.get_traced_memory()
@@ -118,23 +123,25 @@ async def test_thousands_of_turns_with_faults_leave_no_wrong_sample_and_no_leak(
         assert (stats["idle"], stats["leased"], stats["connecting"]) == (0, 0, 0)
         assert stats["clearing"] == 0
         assert (stats["connections_cleared"] > 0) == (options is CLEARING), stats
+        assert (stats["rate_limited"] > 0) == (options is LEAN), stats
         assert leaked < FLAT, f"{leaked} bytes kept after {turns} turns"
     finally:
         logging.disable(logging.NOTSET)
         xai_pool_patch.uninstall()
 
 
-async def _converse(turns: int) -> None:
-    conversations = [_conversation(seed, turns // CONVERSATIONS) for seed in range(CONVERSATIONS)]
+async def _converse(turns: int, *, is_limited: bool) -> None:
+    each = turns // CONVERSATIONS
+    conversations = [_conversation(seed, each, is_limited) for seed in range(CONVERSATIONS)]
     for outcome in await asyncio.gather(*conversations, return_exceptions=True):
         if outcome is not None:
             raise outcome
 
 
-async def _conversation(seed: int, turns: int) -> None:
+async def _conversation(seed: int, turns: int, is_limited: bool) -> None:
     async with line_to(quick(generation=0.005, clear_delay=0.01), round_trip=0.002) as line:
         tts = line.tts()
-        conversation = Conversation(line, tts, random.Random(seed), turns)
+        conversation = Conversation(line, tts, random.Random(seed), turns, is_limited)
         await conversation.hold()
         assert conversation.silent == []
         # An utterance on a connection that still owed another one.
