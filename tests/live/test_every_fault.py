@@ -66,12 +66,17 @@ PARTS = 6
 
 
 class Play:
-    """One conversation, and what was wrong with it."""
+    """One conversation, and what was wrong with it.
 
-    def __init__(self, probes: Probes, options: PoolOptions) -> None:
+    Args:
+        in_a_session: let an AgentSession hold it. That takes longer, and calls little else.
+    """
+
+    def __init__(self, probes: Probes, options: PoolOptions, *, in_a_session: bool = False) -> None:
         self.problems: list[str] = []
         self._probes = probes
         self._options = options
+        self._script = self._hold_a_session if in_a_session else self._converse
 
     def run(self) -> list[str]:
         _forget_what_is_cached()
@@ -116,7 +121,7 @@ class Play:
         )
         xai_pool_patch.install(self._options)
         async with line_to(quick()) as line:
-            await self._converse(line, line.tts())
+            await self._script(line, line.tts())
             try:
                 xai_pool_patch.uninstall()
             except Exception as error:
@@ -141,7 +146,6 @@ class Play:
         if line.server.connections[-1].query["voice"] != "eve":
             self.problems.append("spoken in the old voice")
         await self._synthesize(line, tts, "In one piece.")
-        await self._in_time("A session", self._hold_session(line, tts))
         await self._closing(tts)
         await self._hear(line, tts, "After the end.")
         await self._closing(tts)
@@ -196,7 +200,12 @@ class Play:
         behaviour.generation = 0.01
         self._check(line, text, heard)
 
-    async def _hold_session(self, line: Line, tts: xai.TTS) -> None:
+    async def _hold_a_session(self, line: Line, tts: xai.TTS) -> None:
+        await self._hear(line, tts, "Before the session.")
+        await self._in_time("A session", self._speak_in_a_session(line, tts))
+        await self._closing(tts)
+
+    async def _speak_in_a_session(self, line: Line, tts: xai.TTS) -> None:
         """Its events reach its listeners, whatever is wrong with the wrapper around them."""
         created: list[Any] = []
         async with session_of(Agent(instructions=""), tts=tts) as (session, loudspeaker):
@@ -252,10 +261,11 @@ def probes() -> Iterator[Probes]:
         yield probes
 
 
-def _calls(probes: Probes, options: PoolOptions) -> dict[str, int]:
+def _calls(probes: Probes, options: PoolOptions, *, in_a_session: bool = False) -> dict[str, int]:
     """The functions that a conversation calls, and how often."""
     probes.watch()
-    assert Play(probes, options).run() == [], "nothing is broken yet"
+    play = Play(probes, options, in_a_session=in_a_session)
+    assert play.run() == [], "nothing is broken yet"
     found = {name: n for name, n in probes.calls.items() if name not in GUARDS}
     assert len(found) > 150
     return found
@@ -266,14 +276,15 @@ def _part_of(name: str) -> int:
     return zlib.crc32(name.encode()) % PARTS
 
 
-def _problems(probes: Probes, options: PoolOptions, calls: dict[str, int], part: int) -> list[str]:
-    """What went wrong when each of that part was broken, at one call or at all."""
+def _problems(
+    probes: Probes, options: PoolOptions, calls: dict[str, int], *, in_a_session: bool = False
+) -> list[str]:
+    """What went wrong when each of these functions was broken, at one call or at all."""
     problems, plays = [], 0
-    calls = {name: count for name, count in calls.items() if _part_of(name) == part}
     for name, count in sorted(calls.items()):
         for nth in (1, 2, None) if count > 1 else (1,):
             probes.watch(name, nth)
-            found = Play(probes, options).run()
+            found = Play(probes, options, in_a_session=in_a_session).run()
             plays += 1
             assert probes.raised, f"{name} was not called"
             problems += [f"{name}, call {nth or 'each'}: {problem}" for problem in found]
@@ -284,12 +295,20 @@ def _problems(probes: Probes, options: PoolOptions, calls: dict[str, int], part:
 @pytest.mark.parametrize("part", range(PARTS))
 def test_a_fault_in_any_function_silences_nobody(probes: Probes, part: int) -> None:
     """It costs a speed-up at most, and is logged once."""
-    assert _problems(probes, DEFAULT, _calls(probes, DEFAULT), part) == []
+    calls = {name: n for name, n in _calls(probes, DEFAULT).items() if _part_of(name) == part}
+    assert _problems(probes, DEFAULT, calls) == []
 
 
-@pytest.mark.parametrize("part", range(PARTS))
-def test_a_fault_in_clearing_or_verifying_silences_nobody(probes: Probes, part: int) -> None:
+def test_a_fault_in_clearing_or_verifying_silences_nobody(probes: Probes) -> None:
     """In the functions that only `interruption="clear"` and `verify_after` call."""
     usual = _calls(probes, DEFAULT)
     calls = {name: n for name, n in _calls(probes, CLEARING).items() if name not in usual}
-    assert _problems(probes, CLEARING, calls, part) == []
+    assert _problems(probes, CLEARING, calls) == []
+
+
+def test_a_fault_in_the_signs_of_a_reply_silences_nobody(probes: Probes) -> None:
+    """In the functions that only an AgentSession calls."""
+    usual = _calls(probes, DEFAULT)
+    calls = _calls(probes, DEFAULT, in_a_session=True)
+    calls = {name: n for name, n in calls.items() if name not in usual}
+    assert _problems(probes, DEFAULT, calls, in_a_session=True) == []
