@@ -17,6 +17,7 @@ from . import report
 from .cases import CASES
 from .fleet_command import fleet
 from .helpers import HelperFailedError
+from .peers.command import peers
 from .runs import COSTS, FLEET, Bench, CostResult, crew_at_work, measure_case, measure_fleet
 
 NAME = "benchmarks"
@@ -25,6 +26,7 @@ app = typer.Typer(pretty_exceptions_enable=False)
 
 
 app.command()(fleet)
+app.command()(peers)
 
 
 @app.callback(invoke_without_command=True)

@@ -209,7 +209,7 @@ CASES = (
         shows='the same with interruption="clear"',
         play=_interrupted,
         gap=0.1,
-        turns_each=20,
+        turns_each=10,
         options=PoolOptions(interruption="clear"),
     ),
     Case(name="voices", shows="the voice is switched before every turn", play=_voices),
@@ -227,7 +227,7 @@ CASES = (
         play=_steady,
         gap=1.2 * MAX_AGE,
         turns_each=1,
-        stagger=0.15,
+        stagger=0.1,
         options=PoolOptions(max_age=MAX_AGE),
     ),
     Case(

@@ -157,7 +157,7 @@ COSTS = (
 
 FLEET = "fleet"
 
-SMALL_FLEET = Fleet(processes=3, calls=4, sessions=6, plan=CallPlan(replies=3))
+SMALL_FLEET = Fleet(processes=3, calls=4, sessions=6, plan=CallPlan(replies=2))
 
 
 @dataclass(frozen=True)
