@@ -183,18 +183,18 @@ async def _run_case(
     case: PeerCase, clients: tuple[Peer, ...], turns: int
 ) -> dict[str, PeerFigures]:
     """All clients at once, each with a server of its own."""
-    figures = await asyncio.gather(*(_run_client(case, peer, turns) for peer in clients))
+    figures = await asyncio.gather(*(run_client(case, peer, turns) for peer in clients))
     return {peer.name: each for peer, each in zip(clients, figures, strict=True)}
 
 
-async def _run_client(case: PeerCase, peer: Peer, count: int) -> PeerFigures:
+async def run_client(case: PeerCase, peer: Peer, count: int) -> PeerFigures:
     behaviour = Behaviour(idle_limit=case.idle_limit)
     turns = case.turns(count)
     async with FakeServer(round_trip=TYPICAL_ROUND_TRIP, behaviour=behaviour) as server:
         task = Task(server.network.port, behaviour.api_key, turns)
         with _certificates(server) as path:
             heard = await _carry_out(peer, task, {"SSL_CERT_FILE": str(path)})
-        return _figures(server, turns, heard)
+        return figures_of(server, turns, heard)
 
 
 @contextlib.contextmanager
@@ -228,7 +228,7 @@ async def _carry_out(peer: Peer, task: Task, environment: dict[str, str]) -> lis
     return heard
 
 
-def _figures(server: FakeServer, turns: list[Turn], heard: list[dict[str, Any]]) -> PeerFigures:
+def figures_of(server: FakeServer, turns: list[Turn], heard: list[dict[str, Any]]) -> PeerFigures:
     spoken = [each for turn, each in zip(turns, heard, strict=True) if not turn.interrupted]
     times = [each["first_audio"] for each in spoken if each["first_audio"] is not None]
     wrong = sum(
