@@ -5,9 +5,11 @@ PLUGIN ?= 1.6.0
 CONSTRAINTS := constraints/plugin-$(PLUGIN).txt
 VENV := .venv$(PLUGIN:1.6.0=)
 BIN := $(VENV)/bin
+OWN_POOL := 1.8.9
+PEERS := .venv-peers
 PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: demo test matrix sessions newest bench lint clean
+.PHONY: demo test matrix sessions newest bench bench-peers lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/xai-pool-patch demo
@@ -32,6 +34,18 @@ newest: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks
+
+# The same conversations with pipecat's xAI service, and with a plugin that has a pool of its own.
+bench-peers: $(VENV)/ready $(PEERS)/ready
+	$(MAKE) PLUGIN=$(OWN_POOL) .venv$(OWN_POOL)/ready
+	$(BIN)/python -m benchmarks peers --pipecat $(PEERS)/bin/python \
+		--own-pool .venv$(OWN_POOL)/bin/python
+
+$(PEERS)/ready: benchmarks/peers/constraints.txt $(VENV)/ready
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(PEERS)
+	$(BIN)/uv pip install --quiet --python $(PEERS)/bin/python \
+		--constraint benchmarks/peers/constraints.txt 'pipecat-ai[xai]'
+	touch $@
 
 lint: $(VENV)/ready
 	$(BIN)/nox --session lint

@@ -7,5 +7,7 @@ nothing else imports it but its own test.
 - `calls`, `fleet`: real AgentSessions, and many of them that share the sessions of one team
 - `costs`: what the pool itself takes in CPU time
 - `helpers`, `servers`, `runs`: the processes, the way between them, and one run over all of it
+- `peers`: other clients of xAI's TTS in the same conversations
+- `goals`: what each figure should be, and by how much it is not
 - `report`, `fleet_command`: tables and JSON
 """

@@ -17,7 +17,8 @@ from . import report
 from .cases import CASES
 from .fleet_command import fleet
 from .helpers import HelperFailedError
-from .runs import COSTS, Bench, CostResult, crew_at_work, measure_case
+from .peers.command import peers
+from .runs import COSTS, FLEET, Bench, CostResult, crew_at_work, measure_case, measure_fleet
 
 NAME = "benchmarks"
 
@@ -25,6 +26,7 @@ app = typer.Typer(pretty_exceptions_enable=False)
 
 
 app.command()(fleet)
+app.command()(peers)
 
 
 @app.callback(invoke_without_command=True)
@@ -58,7 +60,8 @@ def bench(
     """
     if context.invoked_subcommand is not None:
         return
-    names = _chosen([each.name for each in (*CASES, *COSTS)], only or [])
+    known = [*(case.name for case in CASES), FLEET, *(cost.name for cost in COSTS)]
+    names = _chosen(known, only or [])
     console = Console(quiet=as_json, highlight=False)
     try:
         measured = _measure(console, names, turns, rtt / 1e3)
@@ -82,6 +85,9 @@ def _measure(console: Console, names: set[str], turns: int, round_trip: float) -
         for case in (case for case in CASES if case.name in names):
             measured.cases.append(measure_case(crew, case, turns, round_trip))
             report.tell_case(console, measured, measured.cases[-1])
+        if FLEET in names:
+            measured.fleets.append(measure_fleet(crew, round_trip))
+            report.tell_fleet(console, measured, measured.fleets[-1])
         for cost in (cost for cost in COSTS if cost.name in names):
             measured.costs.append(CostResult(cost, cost.measure(crew) if crew.can_patch else None))
             report.tell_cost(console, measured.costs[-1])

@@ -176,6 +176,8 @@ class Case:
     play: Callable[[Talk], Awaitable[None]]
     gap: float = PAUSE
     """Silence before a turn, in which the user speaks. Without any, nothing is prewarmed."""
+    most_turns: int | None = None
+    """Turns of the whole case at the most, if each takes much time of the processor."""
     turns_each: int = 5
     """Turns of one conversation."""
     stagger: float = 0.2
@@ -204,10 +206,10 @@ CASES = (
     ),
     Case(
         name="cleared-0.1s",
-        shows='the same in one conversation, with interruption="clear"',
+        shows='the same with interruption="clear"',
         play=_interrupted,
         gap=0.1,
-        turns_each=40,
+        turns_each=10,
         options=PoolOptions(interruption="clear"),
     ),
     Case(name="voices", shows="the voice is switched before every turn", play=_voices),
@@ -224,27 +226,32 @@ CASES = (
         shows=f"silence of 1.2 max_age before every turn (max_age is {MAX_AGE:.1f} s here)",
         play=_steady,
         gap=1.2 * MAX_AGE,
-        turns_each=2,
-        stagger=0.15,
+        turns_each=1,
+        stagger=0.1,
         options=PoolOptions(max_age=MAX_AGE),
     ),
     Case(
         name="cut-early",
         shows="before every turn another is interrupted before its first audio",
         play=_cut_early,
+        turns_each=3,
     ),
     Case(
         name="first-words",
         shows="say() in on_enter, 0.8 s after the application has called tts.prewarm()",
         play=_first_words,
+        most_turns=10,
         turns_each=1,
+        stagger=0.4,
     ),
     Case(
         name="first-words-late",
         shows="say() in on_enter, and only AgentSession.start() prewarms",
         play=_first_words,
         gap=0.0,
+        most_turns=10,
         turns_each=1,
+        stagger=0.4,
     ),
 )
 
@@ -311,6 +318,7 @@ def run_case(name: str, *, patched: bool, turns: int, round_trip: float) -> Figu
 
 async def _run_case(case: Case, turns: int, round_trip: float) -> Figures:
     figures = Figures()
+    turns = turns if case.most_turns is None else min(turns, case.most_turns)
     conversations = asyncio.gather(
         *(
             _converse(

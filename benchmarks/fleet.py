@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import enum
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,22 +73,43 @@ class FleetFigures:
         return sum(reply.errors > 0 for reply in self.replies)
 
 
-def run_fleet(fleet: Fleet, options: PoolOptions | None) -> FleetFigures:
-    """Runs all calls of the fleet at once, with a server in this process.
+def run_fleets(fleet: Fleet, *variants: PoolOptions | None) -> list[FleetFigures]:
+    """Runs the same fleet for each variant of the plugin at once, with servers in this process.
 
     Args:
         fleet: who calls.
-        options: of the patch; None leaves the plugin as it is.
+        variants: the options of the patch; None leaves the plugin as it is.
 
     Raises:
         HelperFailedError: a process has died.
     """
-    with _helpers(fleet.processes) as helpers, tempfile.TemporaryDirectory() as folder:
-        subjects = [
-            Subject(options=options, environment=_environment(fleet.folder, Path(folder), number))
-            for number in range(fleet.processes)
-        ]
-        return asyncio.run(_run(fleet, helpers, subjects))
+    with _helpers(len(variants) * fleet.processes) as helpers, _folder() as folder:
+        crews = [helpers[i :: len(variants)] for i in range(len(variants))]
+        return asyncio.run(
+            _side_by_side(
+                _run(fleet, crew, _subjects(fleet, options, folder / str(number)))
+                for number, (crew, options) in enumerate(zip(crews, variants, strict=True))
+            )
+        )
+
+
+async def _side_by_side(runs: Iterable[Awaitable[FleetFigures]]) -> list[FleetFigures]:
+    return await asyncio.gather(*runs)
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def _subjects(fleet: Fleet, options: PoolOptions | None, folder: Path) -> list[Subject]:
+    """One for each process, with a runtime directory below the folder."""
+    folder.mkdir()
+    return [
+        Subject(options=options, environment=_environment(fleet.folder, folder, number))
+        for number in range(fleet.processes)
+    ]
 
 
 @contextlib.contextmanager

@@ -8,27 +8,25 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from xai_pool_patch.__main__ import FAILED, complain
 from xai_pool_patch.demo import arguments
-from xai_pool_patch.demo.report import PATCHED, UNPATCHED, percentile
+from xai_pool_patch.demo.report import PATCHED, UNPATCHED
 from xai_pool_patch.errors import InvalidOptionError
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.testing import Refusal
 
 from .calls import CallPlan
-from .fleet import Fleet, FleetFigures, Folder, run_fleet
+from .fleet import Fleet, FleetFigures, Folder, run_fleets
 from .helpers import HelperFailedError
+from .report import fleet_as_json, show_fleet
 
 REFUSALS = {
     "429": Refusal.TOO_MANY_REQUESTS,
     "503": Refusal.UNAVAILABLE,
     "frame": Refusal.ERROR_FRAME,
 }
-SHARES = {"p50": 0.5, "p95": 0.95}
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def fleet(
         round_trip=rtt / 1e3,
     )
     try:
-        rows = {variant.name: run_fleet(measured, variant.options) for variant in variants}
+        rows = {variant.name: run_fleets(measured, variant.options)[0] for variant in variants}
     except HelperFailedError as error:
         raise typer.Exit(complain("benchmarks", str(error), FAILED)) from None
     _show(rows, as_json=as_json)
@@ -127,31 +125,7 @@ def _variant(keywords: str) -> Variant:
 
 
 def _show(rows: dict[str, FleetFigures], *, as_json: bool) -> None:
-    figures = {name: _figures(row) for name, row in rows.items()}
     if as_json:
-        typer.echo(json.dumps(figures, indent=2))
-        return
-    table = Table(box=box.SIMPLE, padding=0)
-    table.add_column("plugin")
-    for name in next(iter(figures.values())):
-        table.add_column(name.replace("_", " "), justify="right")
-    for name, row in figures.items():
-        table.add_row(name, *("-" if value is None else str(value) for value in row.values()))
-    console = Console(highlight=False)
-    console.print(table)
-    console.print("p50, p95: seconds from the LLM's first token to the first audio.")
-
-
-def _figures(row: FleetFigures) -> dict[str, Any]:
-    """By name, in the order of the columns."""
-    return {
-        "replies": len(row.replies),
-        "silent": row.silent,
-        "in_error": row.in_error,
-        "refused": row.refused,
-        "peak_sessions": row.peak_sessions,
-        **{
-            f"{name}_s": round(percentile(row.times, share), 3) if row.times else None
-            for name, share in SHARES.items()
-        },
-    }
+        typer.echo(json.dumps(fleet_as_json(rows), indent=2))
+    else:
+        show_fleet(Console(highlight=False), rows)

@@ -17,11 +17,9 @@ from xai_pool_patch.plugin.releases import DISTRIBUTION
 from xai_pool_patch.testing import Behaviour
 
 from .cases import Case, Figures
-from .runs import Bench, CaseResult, CostResult
-
-SHARES = {"p50": 0.5, "p95": 0.95, "max": 1.0}
-GOALS = {"p50": 1.02, "p95": 1.05}
-"""What a time to first audio may be of the floor, when every connection can be ready."""
+from .fleet import FleetFigures
+from .goals import SHARES, floor_of, missed_goals, verdicts
+from .runs import FLEET, Bench, CaseResult, CostResult, FleetResult
 
 COUNTS: dict[str, Callable[[Figures], int]] = {
     "turns": lambda figures: len(figures.times),
@@ -33,26 +31,9 @@ COUNTS: dict[str, Callable[[Figures], int]] = {
 UNSUPPORTED = "unsupported"
 
 
-def floor_of(bench: Bench) -> float:
-    """Seconds to first audio when the connection is simply there: a round trip and generation."""
-    return bench.round_trip + Behaviour().generation
-
-
 def label_of(bench: Bench) -> str:
     """What the unpatched plugin is called."""
     return "native pool" if bench.plugin.has_native_pool else "as it is"
-
-
-def missed_goals(bench: Bench, result: CaseResult) -> list[str] | None:
-    """Which percentiles of the patched plugin exceed their goal; None if there is no goal."""
-    if result.patched is None or not result.case.has_goal(bench.round_trip):
-        return None
-    times = result.patched.times
-    return [
-        name
-        for name, goal in GOALS.items()
-        if not times or percentile(times, SHARES[name]) > goal * floor_of(bench)
-    ]
 
 
 # While it runs
@@ -83,6 +64,13 @@ def _brief(figures: Figures | None) -> str:
     return f"{median} ({len(figures.failures)} failed)" if figures.failures else median
 
 
+def tell_fleet(console: Console, bench: Bench, result: FleetResult) -> None:
+    """Prints how many replies of a fleet that has just ended were silent."""
+    rows = _fleet_rows(bench, result).items()
+    silent = ", ".join(f"{name} {row.silent} silent" for name, row in rows)
+    console.print(f"{FLEET:<18}{silent}", soft_wrap=True)
+
+
 def tell_cost(console: Console, result: CostResult) -> None:
     """Prints a cost that has just been measured."""
     console.print(f"{result.cost.name:<18}{_value(result)}", soft_wrap=True)
@@ -98,8 +86,11 @@ def show(console: Console, bench: Bench) -> None:
         console.print(_legend(bench))
     for reason in sorted({reason for result in bench.cases for reason in result.failures}):
         console.print(Text(f"A turn failed: {reason}", style=BAD))
+    for result in bench.fleets:
+        show_fleet(console, _fleet_rows(bench, result))
     if bench.costs:
         console.print(_cost_table(bench))
+    console.print(_summary(bench))
 
 
 def _case_table(bench: Bench) -> Table:
@@ -136,7 +127,6 @@ def _legend(bench: Bench) -> str:
             "p50, p95, max: ms to first audio, of the turns spoken to their end.",
             "x: times the floor. made: connections, in all. peak: most open in one conversation.",
             _floor_line(bench),
-            _goal_line(bench),
             *lines,
         ]
     )
@@ -150,16 +140,6 @@ def _floor_line(bench: Bench) -> str:
     )
 
 
-def _goal_line(bench: Bench) -> str:
-    goal = "Goal, if a handshake fits into the gap: p50 within 2 % of the floor, p95 5 %"
-    missed = {result.case.name: missed_goals(bench, result) for result in bench.cases}
-    if all(names is None for names in missed.values()):
-        return f"{goal}: no case to check."
-    if not any(missed.values()):
-        return f"{goal}: met."
-    return f"{goal}: missed by {', '.join(name for name, names in missed.items() if names)}."
-
-
 def _cost_table(bench: Bench) -> Table:
     table = Table(box=box.SIMPLE, padding=(0, 2, 0, 0))
     for name in ("cost", "what it is", "measured"):
@@ -167,18 +147,47 @@ def _cost_table(bench: Bench) -> Table:
     for result in bench.costs:
         measured = Text(_value(result))
         if result.measured is not None:
-            measured.stylize(GOOD if result.measured.value < result.cost.goal else BAD)
+            measured.stylize(GOOD if result.meets_goal else BAD)
             measured.append(_details(result.measured.details), style="dim")
         table.add_row(result.cost.name, result.cost.shows, measured)
     return table
 
 
+def _fleet_rows(bench: Bench, result: FleetResult) -> dict[str, FleetFigures]:
+    rows = {label_of(bench): result.unpatched}
+    return rows if result.patched is None else {**rows, PATCHED: result.patched}
+
+
+def show_fleet(console: Console, rows: dict[str, FleetFigures]) -> None:
+    """Prints the figures of one fleet, a row for each variant of the plugin."""
+    figures = fleet_as_json(rows)
+    table = Table(box=box.SIMPLE, padding=0)
+    table.add_column("plugin")
+    for name in next(iter(figures.values())):
+        table.add_column(name.replace("_", " "), justify="right")
+    for name, row in figures.items():
+        table.add_row(name, *("-" if value is None else str(value) for value in row.values()))
+    console.print(table)
+    console.print("p50, p95: ms from the first token of the LLM to the first audio.")
+
+
+def _summary(bench: Bench) -> Text:
+    """A line for each case, cost and fleet: its goal is met, or by how much not."""
+    text = Text("Goals; percentages are above the floor.\n")
+    for verdict in verdicts(bench):
+        word, style = _WORDS[verdict.met]
+        text.append(f"{verdict.name:<18}").append(f"{word:<9}", style=style)
+        text.append(f"{verdict.why}\n")
+    return text
+
+
+_WORDS = {True: ("met", GOOD), False: ("missed", BAD), None: ("no goal", "dim")}
+
+
 def _value(result: CostResult) -> str:
     if result.measured is None:
         return UNSUPPORTED
-    digits = 2 if result.cost.unit == "x" else 1
-    value = f"{result.measured.value:.{digits}f} {result.cost.unit}"
-    return f"{value} (goal: under {result.cost.goal:g})"
+    return f"{result.measured.ratio:.2f} x (goal: under {result.cost.goal:g})"
 
 
 def _details(details: dict[str, float]) -> str:
@@ -203,7 +212,27 @@ def as_json(bench: Bench) -> dict[str, Any]:
             "measured": _percentiles(_floor_times(bench)),
         },
         "cases": [_case_as_json(bench, result) for result in bench.cases],
+        "fleets": [fleet_as_json(_fleet_rows(bench, result)) for result in bench.fleets],
         "costs": [_cost_as_json(result) for result in bench.costs],
+        "goals_met": {verdict.name: verdict.met for verdict in verdicts(bench)},
+    }
+
+
+def fleet_as_json(rows: dict[str, FleetFigures]) -> dict[str, dict[str, Any]]:
+    """The figures of one fleet by the name of the variant."""
+    return {name: _fleet_figures_as_json(row) for name, row in rows.items()}
+
+
+def _fleet_figures_as_json(figures: FleetFigures) -> dict[str, Any]:
+    times = _percentiles(figures.times)
+    return {
+        "replies": len(figures.replies),
+        "silent": figures.silent,
+        "in_error": figures.in_error,
+        "refused": figures.refused,
+        "peak_sessions": figures.peak_sessions,
+        "p50_ms": times["p50"],
+        "p95_ms": times["p95"],
     }
 
 
@@ -241,9 +270,8 @@ def _cost_as_json(result: CostResult) -> dict[str, Any]:
     return {
         "name": cost.name,
         "shows": cost.shows,
-        "unit": cost.unit,
         "goal_below": cost.goal,
-        "value": None if measured is None else round(measured.value, 3),
+        "ratio": None if measured is None else round(measured.ratio, 3),
         "details": None
         if measured is None
         else {name: round(value, 3) for name, value in measured.details.items()},
