@@ -18,6 +18,7 @@ from .cases import CASES
 from .fleet_command import fleet
 from .helpers import HelperFailedError
 from .runs import COSTS, Bench, CostResult, crew_at_work, measure_case
+from .simulation.command import sessions
 
 NAME = "benchmarks"
 
@@ -25,6 +26,7 @@ app = typer.Typer(pretty_exceptions_enable=False)
 
 
 app.command()(fleet)
+app.command()(sessions)
 
 
 @app.callback(invoke_without_command=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import enum
 import itertools
 import logging
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +20,10 @@ from xai_pool_patch.options import PoolOptions, Warm
 from .agents import Agent, Board, PatchedAgent, UnpatchedAgent
 from .calls import Call, Habits, Outcome, Reply
 from .server import Server
+
+REFUSED_SHARE = 0.001
+"""Part of the replies that may be refused when calls are said to fit."""
+FIT_AT_MOST, FIT_WITHIN = 6, 1.04
 
 NEXT_CALL = 5.0
 """Mean of the seconds between the end of one call and the next one's start."""
@@ -78,6 +84,8 @@ class Figures:
     """Handshakes."""
     peak: int
     """Sessions."""
+    mean_sessions: float
+    """Sessions in use, on average after the ramp."""
 
     def share(self, *outcomes: Outcome) -> float:
         """Part of the replies, from 0 to 1."""
@@ -97,6 +105,19 @@ def simulate(scenario: Scenario, subject: Subject) -> Figures:
             return loop.run_until_complete(_simulate(scenario, subject))
     finally:
         loop.close()
+
+
+def calls_that_fit(scenario: Scenario, subject: Subject) -> int:
+    """The most calls of which 0.1 % of the replies are refused, within two percent or so."""
+    fit, too_many = 1, FIT_AT_MOST * scenario.sessions
+    while too_many > max(fit + 1, FIT_WITHIN * fit):
+        calls = max(fit + 1, round(math.sqrt(fit * too_many)))
+        figures = simulate(dataclasses.replace(scenario, calls=calls), subject)
+        if figures.share(Outcome.RETRIED, Outcome.FAILED) > REFUSED_SHARE:
+            too_many = calls
+        else:
+            fit = calls
+    return fit
 
 
 @contextlib.contextmanager
@@ -131,11 +152,14 @@ async def _simulate(scenario: Scenario, subject: Subject) -> Figures:
         asyncio.ensure_future(_hold_calls(line, scenario, agent_of, replies))
         for line in range(scenario.calls)
     ]
-    await asyncio.sleep(scenario.duration)
+    await asyncio.sleep(scenario.ramp)
+    used_before = server.used
+    await asyncio.sleep(scenario.duration - scenario.ramp)
+    mean_sessions = (server.used - used_before) / (scenario.duration - scenario.ramp)
     for line in lines:
         line.cancel()
     await asyncio.wait(lines)
-    return Figures(replies, server.refused, server.peak)
+    return Figures(replies, server.refused, server.peak, mean_sessions)
 
 
 async def _hold_calls(

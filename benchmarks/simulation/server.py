@@ -35,6 +35,13 @@ class Server:
     sessions: int = 0
     refused: int = 0
     peak: int = 0
+    _used: float = 0.0
+    _changed_at: float = field(default_factory=lambda: _now())
+
+    @property
+    def used(self) -> float:
+        """Seconds of sessions so far."""
+        return self._used + self.sessions * (_now() - self._changed_at)
 
     async def connect(self) -> Socket:
         """Make a connection.
@@ -46,16 +53,17 @@ class Server:
         if self.sessions >= self.limit:
             self.refused += 1
             raise RefusedError
-        self.sessions += 1
+        self._change(1)
         self.peak = max(self.peak, self.sessions)
         return Socket(self)
 
     def free(self, after: float) -> None:
         """Stop to count a session some seconds from now."""
-        asyncio.get_running_loop().call_later(after, self._free)
+        asyncio.get_running_loop().call_later(after, self._change, -1)
 
-    def _free(self) -> None:
-        self.sessions -= 1
+    def _change(self, by: int) -> None:
+        self._used, self._changed_at = self.used, _now()
+        self.sessions += by
 
 
 @dataclass(eq=False)
@@ -87,3 +95,7 @@ class Socket:
         self.closed = True
         self._messages.put_nowait(_CLOSING)
         self.server.free(freed_after)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
