@@ -5,6 +5,7 @@ nothing else imports it but its own test.
 
 - `cases`: conversations with the real plugin against the fake server
 - `calls`, `fleet`: real AgentSessions, and many of them that share the sessions of one team
+- `simulation`: thousands of calls in virtual time, with the real pools
 - `costs`: what the pool itself takes in CPU time
 - `helpers`, `servers`, `runs`: the processes, the way between them, and one run over all of it
 - `peers`: other clients of xAI's TTS in the same conversations

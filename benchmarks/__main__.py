@@ -19,6 +19,7 @@ from .fleet_command import fleet
 from .helpers import HelperFailedError
 from .peers.command import peers
 from .runs import COSTS, FLEET, Bench, CostResult, crew_at_work, measure_case, measure_fleet
+from .simulation.command import sessions
 
 NAME = "benchmarks"
 
@@ -27,6 +28,7 @@ app = typer.Typer(pretty_exceptions_enable=False)
 
 app.command()(fleet)
 app.command()(peers)
+app.command()(sessions)
 
 
 @app.callback(invoke_without_command=True)

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec
 P = ParamSpec("P")
 
 
-class _InstantSelector(selectors.DefaultSelector):  # type: ignore[misc,valid-type]
+class _InstantSelector(selectors.DefaultSelector):
     """Instead of waiting, sets the clock forward by what the loop wanted to wait."""
 
     def __init__(self) -> None:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from tests.unit.pool_kit import HANDSHAKE, Network, Wire, idle, leased, now, with_pool
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool.backoff import FailureKind
-from xai_pool_patch.pool.pool import PREWARM_LASTS, SPARE_IDLE_TIME, Pool
+from xai_pool_patch.pool.pool import (
+    ON_DEMAND,
+    PREWARM_LASTS,
+    SPARE_IDLE_TIME,
+    DialFailedError,
+    Pool,
+)
 
 LINGER = PoolOptions().linger
 ANN, BOB = "Ann", "Bob"
@@ -167,13 +175,55 @@ async def test_an_expected_reply_dials_no_sooner_than_the_backoff_says(
     network: Network, pool: Pool[Wire]
 ) -> None:
     """P4: a sign is no caller."""
-    network.refuse = [FailureKind.RATE_LIMITED, None]
+    network.refuse = [FailureKind.TRANSIENT, None]
     pool.set_lean(True)
     pool.expect(ANN, now() + 10.0)
     await asyncio.sleep(HANDSHAKE + 0.1)
     pool.expect(ANN, now() + 10.0)
     assert len(network.dialled_at) == 1
     await asyncio.sleep(0.5 + HANDSHAKE)
+    assert pool.idle == 1
+
+
+@with_pool()
+async def test_refused_while_lean_it_dials_for_callers_only(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """S4, S7: it holds no session longer than an utterance takes, and minutes later it does."""
+    network.refuse = [FailureKind.RATE_LIMITED]
+    pool.set_lean(True)
+    pool.expect(ANN, now() + 10.0)
+    await asyncio.sleep(HANDSHAKE + 0.1)
+    for _ in range(3):
+        await asyncio.sleep(20.0)
+        pool.expect(ANN, now() + 10.0)
+        await asyncio.sleep(1.0)
+        assert pool.idle == 0
+        await speak(pool, ANN)
+        assert network.open == []
+    assert len(network.dialled_at) == 4
+    await asyncio.sleep(ON_DEMAND)
+    pool.expect(ANN, now() + 10.0)
+    await asyncio.sleep(1.0)
+    assert pool.idle == 1
+
+
+@with_pool()
+async def test_refused_while_warm_it_dials_ahead_as_before(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """S3: the first refusal makes a pool lean, and lean is enough as long as nobody is refused."""
+    pool.resize(1)
+    await asyncio.sleep(HANDSHAKE + 0.1)
+    network.refuse = [FailureKind.RATE_LIMITED]
+    taken = await leased(pool)
+    with pytest.raises(DialFailedError):
+        await pool.acquire(1.0)
+    pool.release(taken)
+    pool.set_lean(True)
+    await asyncio.sleep(20.0)
+    pool.expect(ANN, now() + 10.0)
+    await asyncio.sleep(1.0)
     assert pool.idle == 1
 
 

@@ -53,6 +53,11 @@ PREWARM_LASTS = 3.0
 """Seconds that a connection made by `prewarm()` waits for its first use where nothing else keeps
 it. LiveKit prewarms when a session starts, and an agent that greets speaks within that time."""
 
+ON_DEMAND = 120.0
+"""Seconds in which a lean pool that was refused dials for callers only, and keeps nothing. Dialling
+ahead and lingering hold a session about a third longer than an utterance needs. Where even speaking
+calls are too many, that third would cost others their reply."""
+
 SHORT_LIFE = 30.0
 """Seconds. If a server ends an unused connection sooner, the pool dials again with backoff only."""
 
@@ -138,6 +143,7 @@ class Pool(Generic[C]):
         self._timer: asyncio.TimerHandle | None = None
         self._min_size = 0
         self._is_left = False
+        self._on_demand_until = -math.inf
         self._expected: dict[object, float] = {}
         """The callers that will probably ask for a connection, and until when."""
         self.is_lean = False
@@ -547,6 +553,8 @@ class Pool(Generic[C]):
         failure_kind = self._failure_kind_of(error)
         self._backoff.failed(failure_kind, self._now())
         if failure_kind is FailureKind.RATE_LIMITED:
+            if self.is_lean:  # before `_on_rate_limited`, which may make it so
+                self._on_demand_until = self._now() + ON_DEMAND * self._jitter.uniform(0.8, 1.0)
             self._on_rate_limited()
         if dial.waiter is not None:
             dial.waiter.fail(DialFailedError(error))
@@ -636,6 +644,8 @@ class Pool(Generic[C]):
 
     def _idle_time(self) -> float:
         """How long a connection stays that nobody needs."""
+        if self._is_on_demand:
+            return 0.0
         if self.is_lean:
             return self._options.linger
         if len(self._entries) == 1:
@@ -672,6 +682,8 @@ class Pool(Generic[C]):
 
     def _wanted(self) -> int:
         """Connections to have, whether idle, leased or being dialled."""
+        if self._is_on_demand:
+            return 0
         kept = 0 if self.is_lean else self._min_size
         holders = {entry.holder for entry in self._entries.values()}
         expected = len(self._expected.keys() - holders)
@@ -680,6 +692,10 @@ class Pool(Generic[C]):
         # Those in use and those that others wait for are not for the expected ones.
         waiting = sum(not waiter.future.done() for waiter in self._waiters)
         return max(kept, self.leased + waiting + expected)
+
+    @property
+    def _is_on_demand(self) -> bool:
+        return self.is_lean and self._now() < self._on_demand_until
 
     def _fresh(self) -> int:
         """Connections that are not about to be replaced."""
