@@ -96,16 +96,12 @@ def sessions(
         habits=Habits(killed_share=killed),
     )
     console = Console(quiet=as_json, highlight=False)
+    if fit and svg is not None:
+        raise typer.BadParameter("cannot be drawn with --fit", param_hint="--svg")
     if fit:
-        found = {subject.name: calls_that_fit(scenario, subject) for subject in subjects}
-        _show_fit(console, limit, found)
-        results: Any = found
+        results: Any = _find_fit(console, scenario, subjects)
     else:
-        cases = [replace(scenario, calls=count) for count in calls or CALLS]
-        measured = [(case, _measured(console, case, subjects)) for case in cases]
-        results = [_as_json(case, rows) for case, rows in measured]
-        if svg is not None:
-            svg.write_text(draw(limit, [_bars(case, rows) for case, rows in measured]))
+        results = _compare(console, scenario, calls or CALLS, subjects, svg)
     if as_json:
         typer.echo(json.dumps(results, indent=2))
 
@@ -121,34 +117,52 @@ def _chosen(only: Iterable[str], *, speech: bool) -> list[Subject]:
     return [*subjects, AT_SPEECH] if speech else subjects
 
 
-def _measured(console: Console, case: Scenario, subjects: list[Subject]) -> dict[str, Figures]:
-    rows = {subject.name: simulate(case, subject) for subject in subjects}
-    table = Table(
-        box=box.SIMPLE, padding=0, title=f"{case.calls} calls on {case.sessions} sessions"
-    )
+def _compare(
+    console: Console,
+    scenario: Scenario,
+    counts: Iterable[int],
+    subjects: list[Subject],
+    svg: Path | None,
+) -> list[dict[str, Any]]:
+    """Prints a table for each number of calls as soon as it is simulated."""
+    results, groups = [], []
+    for case in (replace(scenario, calls=count) for count in counts):
+        rows = {subject.name: simulate(case, subject) for subject in subjects}
+        console.print(_table(case, rows))
+        results.append(_as_json(case, rows))
+        groups.append((f"{case.calls} calls", _bars(rows)))
+    if svg is not None:
+        svg.write_text(draw(scenario.sessions, groups))
+    return results
+
+
+def _table(case: Scenario, rows: dict[str, Figures]) -> Table:
+    title = f"{case.calls} calls on {case.sessions} sessions"
+    table = Table(box=box.SIMPLE, padding=0, title=title)
     table.add_column("plugin")
     for name in COLUMNS:
         table.add_column(name, justify="right")
     for name, figures in rows.items():
         table.add_row(name, *(cell(figures) for cell in COLUMNS.values()))
-    console.print(table)
-    return rows
+    return table
 
 
-def _show_fit(console: Console, limit: int, found: dict[str, int]) -> None:
-    table = Table(box=box.SIMPLE, padding=0, title=f"Calls that fit into {limit} sessions")
+def _find_fit(console: Console, scenario: Scenario, subjects: list[Subject]) -> dict[str, int]:
+    found = {subject.name: calls_that_fit(scenario, subject) for subject in subjects}
+    title = f"Calls that fit into {scenario.sessions} sessions"
+    table = Table(box=box.SIMPLE, padding=0, title=title)
     table.add_column("plugin")
     table.add_column("calls", justify="right")
     for name, count in found.items():
         table.add_row(name, str(count))
     console.print(table)
+    return found
 
 
-def _bars(case: Scenario, rows: dict[str, Figures]) -> tuple[str, list[Bar]]:
-    bars = [
+def _bars(rows: dict[str, Figures]) -> list[Bar]:
+    return [
         Bar(name, [figures.share(outcome) for outcome in Outcome]) for name, figures in rows.items()
     ]
-    return f"{case.calls} calls", bars
 
 
 def _as_json(case: Scenario, rows: dict[str, Figures]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Server:
         return Socket(self)
 
     def free(self, after: float) -> None:
-        """Stop to count a session some seconds from now."""
+        """Stop counting a session some seconds from now."""
         asyncio.get_running_loop().call_later(after, self._change, -1)
 
     def _change(self, by: int) -> None:

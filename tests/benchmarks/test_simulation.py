@@ -110,8 +110,14 @@ def test_the_command_as_json() -> None:
         assert sum(row[outcome.name.lower()] for outcome in Outcome) == pytest.approx(1.0)
 
 
-def test_the_command_refuses_a_plugin_that_it_does_not_know() -> None:
-    """One line that names those that it knows."""
-    line = refused(bench("sessions", "--only", "nonsense"), 2)
-    assert "nonsense" in line
-    assert "auto, all" in line
+@pytest.mark.parametrize(
+    ("options", "right"),
+    [
+        (["--only", "nonsense"], ["nonsense", "auto, all"]),
+        (["--fit", "--svg", "picture.svg"], ["--svg", "--fit"]),
+    ],
+)
+def test_the_command_refuses_nonsense(options: list[str], right: list[str]) -> None:
+    """One line that names the option and what would be right."""
+    line = refused(bench("sessions", *options), 2)
+    assert all(part in line for part in right)
