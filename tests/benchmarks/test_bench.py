@@ -131,7 +131,7 @@ def verdict(times: list[float], case: str = "steady") -> goals.Verdict:
     """Of a patched plugin whose turns took these times, in seconds."""
     chosen_case = next(each for each in cases.CASES if each.name == case)
     result = runs.CaseResult(chosen_case, cases.Figures(), cases.Figures(times=times))
-    plugin = cases.Plugin(has_own_pool=False, refusal=None)
+    plugin = cases.Plugin(has_native_pool=False, refusal=None)
     [only] = goals.verdicts(runs.Bench("1.6.0", plugin, 40, 0.15, [result], []))
     return only
 

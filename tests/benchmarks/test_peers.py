@@ -10,7 +10,7 @@ import pytest
 from benchmarks.peers.command import CASES, PLUGIN, Peer, PeerFailedError, figures_of, run_client
 from benchmarks.peers.conversation import Turn, hold
 from tests.demo.test_demo import refused
-from tests.kit import HAS_OWN_POOL
+from tests.kit import HAS_NATIVE_POOL
 from xai_pool_patch.testing import FakeServer, Utterance
 
 from .test_bench import bench
@@ -71,7 +71,7 @@ async def test_audio_of_another_turn_is_wrong() -> None:
     assert figures_of(said_again, turns[1:], [vars(each) for each in heard[1:]]).wrong_samples == 0
 
 
-@pytest.mark.skipif(HAS_OWN_POOL, reason="one environment is enough")
+@pytest.mark.skipif(HAS_NATIVE_POOL, reason="one environment is enough")
 async def test_the_plugin_is_a_client() -> None:
     """In a process of its own, patched: each turn is heard, with its own audio alone."""
     figures = await run_client(INTERRUPTED, PATCHED, 2)

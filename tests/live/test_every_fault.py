@@ -61,7 +61,7 @@ RETRYING = APIConnectOptions(max_retry=2, retry_interval=0.01, timeout=2.0)
 """Where a connection dies that is not the patch's any more, the framework retries, as it does
 without the patch."""
 
-PARTS = 6
+PARTS = 12
 """A test breaks one part of the functions, so that the parts can run side by side."""
 
 
