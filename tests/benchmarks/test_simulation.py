@@ -81,7 +81,7 @@ def test_always_warm_takes_what_others_need() -> None:
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=NAMES)
 def test_agrees_with_a_fleet_of_real_processes(subject: Subject) -> None:
-    """Measured: 18 of 60 replies silent when always warm; none unpatched, at signs, or by a mark."""
+    """Measured: 18 of 60 replies silent when always warm, and none otherwise."""
     failed = simulate(TWELVE, subject).share(Outcome.FAILED)
     if subject.name == "always":
         assert 0.15 < failed < 0.45
