@@ -20,7 +20,7 @@ import xai_pool_patch
 
 PROBE = "__xai_pool_patch_probe__"
 ROOT = Path(xai_pool_patch.__file__).parent
-ELSEWHERE = ("demo", "__main__")
+ELSEWHERE = ("demo", "probe", "testing", "__main__")
 """What runs in no agent."""
 
 
