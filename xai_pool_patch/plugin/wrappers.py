@@ -189,12 +189,15 @@ class Wrappers:
         The plugin calls this in a `finally`, so an exception in progress is what cut the utterance
         off. If the plugin does not get here, `run_ws` ends the lease.
         """
-        cut_off = _cut_off_by(sys.exc_info()[1])
-        turn = current_turn()
+        end = functools.partial(self._end_lease, _cut_off_by(sys.exc_info()[1]), *args, **kwargs)
         closed = await wrapped(*args, **kwargs)
-        if turn is not None and isinstance(_socket(*args, **kwargs), Lease):
-            self._provider.attempt("ending a lease", turn.end, cut_off)
+        self._provider.attempt("ending a lease", end)
         return closed
+
+    def _end_lease(self, cut_off: Reason | None, ws: Any) -> None:
+        turn = current_turn()
+        if turn is not None and isinstance(ws, Lease):
+            turn.end(cut_off)
 
     def prewarm(self, wrapped: Any, tts: Any, args: Any, kwargs: Any) -> Any:
         wrapped(*args, **kwargs)
@@ -213,11 +216,6 @@ def _cut_off_by(error: BaseException | None) -> Reason | None:
     if error is None:
         return None
     return Reason.INTERRUPTED if isinstance(error, asyncio.CancelledError) else Reason.FAILED
-
-
-def _socket(ws: Any) -> Any:
-    """Take the arguments of `_close_ws`, by position or by name."""
-    return ws
 
 
 def _asked_for(timeout: float, opts: Any = None) -> tuple[float, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -119,5 +118,7 @@ async def close_stores(stores: Sequence[MarkStore]) -> None:
 
 
 async def _close(store: MarkStore) -> None:
-    with contextlib.suppress(Exception):  # nothing depends on it, and it may be an operator's own
+    try:
         await asyncio.wait_for(store.aclose(), CLOSE_TIMEOUT)
+    except Exception as error:  # nothing depends on it, and it may be an operator's own
+        log_event(LogEvent.MARK_STORE_FAILED, store=store.name, operation="close", error=error)
