@@ -111,7 +111,8 @@ class Play:
             self.problems.append(f"said again and again: {messages}")
         dials = messages["WARNING standby failed"] + messages["WARNING replay failed"]
         can_log = self._probes.broken != "telemetry.log.log_event"
-        if self._probes.raised and can_log and not faults + reports + dials:
+        stores = messages["WARNING mark store failed"]
+        if self._probes.raised and can_log and not faults + reports + dials + stores:
             self.problems.append(f"not a word of it in the log: {dict(messages)}")
 
     async def _whole(self) -> None:
