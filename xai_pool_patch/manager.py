@@ -280,40 +280,18 @@ class PoolManager:
         return self._watches[api_key]
 
     def _make(self, key: PoolKey, dial: Connect) -> Pool[Connection]:
-        options = self._options
-
-        async def connect(timeout: float) -> Connection:
-            # The TTS that this pool was made for may be closed, and its connect with it. So ask
-            # one that still uses the key.
-            dials = (user.visited.get(key) for user in self._users.values())
-            ws = await next(filter(None, dials), dial)(timeout)
-            if self.supervisor.is_stopped:
-                # Before Python 3.12 wait_for() may swallow the cancellation by `stop`, if it comes
-                # together with the result. Nobody would close this socket.
-                await ws.close()
-                raise PoolClosedError("the pool failed during the dial")
-            self.supervisor.sockets.add(ws)
-            try:
-                return Connection(
-                    ws,
-                    supervisor=self.supervisor,
-                    heartbeat=self.heartbeat,
-                    close_timeout=options.close_timeout,
-                    on_rate_limited=rate_limited,
-                )
-            except Exception as fault:
-                self.supervisor.on_fault("connecting", fault)
-                raise
-
         def rate_limited() -> None:
             pool.metrics.rate_limited()
-            if options.warm == "auto":
+            if self._options.warm == "auto":
                 self._watch_of(key.api_key).refused()
+
+        async def connect(timeout: float) -> Connection:
+            return self._connection(await self._dial(key, dial, timeout), rate_limited)
 
         rate_limit = self._rate_limits.setdefault(key.api_key, RateLimit())
         pool = Pool(
             connect,
-            options,
+            self._options,
             supervisor=self.supervisor,
             standby_timeout=STANDBY_TIMEOUT,
             backoff=Backoff(rate_limit, self._jitter),
@@ -323,11 +301,43 @@ class PoolManager:
             is_defunct=lambda: key.session.closed,
             jitter=self._jitter,
         )
-        pool.set_lean(
-            options.warm == "reply"
-            or (options.warm == "auto" and self._watch_of(key.api_key).is_scarce)
-        )
+        pool.set_lean(self._is_lean(key.api_key))
         return pool
+
+    def _is_lean(self, api_key: str) -> bool:
+        if self._options.warm == "auto":
+            return self._watch_of(api_key).is_scarce
+        return self._options.warm == "reply"
+
+    async def _dial(
+        self, key: PoolKey, dial: Connect, timeout: float
+    ) -> aiohttp.ClientWebSocketResponse:
+        # The TTS that this pool was made for may be closed, and its connect with it. So ask one
+        # that still uses the key.
+        dials = (user.visited.get(key) for user in self._users.values())
+        ws = await next(filter(None, dials), dial)(timeout)
+        if self.supervisor.is_stopped:
+            # Before Python 3.12 wait_for() may swallow the cancellation by `stop`, if it comes
+            # together with the result. Nobody would close this socket.
+            await ws.close()
+            raise PoolClosedError("the pool failed during the dial")
+        return ws
+
+    def _connection(
+        self, ws: aiohttp.ClientWebSocketResponse, on_rate_limited: Callable[[], None]
+    ) -> Connection:
+        self.supervisor.sockets.add(ws)
+        try:
+            return Connection(
+                ws,
+                supervisor=self.supervisor,
+                heartbeat=self.heartbeat,
+                close_timeout=self._options.close_timeout,
+                on_rate_limited=on_rate_limited,
+            )
+        except Exception as fault:
+            self.supervisor.on_fault("connecting", fault)
+            raise
 
 
 @dataclass(frozen=True)

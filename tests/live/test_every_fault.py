@@ -8,12 +8,16 @@ without the patch, and nothing may be left open.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import enum
 import functools
 import logging
 import sys
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,18 +69,22 @@ PARTS = 12
 """A test breaks one part of the functions, so that the parts can run side by side."""
 
 
+class Script(enum.Enum):
+    """What happens in a play."""
+
+    CONVERSATION = "_converse"
+    SESSION = "_hold_a_session"
+    LIMIT = "_meet_the_limit"
+
+
 class Play:
-    """One conversation, and what was wrong with it.
+    """One conversation, and what was wrong with it."""
 
-    Args:
-        in_a_session: let an AgentSession hold it. That takes longer, and calls little else.
-    """
-
-    def __init__(self, probes: Probes, options: PoolOptions, *, in_a_session: bool = False) -> None:
+    def __init__(self, probes: Probes, options: PoolOptions, script: Script) -> None:
         self.problems: list[str] = []
         self._probes = probes
         self._options = options
-        self._script = self._hold_a_session if in_a_session else self._converse
+        self._script = getattr(self, script.value)
 
     def run(self) -> list[str]:
         _forget_what_is_cached()
@@ -84,7 +92,10 @@ class Play:
         logger = logging.getLogger(xai_pool_patch.__name__)
         logger.addHandler(records)
         try:
-            asyncio.run(self._whole())
+            with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+                patch.setenv("XDG_RUNTIME_DIR", folder)
+                self._marks = Path(folder)
+                asyncio.run(self._whole())
         except Exception as error:
             self.problems.append(f"raised {error!r}")
         finally:
@@ -110,7 +121,7 @@ class Play:
         if faults > 1 or reports > 1 or (not faults and messages["DEBUG failed open"]):
             self.problems.append(f"said again and again: {messages}")
         dials = messages["WARNING standby failed"] + messages["WARNING replay failed"]
-        can_log = self._probes.broken != "telemetry.log.log_event"
+        can_log = self._probes.broken not in ("telemetry.log.log_event", "telemetry.log.status_of")
         stores = messages["WARNING mark store failed"]
         if self._probes.raised and can_log and not faults + reports + dials + stores:
             self.problems.append(f"not a word of it in the log: {dict(messages)}")
@@ -155,7 +166,8 @@ class Play:
         self, line: Line, tts: xai.TTS, text: str, options: APIConnectOptions | None = None
     ) -> None:
         heard = Heard()
-        if options is None or not HAS_NATIVE_POOL:
+        is_retried = HAS_NATIVE_POOL or self._script == self._meet_the_limit
+        if options is None or not is_retried:
             options = APIConnectOptions(max_retry=0, timeout=2.0)
         await self._in_time(text, speak(tts, text, options, heard=heard))
         self._check(line, text, heard)
@@ -200,6 +212,22 @@ class Play:
         await turn
         behaviour.generation = 0.01
         self._check(line, text, heard)
+
+    async def _meet_the_limit(self, line: Line, tts: xai.TTS) -> None:
+        """Another voice needs a session, and the last one's connection holds the only one."""
+        await self._hear(line, tts, "Warm.", RETRYING)
+        line.server.behaviour.max_sessions = 1
+        tts.update_options(voice="eve")
+        await self._hear(line, tts, "In another voice.", RETRYING)
+        line.server.behaviour.max_sessions = None
+        await self._hear(line, tts, "Beyond the limit.", RETRYING)
+        with contextlib.suppress(asyncio.TimeoutError):  # where it is the mark that is broken
+            await asyncio.wait_for(self._is_marked(), 0.5)
+        await self._closing(tts)
+
+    async def _is_marked(self) -> None:
+        while not any(path.is_file() for path in self._marks.rglob("*")):
+            await asyncio.sleep(0.01)
 
     async def _hold_a_session(self, line: Line, tts: xai.TTS) -> None:
         await self._hear(line, tts, "Before the session.")
@@ -262,10 +290,12 @@ def probes() -> Iterator[Probes]:
         yield probes
 
 
-def _calls(probes: Probes, options: PoolOptions, *, in_a_session: bool = False) -> dict[str, int]:
+def _calls(
+    probes: Probes, options: PoolOptions, script: Script = Script.CONVERSATION
+) -> dict[str, int]:
     """The functions that a conversation calls, and how often."""
     probes.watch()
-    play = Play(probes, options, in_a_session=in_a_session)
+    play = Play(probes, options, script)
     assert play.run() == [], "nothing is broken yet"
     found = {name: n for name, n in probes.calls.items() if name not in GUARDS}
     assert len(found) > 150
@@ -278,14 +308,17 @@ def _part_of(name: str) -> int:
 
 
 def _problems(
-    probes: Probes, options: PoolOptions, calls: dict[str, int], *, in_a_session: bool = False
+    probes: Probes,
+    options: PoolOptions,
+    calls: dict[str, int],
+    script: Script = Script.CONVERSATION,
 ) -> list[str]:
     """What went wrong when each of these functions was broken, at one call or at all."""
     problems, plays = [], 0
     for name, count in sorted(calls.items()):
         for nth in (1, 2, None) if count > 1 else (1,):
             probes.watch(name, nth)
-            found = Play(probes, options, in_a_session=in_a_session).run()
+            found = Play(probes, options, script).run()
             plays += 1
             assert probes.raised, f"{name} was not called"
             problems += [f"{name}, call {nth or 'each'}: {problem}" for problem in found]
@@ -307,9 +340,11 @@ def test_a_fault_in_clearing_or_verifying_silences_nobody(probes: Probes) -> Non
     assert _problems(probes, CLEARING, calls) == []
 
 
-def test_a_fault_in_the_signs_of_a_reply_silences_nobody(probes: Probes) -> None:
-    """In the functions that only an AgentSession calls."""
+@pytest.mark.parametrize("script", [Script.SESSION, Script.LIMIT], ids=lambda script: script.name)
+def test_a_fault_in_what_a_conversation_rarely_calls_silences_nobody(
+    probes: Probes, script: Script
+) -> None:
+    """In the functions that only an AgentSession, or a refusal for the limit, calls."""
     usual = _calls(probes, DEFAULT)
-    calls = _calls(probes, DEFAULT, in_a_session=True)
-    calls = {name: n for name, n in calls.items() if name not in usual}
-    assert _problems(probes, DEFAULT, calls, in_a_session=True) == []
+    calls = {name: n for name, n in _calls(probes, DEFAULT, script).items() if name not in usual}
+    assert _problems(probes, DEFAULT, calls, script) == []

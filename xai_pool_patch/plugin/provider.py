@@ -371,7 +371,12 @@ async def _ask_or_make_room(
     except DialFailedError as failure:
         if failure_kind_of(failure.error) is not FailureKind.RATE_LIMITED:
             raise
-        closing = pools.make_room(api_key)
+        try:
+            closing = pools.make_room(api_key)
+        except Exception as fault:
+            # As an error of this dial it would be hidden behind the refusal, and come with each.
+            pools.supervisor.on_fault("making room", fault)
+            raise failure from None
         if not closing:
             raise
     await asyncio.wait(closing, timeout=ROOM_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
