@@ -29,6 +29,8 @@ CLEARING = dataclasses.replace(OPTIONS, interruption="clear", clear_timeout=0.1,
 FLAT = 1_500_000
 """Bytes: what caches hold, however many turns there were. 2,000 leases would be several times
 that."""
+ENOUGH = 400
+"""Turns in which the limit is met."""
 RETRYING = APIConnectOptions(max_retry=2, retry_interval=0.01, timeout=2.0)
 ENDINGS = [Ending.CLOSE, Ending.RESET]
 ACKNOWLEDGED = [Clearing.ACKNOWLEDGED, Clearing.CROSSED, Clearing.LATE]
@@ -123,7 +125,10 @@ async def test_thousands_of_turns_with_faults_leave_no_wrong_sample_and_no_leak(
         assert (stats["idle"], stats["leased"], stats["connecting"]) == (0, 0, 0)
         assert stats["clearing"] == 0
         assert (stats["connections_cleared"] > 0) == (options is CLEARING), stats
-        assert (stats["rate_limited"] > 0) == (options is LEAN), stats
+        if options is LEAN:
+            assert stats["rate_limited"] or turns < ENOUGH, stats
+        else:
+            assert not stats["rate_limited"], stats
         assert leaked < FLAT, f"{leaked} bytes kept after {turns} turns"
     finally:
         logging.disable(logging.NOTSET)

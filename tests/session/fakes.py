@@ -144,6 +144,10 @@ class FakeRealtimeSession(_inert(llm.RealtimeSession)):  # type: ignore[misc]
     chat_ctx = llm.ChatContext.empty()
     tools = llm.ToolContext.empty()
 
+    def generate_reply(self, **kwargs: Any) -> asyncio.Future[Any]:
+        """A reply that does not come."""
+        return asyncio.get_running_loop().create_future()
+
     def user_speaks(self) -> None:
         self.emit("input_speech_started", llm.InputSpeechStartedEvent())
 
