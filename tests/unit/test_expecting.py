@@ -192,8 +192,8 @@ async def test_refused_while_lean_it_dials_for_callers_only(
     """S4, S7: it holds no session longer than an utterance takes, and minutes later it does."""
     network.refuse = [FailureKind.RATE_LIMITED]
     pool.set_lean(True)
-    pool.expect(ANN, now() + 10.0)
-    await asyncio.sleep(HANDSHAKE + 0.1)
+    with pytest.raises(DialFailedError):
+        await pool.acquire(1.0, caller=ANN)
     for _ in range(3):
         await asyncio.sleep(20.0)
         pool.expect(ANN, now() + 10.0)
@@ -285,3 +285,17 @@ async def test_who_is_expected_moves_on_with_the_voice(pool: Pool[Wire]) -> None
     assert pool.leave() == {ANN: until}
     await asyncio.sleep(HANDSHAKE + LINGER)
     assert pool.connections == ()
+
+
+@with_pool()
+async def test_a_refused_dial_ahead_of_a_reply_changes_nothing(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """S2: many calls that begin at once are no sign that there are too many."""
+    network.refuse = [FailureKind.RATE_LIMITED]
+    pool.set_lean(True)
+    pool.expect(ANN, now() + 10.0)
+    await asyncio.sleep(20.0)
+    pool.expect(ANN, now() + 10.0)
+    await asyncio.sleep(1.0)
+    assert pool.idle == 1

@@ -54,9 +54,9 @@ PREWARM_LASTS = 3.0
 it. LiveKit prewarms when a session starts, and an agent that greets speaks within that time."""
 
 ON_DEMAND = 120.0
-"""Seconds in which a lean pool that was refused dials for callers only, and keeps nothing. Dialling
-ahead and lingering hold a session about a third longer than an utterance needs. Where even speaking
-calls are too many, that third would cost others their reply."""
+"""Seconds after a caller's refusal in which a lean pool dials for callers only, and keeps nothing.
+Dialling ahead and lingering hold a session about a third longer than an utterance needs. Where even
+speaking calls are too many, that third would cost others their reply."""
 
 SHORT_LIFE = 30.0
 """Seconds. If a server ends an unused connection sooner, the pool dials again with backoff only."""
@@ -553,7 +553,9 @@ class Pool(Generic[C]):
         failure_kind = self._failure_kind_of(error)
         self._backoff.failed(failure_kind, self._now())
         if failure_kind is FailureKind.RATE_LIMITED:
-            if self.is_lean:  # before `_on_rate_limited`, which may make it so
+            # Before `_on_rate_limited`, which may make it lean. A refused dial ahead of a reply
+            # costs nobody a reply. A refused caller shows that even speaking calls are too many.
+            if self.is_lean and dial.waiter is not None:
                 self._on_demand_until = self._now() + ON_DEMAND * self._jitter.uniform(0.8, 1.0)
             self._on_rate_limited()
         if dial.waiter is not None:
