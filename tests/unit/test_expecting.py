@@ -10,6 +10,7 @@ from tests.unit.pool_kit import HANDSHAKE, Network, Wire, idle, leased, now, wit
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool.backoff import FailureKind
 from xai_pool_patch.pool.pool import (
+    AFTER_DIAL_AHEAD,
     ON_DEMAND,
     PREWARM_LASTS,
     SPARE_IDLE_TIME,
@@ -288,14 +289,18 @@ async def test_who_is_expected_moves_on_with_the_voice(pool: Pool[Wire]) -> None
 
 
 @with_pool()
-async def test_a_refused_dial_ahead_of_a_reply_changes_nothing(
+async def test_after_a_refused_dial_ahead_of_a_reply_it_pauses_for_seconds(
     network: Network, pool: Pool[Wire]
 ) -> None:
-    """S2: many calls that begin at once are no sign that there are too many."""
+    """S4: many calls that begin at once are no sign that there are too many."""
     network.refuse = [FailureKind.RATE_LIMITED]
     pool.set_lean(True)
     pool.expect(ANN, now() + 10.0)
-    await asyncio.sleep(20.0)
+    await asyncio.sleep(HANDSHAKE + 0.1)
+    pool.expect(BOB, now() + 5.0)
+    await asyncio.sleep(5.0)
+    assert len(network.dialled_at) == 1
+    await asyncio.sleep(AFTER_DIAL_AHEAD)
     pool.expect(ANN, now() + 10.0)
     await asyncio.sleep(1.0)
     assert pool.idle == 1

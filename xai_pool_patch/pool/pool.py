@@ -58,6 +58,10 @@ ON_DEMAND = 120.0
 Dialling ahead and lingering hold a session about a third longer than an utterance needs. Where even
 speaking calls are too many, that third would cost others their reply."""
 
+AFTER_DIAL_AHEAD = 10.0
+"""The same after the refusal of a dial ahead of a reply, which costs nobody a reply. If many calls
+have begun at once, it is no sign that too many of them speak."""
+
 SHORT_LIFE = 30.0
 """Seconds. If a server ends an unused connection sooner, the pool dials again with backoff only."""
 
@@ -553,10 +557,10 @@ class Pool(Generic[C]):
         failure_kind = self._failure_kind_of(error)
         self._backoff.failed(failure_kind, self._now())
         if failure_kind is FailureKind.RATE_LIMITED:
-            # Before `_on_rate_limited`, which may make it lean. A refused dial ahead of a reply
-            # costs nobody a reply. A refused caller shows that even speaking calls are too many.
-            if self.is_lean and dial.waiter is not None:
-                self._on_demand_until = self._now() + ON_DEMAND * self._jitter.uniform(0.8, 1.0)
+            if self.is_lean:  # before `_on_rate_limited`, which may make it so
+                seconds = AFTER_DIAL_AHEAD if dial.waiter is None else ON_DEMAND
+                until = self._now() + seconds * self._jitter.uniform(0.8, 1.0)
+                self._on_demand_until = max(until, self._on_demand_until)
             self._on_rate_limited()
         if dial.waiter is not None:
             dial.waiter.fail(DialFailedError(error))
