@@ -235,14 +235,19 @@ class PoolManager:
         self.pools = {key: pool for key, pool in self.pools.items() if key not in keys}
         for pool in ended:
             pool.close()
-        for api_key in {key.api_key for key in keys} & self._watches.keys():
-            if not self._pools_of(api_key):
-                self._watches.pop(api_key).end()
-                if not self._watches and not self._loop.is_closed():
-                    close = close_stores(self._stores)
-                    self._closing_stores = self.supervisor.spawn(close, "xai_pool_patch.stores")
+        self._end_watches()
         self._ending = [pool for pool in (*self._ending, *ended) if not pool.is_empty]
         return ended
+
+    def _end_watches(self) -> None:
+        """Stop to look for marks of API keys that have no pools any more."""
+        needed = {key.api_key for key in self.pools}
+        ended = self._watches.keys() - needed
+        for api_key in ended:
+            self._watches.pop(api_key).end()
+        if ended and not self._watches and not self._loop.is_closed():
+            close = close_stores(self._stores)
+            self._closing_stores = self.supervisor.spawn(close, "xai_pool_patch.stores")
 
     def _forget_older(self, user: _User, previous: PoolKey | None) -> None:
         """Forget all keys of a TTS but its current and its previous one.

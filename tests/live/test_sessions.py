@@ -6,7 +6,6 @@ import asyncio
 import time
 
 import pytest
-from livekit.agents import APIConnectOptions
 from livekit.plugins import xai
 
 import xai_pool_patch
@@ -15,7 +14,6 @@ from xai_pool_patch import InvalidOptionError, Mark, PoolOptions
 from xai_pool_patch.sessions.limit import digest_of
 
 LINGER = 0.1
-PATIENT = APIConnectOptions(max_retry=3, timeout=5.0)
 
 reply = pytest.mark.parametrize(
     "patched", [PoolOptions(warm="reply", linger=LINGER)], indirect=True

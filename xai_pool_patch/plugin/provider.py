@@ -228,17 +228,20 @@ class ConnectionProvider:
     def follow(self, tts: Any) -> None:
         """Warm the pool of the TTS's new options, if the TTS has used a pool before."""
         if has_loop() and not self.has_failed:
-            pools = self._registry.here()
-            if pools.knows(tts) and not pools.is_over(_job()):
-                self._use(pools, tts)
+            self._use_again(tts)
 
     def expect(self, conversation: Conversation, tts: Any) -> bool:
         """Has a connection ready for a reply that is to come. False if that TTS is not in use."""
+        pool = self._use_again(tts)
+        if pool is not None:
+            conversation.expect_at(pool)
+        return pool is not None
+
+    def _use_again(self, tts: Any) -> Pool[Connection] | None:
+        """The pool of a TTS that has used one before; None for any other."""
         pools = self._registry.here()
         is_in_use = pools.knows(tts) and not pools.is_over(_job())
-        if is_in_use:
-            conversation.expect_at(self._use(pools, tts))
-        return is_in_use
+        return self._use(pools, tts) if is_in_use else None
 
     async def close(self, tts: Any, close: Callable[[], Awaitable[Any]]) -> None:
         """Close the TTS, and the pools that no other TTS uses."""

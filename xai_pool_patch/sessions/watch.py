@@ -16,8 +16,8 @@ SHORTEST_INTERVAL, LONGEST_INTERVAL = 0.8, 1.4
 """Seconds between two looks. Twice the longest is less than the 2.1 s after which LiveKit has
 retried a refused utterance twice: by then whoever holds an idle connection has let go of it."""
 
-
 CLOSE_TIMEOUT = 1.0
+"""Seconds that a store may take to close what it has open."""
 
 
 class Keeper(Protocol):

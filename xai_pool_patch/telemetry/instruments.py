@@ -39,15 +39,20 @@ def observe(source: Source) -> None:
     _source = weakref.ref(source)
 
 
-def _count(_: CallbackOptions) -> Iterable[Observation]:
+def _observed(*names: str) -> list[int]:
+    """The counts of those names; all 0 if there is no source."""
     source = _source() if _source is not None else None
     counts: Mapping[str, object] = source.stats() if source is not None else {}
-    return [Observation(int(counts.get(state, 0)), {"state": state}) for state in STATES]  # type: ignore[call-overload]
+    return [int(counts.get(name, 0)) for name in names]  # type: ignore[call-overload]
+
+
+def _count(_: CallbackOptions) -> Iterable[Observation]:
+    counts = zip(STATES, _observed(*STATES), strict=True)
+    return [Observation(count, {"state": state}) for state, count in counts]
 
 
 def _lean(_: CallbackOptions) -> Iterable[Observation]:
-    source = _source() if _source is not None else None
-    return [Observation(source.stats()["lean"] if source is not None else 0)]
+    return [Observation(count) for count in _observed("lean")]
 
 
 _meter = metrics.get_meter("xai_pool_patch", __version__)
