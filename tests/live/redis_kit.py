@@ -7,6 +7,7 @@ import contextlib
 import signal
 import socket
 import subprocess
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -36,6 +37,8 @@ class RedisServer:
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
         self._folder = folder
+        # A socket's path has at most 107 bytes. A test's own folder may be deeper.
+        self._short = tempfile.TemporaryDirectory(dir="/tmp")
         self._password = password
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -46,7 +49,7 @@ class RedisServer:
 
     @property
     def socket_path(self) -> Path:
-        return self._folder / "redis.sock"
+        return Path(self._short.name, "redis.sock")
 
     async def start(self) -> None:
         options = {
@@ -92,6 +95,10 @@ class RedisServer:
             self._process.wait()
             self._process = None
 
+    def close(self) -> None:
+        self.kill()
+        self._short.cleanup()
+
 
 @contextlib.asynccontextmanager
 async def redis_server(folder: Path, password: str = "") -> AsyncIterator[RedisServer]:
@@ -100,4 +107,4 @@ async def redis_server(folder: Path, password: str = "") -> AsyncIterator[RedisS
         await server.start()
         yield server
     finally:
-        server.kill()
+        server.close()

@@ -454,7 +454,7 @@ def test_a_loop_that_is_closed_without_a_word(tmp_path: Path) -> None:
         del loop
         gc.collect()
     finally:
-        server.kill()
+        server.close()
 
 
 WRONG = [
