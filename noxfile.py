@@ -143,6 +143,8 @@ def matrix(session: nox.Session, environment: str) -> None:
     [sdist] = DIST.glob("*.tar.gz")
     shutil.unpack_archive(sdist, session.create_tmp())
     session.chdir(Path(session.create_tmp(), sdist.name.removesuffix(".tar.gz")))
+    # nox points it into the session's own folder. A path of that length is too long for a socket.
+    del session.env["TMPDIR"]
     shutil.rmtree("xai_pool_patch")
     less = [] if (session.python, environment) in WHOLE else LESS
     if not any(f"-{version}" in environment for version in THOROUGH):

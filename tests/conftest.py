@@ -72,14 +72,19 @@ class _Complaints(logging.Handler):
 
 
 @pytest.fixture(autouse=True)
-def nothing_to_complain() -> Iterator[None]:
-    """No "Task was destroyed", no unclosed session, no exception that nobody retrieved."""
+def nothing_to_complain(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No "Task was destroyed", no unclosed session, no exception that nobody retrieved.
+
+    The unpatched plugin may leave some: a probe of a `FallbackAdapter` outlives its HTTP session.
+    """
     complaints = _Complaints()
     logging.getLogger("asyncio").addHandler(complaints)
     yield
     gc.collect()
     logging.getLogger("asyncio").removeHandler(complaints)
-    assert complaints.messages == []
+    called_with = getattr(request.node, "callspec", None)
+    is_patched = called_with is None or called_with.params.get("is_patched", True)
+    assert not is_patched or complaints.messages == []
 
 
 @pytest.fixture
