@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from xai_pool_patch.mark import Mark
-from xai_pool_patch.sessions.limit import LimitWatch, SessionLimit, digest_of
+from xai_pool_patch.sessions.limit import SessionLimit, SharedMarks, digest_of
 from xai_pool_patch.sessions.machine import MachineStore
 
 DIGEST = digest_of("xai-test-key")
@@ -51,12 +51,13 @@ def close_to(wanted: Mark) -> Mark:
 
 async def speaks_on(store: MachineStore) -> SessionLimit:
     """A process whose store does not work has its own mark, and no error."""
-    limit, watch = SessionLimit(), LimitWatch(DIGEST)
-    await watch.look(limit, [store])
+    limit = SessionLimit()
+    marks = SharedMarks(DIGEST, limit, [store])
+    await marks.look()
     assert not limit.is_reached
     own = limit.refused()
     assert own is not None
-    await watch.publish(limit, own, [store])
+    await marks.publish(own)
     assert limit.is_reached
     assert limit.source == "this process"
     return limit
@@ -300,8 +301,9 @@ async def test_a_disk_that_hangs(
     monkeypatch.setattr(Path, "lstat", hang)
     monkeypatch.setattr("xai_pool_patch.sessions.limit.TIMEOUT", 1.0)
     try:
-        limit, watches = SessionLimit(), [LimitWatch(DIGEST) for _ in range(100)]
-        looks = asyncio.gather(*(watch.look(limit, [store]) for watch in watches))
+        limit = SessionLimit()
+        loops = [SharedMarks(DIGEST, limit, [store]) for _ in range(100)]
+        looks = asyncio.gather(*(marks.look() for marks in loops))
         for _ in range(40):
             assert await asyncio.to_thread(lambda: 17) == 17
         await looks
@@ -316,15 +318,16 @@ async def test_a_disk_that_hangs(
 PROCESS = """
 import asyncio, sys
 from pathlib import Path
-from xai_pool_patch.sessions.limit import LimitWatch, SessionLimit
+from xai_pool_patch.sessions.limit import SessionLimit, SharedMarks
 from xai_pool_patch.sessions.machine import MachineStore
 
 async def main(folder, digest, task):
-    limit, watch, store = SessionLimit(), LimitWatch(digest), MachineStore(Path(folder))
+    limit = SessionLimit()
+    marks = SharedMarks(digest, limit, [MachineStore(Path(folder))])
     if task == "refused":
-        await watch.publish(limit, limit.refused(), [store])
+        await marks.publish(limit.refused())
     else:
-        await watch.look(limit, [store])
+        await marks.look()
     print(limit.is_reached, limit.source, round(limit.seconds_left))
 
 asyncio.run(main(*sys.argv[1:]))

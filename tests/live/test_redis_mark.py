@@ -22,7 +22,7 @@ import trustme
 from tests.live.redis_kit import RedisServer, redis_server
 from xai_pool_patch.errors import InvalidOptionError
 from xai_pool_patch.mark import Mark, MarkStore
-from xai_pool_patch.sessions.limit import LimitWatch, SessionLimit, digest_of
+from xai_pool_patch.sessions.limit import SessionLimit, SharedMarks, digest_of
 from xai_pool_patch.sessions.machine import MachineStore
 from xai_pool_patch.sessions.redis import RedisStore, store_from
 
@@ -76,17 +76,16 @@ class Process:
 
     def __init__(self, *stores: MarkStore) -> None:
         self.limit = SessionLimit()
-        self.watch = LimitWatch(DIGEST)
-        self.stores = stores
+        self.marks = SharedMarks(DIGEST, self.limit, stores)
 
     async def refused(self) -> Mark:
         own = self.limit.refused()
         assert own is not None
-        await self.watch.publish(self.limit, own, self.stores)
+        await self.marks.publish(own)
         return own
 
     async def look(self) -> None:
-        await self.watch.look(self.limit, self.stores)
+        await self.marks.look()
 
     async def look_until(self, seen: Callable[[], bool]) -> None:
         """As `PoolManager` does while something idles."""

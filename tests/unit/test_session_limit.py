@@ -13,7 +13,7 @@ import pytest
 
 from tests.virtual import in_virtual_time
 from xai_pool_patch.mark import Mark
-from xai_pool_patch.sessions.limit import LimitWatch, SessionLimit, digest_of
+from xai_pool_patch.sessions.limit import SessionLimit, SharedMarks, digest_of
 
 FIRST = (108.0, 132.0)
 """Two minutes, a tenth shorter or longer."""
@@ -281,22 +281,19 @@ class Shelf:
 
 
 class World:
-    """A watch in virtual time, and the limit of its process."""
+    """A process in virtual time: its limit, and the marks that it shares."""
 
-    def __init__(self) -> None:
-        self.limit = self.another()
-        self.watch = LimitWatch("digest", random.Random(1))
-
-    def another(self, seed: int = 2) -> SessionLimit:
+    def __init__(self, *stores: Any) -> None:
         loop = asyncio.get_running_loop()
-        return SessionLimit(loop.time, loop.time, random.Random(seed))
+        self.limit = SessionLimit(loop.time, loop.time, random.Random(2))
+        self.marks = SharedMarks("digest", self.limit, stores, random.Random(1))
 
-    async def look_for(self, seconds: float, *stores: Any) -> None:
+    async def look_for(self, seconds: float) -> None:
         """As `PoolManager` does while something idles: several times a second."""
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
         while loop.time() < end:
-            await self.watch.look(self.limit, stores)
+            await self.marks.look()
             await asyncio.sleep(0.25)
 
 
@@ -319,32 +316,35 @@ def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 @in_virtual_time
 async def test_a_store_is_asked_once_in_its_interval() -> None:
     """However often the pools look: they do at each connection that is given back."""
-    world, shelf = World(), Shelf()
-    await world.look_for(60.0, shelf)
+    shelf = Shelf()
+    world = World(shelf)
+    await world.look_for(60.0)
     assert 60 <= shelf.reads <= 81
 
 
 @in_virtual_time
 async def test_a_mark_goes_from_one_process_to_another() -> None:
     """Through each store, and a store that has it already is not written to."""
-    world, shelf, other = World(), Shelf(), Shelf("other")
-    await world.watch.publish(world.limit, refused(world.limit), [shelf, other])
+    shelf, other = Shelf(), Shelf("other")
+    world = World(shelf, other)
+    await world.marks.publish(refused(world.limit))
     assert [len(shelf.writes), len(other.writes)] == [1, 1]
-    neighbour = World()
-    await neighbour.look_for(0.1, other)
+    neighbour = World(other)
+    await neighbour.look_for(0.1)
     assert (neighbour.limit.is_reached, neighbour.limit.source) == (True, "other")
-    unknowing = World()
-    await unknowing.watch.publish(unknowing.limit, refused(unknowing.limit), [shelf])
+    unknowing = World(shelf)
+    await unknowing.marks.publish(refused(unknowing.limit))
     assert len(shelf.writes) == 1
 
 
 @in_virtual_time
 async def test_doubling_by_what_others_marked() -> None:
     """A process that starts after a mark's end finds it in the store, and doubles it."""
-    world, shelf = World(), Shelf()
+    shelf = Shelf()
+    world = World(shelf)
     shelf.mark = Mark(asyncio.get_running_loop().time() - 100.0, 240.0)
     mark = refused(world.limit)
-    await world.watch.publish(world.limit, mark, [shelf])
+    await world.marks.publish(mark)
     assert [each.length for each in shelf.writes] == [480.0]
     assert world.limit.seconds_left >= 480.0
 
@@ -353,40 +353,43 @@ async def test_doubling_by_what_others_marked() -> None:
 async def test_a_store_that_fails_is_asked_less_and_less(logged: Callable[[], list[str]]) -> None:
     """It is logged once, asked again after a second and then up to a minute, and once more logged
     when it works. Meanwhile the other store serves."""
-    world, broken, sound = World(), Shelf("broken"), Shelf("sound")
+    broken, sound = Shelf("broken"), Shelf("sound")
+    world = World(broken, sound)
     broken.read_fails = ConnectionError("redis://:secret@host")
-    await world.look_for(600.0, broken, sound)
+    await world.look_for(600.0)
     assert 10 <= broken.reads <= 20
     assert sound.reads >= 550
     assert logged() == ["mark store failed: read broken"]
     broken.read_fails = None
-    await world.look_for(61.0, broken, sound)
+    await world.look_for(61.0)
     assert logged() == ["mark store works again: read broken"]
     reads = broken.reads
-    await world.look_for(10.0, broken, sound)
+    await world.look_for(10.0)
     assert broken.reads - reads >= 8
 
 
 @in_virtual_time
 async def test_calls_that_fail_at_once_count_once(logged: Callable[[], list[str]]) -> None:
     """Fifty connections given back at once must not delay the next attempt by a minute."""
-    world, shelf = World(), Shelf()
+    shelf = Shelf()
+    world = World(shelf)
     shelf.read_fails = OSError()
     mark = refused(world.limit)
-    publishes = [world.watch.publish(world.limit, mark, [shelf]) for _ in range(50)]
+    publishes = [world.marks.publish(mark) for _ in range(50)]
     shelf.hangs = True
     await asyncio.gather(*publishes)
     shelf.hangs, shelf.read_fails = False, None
-    await world.look_for(2.0, shelf)
+    await world.look_for(2.0)
     assert logged() == ["mark store failed: read shelf", "mark store works again: read shelf"]
 
 
 @in_virtual_time
 async def test_no_secret_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     """An error's message may quote the URL, and with it the password: only its type is logged."""
-    world, shelf = World(), Shelf()
+    shelf = Shelf()
+    world = World(shelf)
     shelf.read_fails = ConnectionError("redis://:secret@host")
-    await world.look_for(1.0, shelf)
+    await world.look_for(1.0)
     [record] = caplog.records
     assert record.xai_pool_error.startswith("ConnectionError at ")  # type: ignore[attr-defined]
     assert "secret" not in str(vars(record))
@@ -395,12 +398,13 @@ async def test_no_secret_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
 @in_virtual_time
 async def test_a_store_that_hangs_delays_no_other() -> None:
     """What the other knows is known at once; a look lasts for a second at most."""
-    world, slow, quick = World(), Shelf("slow"), Shelf("quick")
+    slow, quick = Shelf("slow"), Shelf("quick")
+    world = World(slow, quick)
     slow.hangs = True
     loop = asyncio.get_running_loop()
     quick.mark = Mark(loop.time() + 60.0, 120.0)
     began = loop.time()
-    look = asyncio.ensure_future(world.watch.look(world.limit, [slow, quick]))
+    look = asyncio.ensure_future(world.marks.look())
     await asyncio.sleep(0.01)
     assert world.limit.is_reached
     await look
@@ -410,11 +414,12 @@ async def test_a_store_that_hangs_delays_no_other() -> None:
 @in_virtual_time
 async def test_a_store_that_can_only_be_read(logged: Callable[[], list[str]]) -> None:
     """It goes on being read, and that it cannot be written is logged once, not at each mark."""
-    world, shelf = World(), Shelf()
+    shelf = Shelf()
+    world = World(shelf)
     shelf.write_fails = OSError("read-only")
     for _ in range(5):
-        await world.watch.publish(world.limit, refused(world.limit), [shelf])
-        await world.look_for(1500.0, shelf)
+        await world.marks.publish(refused(world.limit))
+        await world.look_for(1500.0)
     assert shelf.reads > 5000
     assert logged() == ["mark store failed: write shelf"]
 
@@ -422,23 +427,24 @@ async def test_a_store_that_can_only_be_read(logged: Callable[[], list[str]]) ->
 @in_virtual_time
 async def test_a_mark_that_could_not_be_written_is_written_later() -> None:
     """As long as it lasts, and once. A store that comes back too late gets no old mark."""
-    world, shelf = World(), Shelf()
+    shelf = Shelf()
+    world = World(shelf)
     shelf.write_fails = shelf.read_fails = OSError()
     mark = refused(world.limit)
-    await world.watch.publish(world.limit, mark, [shelf])
-    await world.look_for(10.0, shelf)
+    await world.marks.publish(mark)
+    await world.look_for(10.0)
     shelf.write_fails = shelf.read_fails = None
-    await world.look_for(60.0, shelf)
+    await world.look_for(60.0)
     assert shelf.writes == [mark]
 
     await asyncio.sleep(world.limit.seconds_left)
     shelf.write_fails = OSError()
-    await world.watch.publish(world.limit, refused(world.limit), [shelf])
+    await world.marks.publish(refused(world.limit))
     await asyncio.sleep(world.limit.seconds_left)
     shelf.write_fails = None
-    await world.look_for(100.0, shelf)
+    await world.look_for(100.0)
     world.limit.learn(Mark(asyncio.get_running_loop().time() + 60.0, 120.0), "other")
-    await world.look_for(10.0, shelf)
+    await world.look_for(10.0)
     assert shelf.writes == [mark]
 
 
@@ -448,25 +454,27 @@ async def test_a_store_that_answers_with_something_else(
     nonsense: Any, logged: Callable[[], list[str]]
 ) -> None:
     """An operator's own store may: it counts as failed, and a mark is written all the same."""
-    world, shelf = World(), Shelf()
+    shelf = Shelf()
+    world = World(shelf)
     shelf.mark = nonsense
-    await world.look_for(3.0, shelf)
+    await world.look_for(3.0)
     assert logged() == ["mark store failed: read shelf"]
     assert not world.limit.is_reached
-    await world.watch.publish(world.limit, refused(world.limit), [shelf])
+    await world.marks.publish(refused(world.limit))
     assert len(shelf.writes) == 1
 
 
 @in_virtual_time
 async def test_a_look_that_is_cancelled() -> None:
     """It ends at once, and counts as no failure of the store."""
-    world, shelf = World(), Shelf()
+    shelf = Shelf()
+    world = World(shelf)
     shelf.hangs = True
-    look = asyncio.ensure_future(world.watch.look(world.limit, [shelf]))
+    look = asyncio.ensure_future(world.marks.look())
     await asyncio.sleep(0.5)
     look.cancel()
     with pytest.raises(asyncio.CancelledError):
         await look
     shelf.hangs = False
-    await world.look_for(10.0, shelf)
+    await world.look_for(10.0)
     assert shelf.reads >= 10

@@ -9,7 +9,7 @@ import hmac
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -243,61 +243,64 @@ class _View:
         return is_due
 
 
-class LimitWatch:
-    """Exchanges the marks of one API key with the stores, in one event loop.
+class SharedMarks:
+    """The marks of one API key that processes share through stores, as one event loop uses them.
 
     Nothing here raises, and no store waits for another.
 
     Args:
         digest: see `digest_of`.
+        limit: learns what the stores know.
+        stores: where others leave their marks.
         jitter: spreads the attempts of processes whose store has failed for all of them.
     """
 
-    def __init__(self, digest: str, jitter: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        digest: str,
+        limit: SessionLimit,
+        stores: Sequence[MarkStore],
+        jitter: random.Random | None = None,
+    ) -> None:
         self._digest = digest
-        self._jitter = jitter or random.Random()
-        self._views: dict[int, _View] = {}
+        self._limit = limit
+        jitter = jitter or random.Random()
+        self._views = [_View(store, jitter) for store in stores]
 
-    async def look(self, limit: SessionLimit, stores: Iterable[MarkStore]) -> None:
+    async def look(self) -> None:
         """Learn what the stores know. Each is asked once in its interval, however often this runs.
 
         A mark that the store has not taken, or has lost at once, is published again.
         """
-        views = [view for view in map(self._view_of, stores) if view.begin_look()]
-        await asyncio.gather(*(self._look(limit, view) for view in views))
+        views = [view for view in self._views if view.begin_look()]
+        await asyncio.gather(*map(self._look, views))
 
-    async def publish(self, limit: SessionLimit, mark: Mark, stores: Iterable[MarkStore]) -> None:
-        """Leave a mark, the result of `limit.refused`, for other processes."""
-        await asyncio.gather(*(self._publish(limit, mark, self._view_of(s)) for s in stores))
+    async def publish(self, mark: Mark) -> None:
+        """Leave a mark, the result of `SessionLimit.refused`, for other processes."""
+        await asyncio.gather(*(self._publish(mark, view) for view in self._views))
 
-    async def _look(self, limit: SessionLimit, view: _View) -> None:
-        if view.unconfirmed is not None and limit.is_reached:
-            await self._publish(limit, view.unconfirmed, view)
+    async def _look(self, view: _View) -> None:
+        if view.unconfirmed is not None and self._limit.is_reached:
+            await self._publish(view.unconfirmed, view)
         else:
             view.unconfirmed = None
-            await self._read(limit, view)
+            await self._read(view)
 
-    async def _publish(self, limit: SessionLimit, mark: Mark, view: _View) -> None:
+    async def _publish(self, mark: Mark, view: _View) -> None:
         # The last mark may have ended within five minutes, before this process began.
-        renewed = limit.reconcile(mark, await self._read(limit, view))
+        renewed = self._limit.reconcile(mark, await self._read(view))
         view.unconfirmed = renewed
         if renewed is not None:
             await view.writing.attempt(lambda: view.store.write(self._digest, renewed))
 
-    async def _read(self, limit: SessionLimit, view: _View) -> Mark | None:
+    async def _read(self, view: _View) -> Mark | None:
         async def learn() -> Mark | None:
             found = await view.store.read(self._digest)
             if found is not None:
-                limit.learn(found, view.store.name)
+                self._limit.learn(found, view.store.name)
             return found
 
         return await view.reading.attempt(learn)
-
-    def _view_of(self, store: MarkStore) -> _View:
-        # By identity: an operator's store may have no hash. The view keeps it, so its id stays its.
-        if id(store) not in self._views:
-            self._views[id(store)] = _View(store, self._jitter)
-        return self._views[id(store)]
 
 
 def _now() -> float:

@@ -10,7 +10,7 @@ from typing import Protocol
 from ..mark import MarkStore
 from ..pool.supervisor import Supervisor
 from ..telemetry.log import LogEvent, log_event
-from .limit import LimitWatch, SessionLimit
+from .limit import SessionLimit, SharedMarks
 
 SHORTEST_INTERVAL, LONGEST_INTERVAL = 0.8, 1.4
 """Seconds between two looks. Twice the longest is less than the 2.1 s after which LiveKit has
@@ -52,8 +52,7 @@ class SessionWatch:
     ) -> None:
         self.is_scarce = False
         self._limit = limit
-        self._stores = stores
-        self._shared = LimitWatch(digest, jitter)
+        self._marks = SharedMarks(digest, limit, stores, jitter)
         self._supervisor = supervisor
         self._pools = pools
         self._jitter = jitter
@@ -79,7 +78,7 @@ class SessionWatch:
         mark = self._limit.refused()
         self._apply()
         if mark is not None:
-            publish = self._shared.publish(self._limit, mark, self._stores)
+            publish = self._marks.publish(mark)
             self._supervisor.spawn(publish, name="xai_pool_patch.publish_mark")
 
     def _tick(self) -> None:
@@ -96,7 +95,7 @@ class SessionWatch:
         return self._looking is not None and not self._looking.done()
 
     async def _look(self) -> None:
-        await self._shared.look(self._limit, self._stores)
+        await self._marks.look()
         self._apply()
 
     def _apply(self) -> None:
