@@ -169,11 +169,12 @@ async def test_ignored_messages_are_logged_without_their_content(output: Output)
 
 def test_the_search_itself_finds_a_key(output: Output) -> None:
     """In a record, in an object, and in an exception that is not printed."""
+    from xai_pool_patch.pool.backoff import FailureKind
     from xai_pool_patch.pool.pool import DialFailedError
     from xai_pool_patch.telemetry.log import LogEvent, log_event
 
     log_event(LogEvent.CLOSED, reason=API_KEY)
-    hidden = DialFailedError(OSError())
+    hidden = DialFailedError(OSError(), FailureKind.TRANSIENT)
     hidden.args = (API_KEY,)
     shown = agents.APIError("shown")
     shown.__context__, shown.__suppress_context__ = hidden, True

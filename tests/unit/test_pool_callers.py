@@ -94,11 +94,12 @@ async def test_four_callers_of_a_dead_endpoint_fail_together(
 async def test_the_error_of_a_callers_own_dial_reaches_it(
     network: Network, pool: Pool[Wire]
 ) -> None:
-    """P8: the caller gets the exception that its dial failed with."""
+    """P8: the caller gets the exception that its dial failed with, and what it means."""
     network.refuse = [FailureKind.PERMANENT]
     with pytest.raises(DialFailedError) as failure:
         await pool.acquire(10.0)
     assert isinstance(failure.value.error, RefusedError)
+    assert failure.value.kind is FailureKind.PERMANENT
 
 
 @with_pool()

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from livekit.agents import APIConnectionError, get_job_context
 
-from ..manager import Connect, PoolManager, Registry, failure_kind_of
+from ..manager import Connect, PoolManager, Registry
 from ..pool.backoff import FailureKind
 from ..pool.pool import (
     Acquired,
@@ -372,7 +372,7 @@ async def _ask_or_make_room(
     try:
         return await ask(timeout)
     except DialFailedError as failure:
-        if failure_kind_of(failure.error) is not FailureKind.RATE_LIMITED:
+        if failure.kind is not FailureKind.RATE_LIMITED:
             raise
         try:
             closing = pools.make_room(api_key)

@@ -75,11 +75,17 @@ class PoolClosedError(XaiPoolPatchError):
 
 
 class DialFailedError(XaiPoolPatchError):
-    """The caller's own dial failed. `error` is the exception of the dial."""
+    """The caller's own dial failed.
 
-    def __init__(self, error: Exception) -> None:
+    Attributes:
+        error: the exception of the dial.
+        kind: what it means for the next dials.
+    """
+
+    def __init__(self, error: Exception, kind: FailureKind) -> None:
         super().__init__(f"dial failed: {type(error).__name__}")
         self.error = error
+        self.kind = kind
 
 
 class AcquireTimeoutError(XaiPoolPatchError):
@@ -563,7 +569,7 @@ class Pool(Generic[C]):
                 self._on_demand_until = max(until, self._on_demand_until)
             self._on_rate_limited()
         if dial.waiter is not None:
-            dial.waiter.fail(DialFailedError(error))
+            dial.waiter.fail(DialFailedError(error, failure_kind))
         elif not self.is_defunct:
             self.metrics.standby_failed(error, self._backoff.next_attempt - self._now())
         self._settle()
