@@ -126,7 +126,10 @@ def failure_kind_of(error: Exception) -> FailureKind:
 
 
 def make_pool(
-    network: Network, options: PoolOptions | None = None, rate_limit: RateLimit | None = None
+    network: Network,
+    options: PoolOptions | None = None,
+    rate_limit: RateLimit | None = None,
+    on_rate_limited: Callable[[], None] = lambda: None,
 ) -> Pool[Wire]:
     jitter = random.Random(1)
     return Pool(
@@ -137,7 +140,7 @@ def make_pool(
         backoff=Backoff(rate_limit or RateLimit(), jitter),
         metrics=PoolMetrics(pool=1),
         failure_kind_of=failure_kind_of,
-        on_rate_limited=lambda: None,
+        on_rate_limited=on_rate_limited,
         is_defunct=lambda: network.is_gone,
         jitter=jitter,
     )

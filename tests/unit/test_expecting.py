@@ -6,7 +6,18 @@ import asyncio
 
 import pytest
 
-from tests.unit.pool_kit import HANDSHAKE, Network, Wire, idle, leased, now, with_pool
+from tests.unit.pool_kit import (
+    HANDSHAKE,
+    Network,
+    Wire,
+    close_all,
+    idle,
+    leased,
+    make_pool,
+    now,
+    with_pool,
+)
+from tests.virtual import in_virtual_time
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool.backoff import FailureKind
 from xai_pool_patch.pool.pool import (
@@ -92,6 +103,22 @@ async def test_who_speaks_next_takes_the_connection_that_it_has(
     pool.release(wire)
     await asyncio.sleep(10 * LINGER)
     assert (await pool.acquire(1.0, caller=ANN)).connection is wire
+    assert len(network.wires) == 1
+
+
+@with_pool()
+async def test_who_was_handed_a_connection_by_another_has_it(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """S2: Bob waits, gets the connection that Ann gives back, and is expected to speak on."""
+    wire = (await pool.acquire(1.0, caller=ANN)).connection
+    network.hang_next = 1
+    bob = asyncio.create_task(pool.acquire(5.0, caller=BOB))
+    await asyncio.sleep(0.1)
+    pool.release(wire)
+    assert (await bob).connection is wire
+    pool.expect(BOB, now() + 60.0)
+    await asyncio.sleep(20.0)
     assert len(network.wires) == 1
 
 
@@ -207,6 +234,18 @@ async def test_refused_while_lean_it_dials_for_callers_only(
     pool.expect(ANN, now() + 10.0)
     await asyncio.sleep(1.0)
     assert pool.idle == 1
+
+
+@in_virtual_time
+async def test_the_refusal_that_makes_it_lean_is_the_only_one() -> None:
+    """S3: the pool becomes lean before the caller hears of the refusal, and dials once for it."""
+    network = Network(refuse=[FailureKind.RATE_LIMITED] * 2)
+    pool = make_pool(network, on_rate_limited=lambda: pool.set_lean(True))
+    with pytest.raises(DialFailedError):
+        await pool.acquire(1.0)
+    await asyncio.sleep(2 * HANDSHAKE)
+    assert len(network.dialled_at) == 1
+    await close_all(network, pool)
 
 
 @with_pool()
