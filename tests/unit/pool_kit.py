@@ -129,7 +129,7 @@ def make_pool(
     network: Network,
     options: PoolOptions | None = None,
     rate_limit: RateLimit | None = None,
-    on_rate_limited: Callable[[], None] = lambda: None,
+    on_rate_limited: Callable[[], object] = lambda: None,
 ) -> Pool[Wire]:
     jitter = random.Random(1)
     return Pool(

@@ -6,8 +6,18 @@ import asyncio
 
 import pytest
 
-from tests.unit.pool_kit import HANDSHAKE, Network, RefusedError, Wire, leased, now, with_pool
-from tests.virtual import block
+from tests.unit.pool_kit import (
+    HANDSHAKE,
+    Network,
+    RefusedError,
+    Wire,
+    close_all,
+    leased,
+    make_pool,
+    now,
+    with_pool,
+)
+from tests.virtual import block, in_virtual_time
 from xai_pool_patch.pool.backoff import FailureKind
 from xai_pool_patch.pool.pool import DIAL_SOFT_TIMEOUT, AcquireTimeoutError, DialFailedError, Pool
 
@@ -100,6 +110,19 @@ async def test_the_error_of_a_callers_own_dial_reaches_it(
         await pool.acquire(10.0)
     assert isinstance(failure.value.error, RefusedError)
     assert failure.value.kind is FailureKind.PERMANENT
+
+
+@in_virtual_time
+async def test_a_caller_that_is_cancelled_just_after_its_dial_failed() -> None:
+    """P3: before its task runs again. It is cancelled all the same, and the error is nobody's."""
+    network = Network(refuse=[FailureKind.RATE_LIMITED])
+    loop = asyncio.get_running_loop()
+    pool = make_pool(network, on_rate_limited=lambda: loop.call_soon(caller.cancel))
+    caller = asyncio.create_task(leased(pool))
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert caller.cancelled()
+    await close_all(network, pool)
 
 
 @with_pool()
