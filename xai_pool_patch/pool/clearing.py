@@ -111,6 +111,8 @@ class Clearing(Generic[C]):
             # the task of the clear calls it too. Counted twice, one failure would stop all clears.
             return
         is_clean = entry.connection.is_reusable
+        # In this order: `on_ended` settles. If the clear were still under way, the pool would not
+        # verify the next connection. Before `_learn`, it would dial where it should back off.
         self._learn(clear.failure, is_clean)
         self._on_ended(entry, None if is_clean else clear.failure)
 

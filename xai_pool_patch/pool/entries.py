@@ -105,12 +105,17 @@ class Waiter(Generic[C]):
 
     def fail(self, error: Exception) -> None:
         """Make the caller's `acquire()` raise, unless the waiter is done already."""
+        # Its deadline, its dial and the end of the pool may all come before its task runs again.
+        # set_exception() would raise for the second of them.
         if not self.future.done():
             self.future.set_exception(error)
 
     @property
     def unclaimed(self) -> PoolEntry[C] | None:
         """The connection that it accepted, for a caller who was cancelled before waking up."""
+        # The caller may also be cancelled between fail() and waking up. result() would raise that
+        # error in place of the cancellation, and a task that was cancelled would go on. exception()
+        # marks the error as seen as well. Otherwise asyncio would log that nobody retrieved it.
         if self.future.cancelled() or not self.future.done() or self.future.exception():
             return None
         return self.future.result()
@@ -126,6 +131,7 @@ class Dial(Generic[C]):
     waiter: Waiter[C] | None
     """The caller that asked for it; None for a standby."""
     task: asyncio.Task[None] | None = None
+    """None until `spawn()` returns. An eager dial runs before that."""
 
 
 @dataclass(eq=False)
@@ -139,4 +145,4 @@ class Clear:
     task: asyncio.Task[None] | None = None
     """Waits for the outcome, up to the timeout."""
     operation: asyncio.Task[None] | None = None
-    """The connection's `clear()`."""
+    """The connection's `clear()`; None until `task` has run for the first time."""

@@ -178,8 +178,9 @@ class Pool(Generic[C]):
 
     @property
     def leased(self) -> int:
-        # Statistics may be read in another thread, between two changes that belong together. The
-        # entry is gone from `_entries` then and still in `_idle`: the difference would be -1.
+        # Statistics may be read in another thread, between two changes that belong together. In
+        # `_remove` an entry leaves `_entries` before its clear is dropped: the difference would be
+        # -1 then.
         return max(0, len(self._entries) - len(self._idle) - len(self._clearing))
 
     @property
@@ -220,6 +221,8 @@ class Pool(Generic[C]):
         """
         if self.is_closed and not fresh:
             raise PoolClosedError("acquire() on a pool that has ended")
+        # Before `_wait`, which settles. Counted as expected and as waiting, the caller would get
+        # two dials.
         self._fulfil(caller)
         entry = None if fresh else self._take_idle(caller)
         if entry is not None:
@@ -229,6 +232,8 @@ class Pool(Generic[C]):
         entry = await self._wait(Waiter(asked + timeout, fresh, caller))
         waited = self._now() - asked
         self.metrics.waited(waited)
+        # The peer may have ended the connection between accept() and here. The caller gets it all
+        # the same, and fails to send, as on a connection that ends during its use.
         return Acquired(entry.connection, waited, reused=False, fresh=entry.lease_count == 1)
 
     def release(self, connection: C) -> None:
@@ -241,6 +246,9 @@ class Pool(Generic[C]):
         elif not connection.is_reusable:
             self._remove(entry, Reason.FAILED)
         else:
+            # In this order: `_offer` may lend the connection to a caller that waits. `_came_back`
+            # would then forget that caller as the holder. Expected again while it speaks, it would
+            # get a second connection.
             self._came_back(entry)
             self._offer(entry)
         self._settle()
@@ -339,6 +347,8 @@ class Pool(Generic[C]):
         """See `is_lean`."""
         if self.is_lean != is_lean:
             self.is_lean = is_lean
+            # Not at once: the refusal of a dial may have made it lean, and that dial's waiter has
+            # not failed yet (`_dial_failed`). The pool would dial for it again.
             self._settle_soon()
 
     def close_idle(self) -> list[asyncio.Task[None]]:
@@ -383,6 +393,8 @@ class Pool(Generic[C]):
         self.is_closed = True
         for waiter in self._waiters:
             waiter.fail(PoolClosedError("the pool failed"))
+        # The supervisor has cancelled the dials, and a step later each of them calls close(). That
+        # must find nothing to close: how the pool closes may be what failed.
         for held in (self._entries, self._idle, self._clearing.under_way, self._dials):
             held.clear()
 
@@ -398,6 +410,8 @@ class Pool(Generic[C]):
         """Wait for tasks until the deadline, and cancel those that are late."""
         if not tasks:
             return
+        # Not gather(): if this aclose() is cancelled, the tasks must go on. A caller may wait for
+        # the dial, and another aclose() for the close.
         _, late = await asyncio.wait(tasks, timeout=max(0.0, deadline - self._now()))
         for task in late:
             task.cancel()
@@ -425,6 +439,7 @@ class Pool(Generic[C]):
             raise
         finally:
             expiry.cancel()
+            # `_offer` has removed it if it was served; nobody has if it failed or was cancelled.
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
 
@@ -433,7 +448,8 @@ class Pool(Generic[C]):
         while self._idle:
             entry = self._idle[-1]
             # On a loop that was blocked, a caller may run before the timer that closes what has
-            # expired.
+            # expired. And a reader that was cancelled, since the loop is ending, reports no loss:
+            # its connection is still here, and dead.
             if now < entry.expires_at and entry.connection.is_reusable:
                 self._idle.pop()
                 self._lend(entry, caller)
@@ -458,6 +474,8 @@ class Pool(Generic[C]):
         """Hand a clean connection to the first caller that accepts it; else it becomes idle."""
         entry.verified_at = self._now()
         if entry.verified_at >= entry.expires_at:
+            # During its lease or its clear, when `_retire_aged` does not look at it. A caller that
+            # waits would get it before `_settle` could close it.
             self._remove(entry, Reason.EXPIRED)
             return
         for waiter in self._waiters:
@@ -468,6 +486,8 @@ class Pool(Generic[C]):
                 self._lend(entry, waiter.caller)
                 return
         if self.is_closed:
+            # The pool has ended during the dial. `_settle` closes nothing in such a pool, so an
+            # idle connection would stay open for ever.
             self._remove(entry, Reason.SHUTDOWN)
             return
         # A cleared connection is sorted in where it belongs, not last: `idle_since` is when its
@@ -494,6 +514,7 @@ class Pool(Generic[C]):
         waiting = [waiter for waiter in self._waiters if not waiter.future.done()]
         dialled = sum(not dial.soft_timeout.is_over for dial in self._dials)
         cleared = self._clearing.relied_on
+        # A caller that wants a fresh connection would rely on a clear in vain.
         cleared = min(cleared, sum(not waiter.wants_fresh for waiter in waiting))
         if dialled + cleared >= len(waiting):
             return None
@@ -516,7 +537,8 @@ class Pool(Generic[C]):
         except asyncio.CancelledError:
             # aclose() cancelled the dial, or the loop is ending. The waiter must fail, or its
             # caller waits until its deadline. And the pool must end: open, it would dial anew for
-            # what is missing, on a loop about to close.
+            # what is missing, on a loop about to close. In this order: close() settles, and would
+            # dial again for a waiter that has not failed, or rely on this dial for another.
             self._dials.discard(dial)
             if dial.waiter is not None:
                 dial.waiter.fail(PoolClosedError("the pool ended during the dial"))
@@ -527,6 +549,8 @@ class Pool(Generic[C]):
         finally:
             dial.soft_timeout.stop()
         # Outside the try: an exception from here on is a fault of the pool, not a failed dial.
+        # First, since both outcomes settle: other callers would rely on a dial that has failed, and
+        # one that has succeeded would count twice.
         self._dials.discard(dial)
         if isinstance(outcome, Exception):
             self._dial_failed(dial, outcome)
@@ -569,6 +593,7 @@ class Pool(Generic[C]):
                 self._on_demand_until = max(until, self._on_demand_until)
             self._on_rate_limited()
         if dial.waiter is not None:
+            # Before `_settle`, which would dial for this waiter again.
             dial.waiter.fail(DialFailedError(error, failure_kind))
         elif not self.is_defunct:
             self.metrics.standby_failed(error, self._backoff.next_attempt - self._now())
@@ -584,6 +609,8 @@ class Pool(Generic[C]):
         self._settle()
 
     def _lost(self, entry: PoolEntry[C]) -> None:
+        # First: such a server has acknowledged the clear. `ended` counts a clear that failed, and
+        # might log that clears are not acknowledged.
         if entry.connection.sent_stale_audio:
             self._clearing.stop_clearing()
         if entry in self._clearing.under_way:
@@ -591,7 +618,7 @@ class Pool(Generic[C]):
             # would rely on this clear.
             self._clearing.ended(entry)
         if entry.connection not in self._entries:
-            return  # ended() has closed it, or its lease was discarded before
+            return  # closed already: by ended(), with its lease, or by `_offer` when its dial ended
         if not entry.lease_count and self._now() - entry.made_at < SHORT_LIFE:
             self._backoff.failed(FailureKind.TRANSIENT, self._now())
         self._remove(entry, Reason.LOST if entry in self._idle else Reason.FAILED)
@@ -620,8 +647,12 @@ class Pool(Generic[C]):
 
         Each rule that depends on time returns when it has to run again if nothing else happens.
         """
+        # Callers first: a standby that `_top_up` dials would serve a caller, who would then learn
+        # of a failed dial only after a second one.
         self._dial_for_waiters()
         if not self.is_closed:
+            # `_forget_late` first: the others count those who are expected. They would keep a
+            # connection for somebody who is not, until something else happens.
             rules = (self._forget_late, self._retire_aged, self._trim, self._verify, self._top_up)
             self._arm(min([rule() for rule in rules]))
 
@@ -672,6 +703,8 @@ class Pool(Generic[C]):
         for entry in self._idle:
             verify_at = self._clearing.verify_at(entry)
             if verify_at <= self._now():
+                # Before begin(): an eager clear may fail before begin() returns. `_remove` would
+                # then have taken the connection out of `_idle`, and a second remove() raises.
                 self._idle.remove(entry)
                 self._clearing.begin(entry, Reason.LOST)
                 return math.inf
@@ -727,6 +760,8 @@ class Pool(Generic[C]):
         self._timer = self._supervisor.call_at(due, self._on_timer)
 
     def _on_timer(self) -> None:
+        # Before `_settle`: `_arm` would take the timer that runs now for one that is still to come,
+        # and set no other. Then time would change nothing any more.
         self._timer = None
         self._settle()
 

@@ -57,5 +57,7 @@ class SoftTimeout:
             self._wait(0.0, self._end)
 
     def _end(self) -> None:
+        # In this order: `on_end` asks `is_over`. It would go on to rely on what is late, and
+        # nothing would ask again.
         self._left = 0
         self._on_end()

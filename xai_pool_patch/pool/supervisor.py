@@ -53,6 +53,8 @@ class Supervisor:
     def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Start a task whose exception is a fault."""
         task = spawn(coroutine, name)
+        # Not for `stop` alone: asyncio has only weak references to its tasks. One that nothing else
+        # refers to may be collected before it has ended.
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return task
@@ -64,6 +66,8 @@ class Supervisor:
 
     def run(self, callback: Callable[[], object]) -> None:
         """Call a function for the event loop: its exception is a fault."""
+        # `stop` ends no timers. Those that were set before it come here, and one that always sets
+        # the next, as a watch for refusals does, would go on for ever.
         if self.is_stopped:
             return
         try:
@@ -84,6 +88,8 @@ class Supervisor:
 
     def say_goodbye(self, ws: Socket) -> None:
         """Close a socket in the background, if no connection does so."""
+        # A second fault calls `stop` again. It must neither close this socket a second time, nor
+        # cancel the goodbye: so that is none of `_tasks`.
         self.sockets.discard(ws)
         goodbye = spawn(_say_goodbye(ws, self._close_timeout), name="xai_pool_patch.goodbye")
         self._goodbyes.add(goodbye)
@@ -104,6 +110,7 @@ async def _say_goodbye(ws: Socket, close_timeout: float) -> None:
     closing = asyncio.ensure_future(ws.close())
     await asyncio.wait([closing], timeout=close_timeout)
     closing.cancel()
+    # A cancelled task needs steps of its own to end. exception() would raise before that.
     await asyncio.wait([closing])
     if not closing.cancelled():
         closing.exception()  # the socket was gone already: asyncio must not log that
