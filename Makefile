@@ -5,7 +5,7 @@ PLUGIN ?= 1.6.0
 CONSTRAINTS := constraints/plugin-$(PLUGIN).txt
 VENV := .venv$(PLUGIN:1.6.0=)
 BIN := $(VENV)/bin
-OWN_POOL := 1.8.9
+NATIVE_POOL := 1.8.9
 PEERS := .venv-peers
 PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 
@@ -35,11 +35,11 @@ newest: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks
 
-# The same conversations with pipecat's xAI service, and with a plugin that has a pool of its own.
+# The same conversations with pipecat's xAI service, and with a plugin that has a native pool.
 bench-peers: $(VENV)/ready $(PEERS)/ready
-	$(MAKE) PLUGIN=$(OWN_POOL) .venv$(OWN_POOL)/ready
+	$(MAKE) PLUGIN=$(NATIVE_POOL) .venv$(NATIVE_POOL)/ready
 	$(BIN)/python -m benchmarks peers --pipecat $(PEERS)/bin/python \
-		--own-pool .venv$(OWN_POOL)/bin/python
+		--native-pool .venv$(NATIVE_POOL)/bin/python
 
 $(PEERS)/ready: benchmarks/peers/constraints.txt $(VENV)/ready
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(PEERS)

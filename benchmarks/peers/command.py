@@ -132,9 +132,9 @@ def peers(
     pipecat: Annotated[
         Path, typer.Option(metavar="PYTHON", help="The Python that pipecat is installed for.")
     ],
-    own_pool: Annotated[
+    native_pool: Annotated[
         Path,
-        typer.Option(metavar="PYTHON", help="The Python of a plugin with a pool of its own."),
+        typer.Option(metavar="PYTHON", help="The Python of a plugin with a native pool."),
     ],
     turns: Annotated[
         int, typer.Option(metavar="N", min=2, max=MOST_TURNS, help="Turns of each case.")
@@ -143,11 +143,11 @@ def peers(
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
 ) -> None:
-    """Compare pipecat's xAI service with the plugin: as it is, its own pool, and patched."""
+    """Compare pipecat's xAI service with the plugin: as it is, with a native pool, and patched."""
     clients = (
         Peer("pipecat", (str(pipecat), "-m", PIPECAT)),
         Peer("as it is", (sys.executable, "-m", PLUGIN)),
-        Peer("own pool", (str(own_pool), "-m", PLUGIN)),
+        Peer("native pool", (str(native_pool), "-m", PLUGIN)),
         Peer("patched", (sys.executable, "-m", PLUGIN, "{}")),
         Peer("patched, clear", (sys.executable, "-m", PLUGIN, '{"interruption": "clear"}')),
     )

@@ -88,5 +88,5 @@ async def test_a_client_that_fails() -> None:
 
 def test_a_comparison_without_pipecat() -> None:
     """The command says in one line what is missing."""
-    line = refused(bench("peers", "--pipecat", sys.executable, "--own-pool", sys.executable), 1)
+    line = refused(bench("peers", "--pipecat", sys.executable, "--native-pool", sys.executable), 1)
     assert "pipecat failed: ModuleNotFoundError" in line
