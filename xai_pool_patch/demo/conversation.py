@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import aiohttp
 from livekit import rtc
-from livekit.agents import Agent, AgentSession, APIError, APIStatusError
+from livekit.agents import Agent, AgentSession, APIConnectionError, APIError, APIStatusError
 from livekit.agents.metrics import TTSMetrics
 from livekit.agents.tts import TTSError
 from livekit.agents.voice import SpeechHandle, io
@@ -301,7 +301,10 @@ class _Speaker:
             ) from None
 
 
-def _description(error: Exception) -> str:
+def _description(error: BaseException) -> str:
+    # From 1.8.0 on the plugin wraps the error of its handshake in one that says nothing.
+    if isinstance(error, APIConnectionError) and error.__cause__ is not None:
+        return _description(error.__cause__)
     kind = type(error).__name__
     if isinstance(error, APIStatusError) and error.status_code > 0:
         kind += f", HTTP status {error.status_code}"

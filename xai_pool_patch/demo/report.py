@@ -162,7 +162,8 @@ def _notes(comparison: Comparison) -> Text:
     runs = (comparison.unpatched, comparison.patched)
     if any(turn.connection_reused is None for run in runs for turn in run.turns):
         notes.append("cut: interrupted, so the plugin reports no metrics")
-    if not any(turn.acquire_time for turn in comparison.unpatched.turns):
+    made = [turn for turn in comparison.unpatched.turns if turn.connection_reused is False]
+    if made and not any(turn.acquire_time for turn in made):
         notes.append("unpatched, the plugin says 0 ms however long its handshake took")
     return Text("\n".join(f"  {note}" for note in notes), style=QUIET)
 
@@ -242,8 +243,9 @@ def _reused_of(run: Run) -> str:
 
 
 def _saving(comparison: Comparison) -> Text:
-    seconds, turns = silence_saved(comparison), len(comparison.patched.turns)
-    return Text(f"  {seconds:.1f} s less silence over {_plural(turns, 'turn')}", style="bold")
+    seconds, turns = round(silence_saved(comparison), 1), len(comparison.patched.turns)
+    change = f"{abs(seconds)} s {'less' if seconds > 0 else 'more'}" if seconds else "as much"
+    return Text(f"  {change} silence over {_plural(turns, 'turn')}", style="bold")
 
 
 # JSON
