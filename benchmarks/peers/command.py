@@ -219,8 +219,9 @@ async def _carry_out(peer: Peer, task: Task, environment: dict[str, str]) -> lis
     try:
         output, complaints = await process.communicate(task.as_json().encode())
     finally:
-        if process.returncode is None:
+        if process.returncode is None:  # another client has failed, or Ctrl-C
             process.kill()
+            await process.communicate()  # its pipes would outlive the event loop, and complain
     if process.returncode != 0:
         last = complaints.decode().strip().rpartition("\n")[2]
         raise PeerFailedError(f"{peer.name} failed: {last}")

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from benchmarks.peers.command import CASES, PLUGIN, Peer, PeerFailedError, figures_of, run_client
-from benchmarks.peers.conversation import Turn, hold
+from benchmarks.peers.command import (
+    CASES,
+    PLUGIN,
+    Peer,
+    PeerFailedError,
+    _carry_out,
+    figures_of,
+    run_client,
+)
+from benchmarks.peers.conversation import Task, Turn, hold
 from tests.demo.test_demo import refused
-from tests.kit import HAS_NATIVE_POOL
 from xai_pool_patch.testing import FakeServer, Utterance
 
 from .test_bench import bench
@@ -71,7 +81,6 @@ async def test_audio_of_another_turn_is_wrong() -> None:
     assert figures_of(said_again, turns[1:], [vars(each) for each in heard[1:]]).wrong_samples == 0
 
 
-@pytest.mark.skipif(HAS_NATIVE_POOL, reason="one environment is enough")
 async def test_the_plugin_is_a_client() -> None:
     """In a process of its own, patched: each turn is heard, with its own audio alone."""
     figures = await run_client(INTERRUPTED, PATCHED, 2)
@@ -84,6 +93,21 @@ async def test_a_client_that_fails() -> None:
     nobody = Peer("nobody", (sys.executable, "-c", "raise SystemExit('no such client')"))
     with pytest.raises(PeerFailedError, match="nobody failed: no such client"):
         await run_client(INTERRUPTED, nobody, 2)
+
+
+async def test_a_client_that_is_stopped(tmp_path: Path) -> None:
+    """As when another one fails: its process has ended, not only been killed."""
+    started = tmp_path / "started"
+    code = f"import os, time; os.symlink(str(os.getpid()), {str(started)!r}); time.sleep(600)"
+    endless = Peer("endless", (sys.executable, "-c", code))
+    client = asyncio.create_task(_carry_out(endless, Task(0, "fake-api-key", []), {}))
+    while not started.is_symlink():
+        assert not client.done()
+        await asyncio.sleep(0.01)
+    client.cancel()
+    await asyncio.wait([client])
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(str(started.readlink())), 0)
 
 
 def test_a_comparison_without_pipecat() -> None:
