@@ -66,9 +66,9 @@ _AFTER_RECEIVING = {
     (Stage.VERIFYING, "audio.clear"): Stage.CLEAN,
 }
 
-_AUDIO_DELTA = re.compile(r'\{\s*"type"\s*:\s*"audio\.delta"\s*,')
-"""Detects the longest and most frequent frame without parsing it. If the rest of the frame is
-malformed, the plugin's parsing raises, and the pool discards the connection all the same."""
+_DELTA = re.compile(r'\{\s*"type"\s*:\s*"((?:audio|text)\.delta)"\s*,')
+"""Detects the most frequent frames without parsing them. If the rest of one is malformed, whoever
+parses it reports that, and the pool discards the connection all the same."""
 
 UNREADABLE = "unreadable"
 """The type of a frame that is not a JSON object with a type."""
@@ -118,13 +118,12 @@ class UtteranceTracker:
 
         Call this before the send: a send that is cancelled may have left all the same.
         """
-        message = _parsed(frame)
-        type_ = _type_in(message)
+        type_ = type_of(frame)
         if self.is_clean:
             self.has_words = self.is_unambiguous = False
             self.is_first, self._is_unused = self._is_unused, False
-        if type_ == "text.delta":
-            self.has_words |= any(map(str.isalnum, str(message.get("delta"))))
+        if type_ == "text.delta" and not self.has_words:
+            self.has_words = any(map(str.isalnum, str(_parsed(frame).get("delta"))))
         self.stage = _AFTER_SENDING.get((self.stage, type_), Stage.DIRTY)
         self.was_cleared |= self.stage is Stage.CLEARING
 
@@ -146,9 +145,10 @@ class UtteranceTracker:
 
 def type_of(frame: object) -> str:
     """The type of a text frame; `UNREADABLE` if there is none."""
-    if isinstance(frame, str) and _AUDIO_DELTA.match(frame):
-        return "audio.delta"
-    return _type_in(_parsed(frame))
+    if isinstance(frame, str) and (delta := _DELTA.match(frame)):
+        return delta[1]
+    type_ = _parsed(frame).get("type")
+    return type_ if isinstance(type_, str) else UNREADABLE
 
 
 def _parsed(frame: object) -> dict[str, Any]:
@@ -160,8 +160,3 @@ def _parsed(frame: object) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return message if isinstance(message, dict) else {}
-
-
-def _type_in(message: dict[str, Any]) -> str:
-    type_ = message.get("type")
-    return type_ if isinstance(type_, str) else UNREADABLE
