@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import functools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -192,11 +193,8 @@ class Exchange:
     # Sending
 
     def _begin(self, attempt: Attempt) -> Attempt:
-        def take(message: aiohttp.WSMessage, type_: str) -> None:
-            self._hear(attempt, message, type_)
-
         self._attempts.append(attempt)
-        attempt.connection.attach(take)
+        attempt.connection.attach(functools.partial(self._hear, attempt))
         return attempt
 
     async def _catch_up(self, attempt: Attempt) -> None:
