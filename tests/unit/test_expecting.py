@@ -82,6 +82,20 @@ async def test_each_expected_caller_has_one(pool: Pool[Wire]) -> None:
 
 
 @with_pool()
+async def test_who_was_not_expected_does_not_leave_the_expected_one_without(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """S2: a connection that is taken by somebody else is replaced at once."""
+    pool.set_lean(True)
+    pool.expect(ANN, now() + 10.0)
+    await asyncio.sleep(2 * HANDSHAKE)
+    assert (await pool.acquire(1.0, caller=BOB)).reused
+    await asyncio.sleep(2 * HANDSHAKE)
+    assert (await pool.acquire(1.0, caller=ANN)).reused
+    assert len(network.wires) == 2
+
+
+@with_pool()
 async def test_a_connection_in_use_by_another_is_none_to_expect(pool: Pool[Wire]) -> None:
     """S2: Bob needs one of his own while Ann speaks."""
     pool.set_lean(True)

@@ -131,3 +131,13 @@ async def test_only_the_first_release_or_discard_of_a_lease_counts(pool: Pool[Wi
     pool.discard(wire, Reason.FAILED)
     pool.release(wire)
     assert (pool.idle, pool.leased) == (0, 0)
+
+
+@with_pool()
+async def test_a_fault_as_a_caller_begins_to_wait_leaves_no_waiter(pool: Pool[Wire]) -> None:
+    """A4: nobody would ever retrieve what the end of the pool tells such a waiter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "_dial_for_waiters", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            await pool.acquire(10.0)
+    assert "waiting=0" in repr(pool)

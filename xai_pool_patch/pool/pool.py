@@ -226,6 +226,8 @@ class Pool(Generic[C]):
         self._fulfil(caller)
         entry = None if fresh else self._take_idle(caller)
         if entry is not None:
+            if self._expected:
+                self._settle()  # it may have been the one that was ready for somebody else
             self.metrics.reused()
             return Acquired(entry.connection, waited=0.0, reused=True, fresh=False)
         asked = self._now()
@@ -423,12 +425,12 @@ class Pool(Generic[C]):
     # Waiting
 
     async def _wait(self, waiter: Waiter[C]) -> PoolEntry[C]:
-        self._waiters.append(waiter)
-        self._settle()
         expiry = self._supervisor.call_at(
             waiter.deadline, lambda: waiter.fail(AcquireTimeoutError())
         )
         try:
+            self._waiters.append(waiter)
+            self._settle()
             return await waiter.future
         except asyncio.CancelledError:
             # The caller was cancelled after accept() and before its task ran again. Without this
