@@ -179,6 +179,18 @@ async def test_a_server_that_ends_fresh_connections_is_dialled_with_backoff(
     assert len(network.dialled_at) <= 10
 
 
+@with_pool()
+async def test_what_a_server_ends_after_seconds_is_replaced_at_once(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """P4: the backoff is the time from dial to dial, so a first turn that comes late finds one."""
+    pool.resize(1)
+    await asyncio.sleep(HANDSHAKE + 6.0)
+    network.open[0].break_off()
+    await asyncio.sleep(1.1 * HANDSHAKE)
+    assert pool.idle == 1
+
+
 class DeadOnArrival(Network):
     """Each connection ends during its dial, before `on_lost` is set."""
 

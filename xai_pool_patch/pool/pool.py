@@ -622,7 +622,9 @@ class Pool(Generic[C]):
         if entry.connection not in self._entries:
             return  # closed already: by ended(), with its lease, or by `_offer` when its dial ended
         if not entry.lease_count and self._now() - entry.made_at < SHORT_LIFE:
-            self._backoff.failed(FailureKind.TRANSIENT, self._now())
+            # From the dial on: what the backoff limits is how often the pool dials. Counted from
+            # here on, a server that ends idle connections after some seconds would cost a turn.
+            self._backoff.failed(FailureKind.TRANSIENT, entry.made_at)
         self._remove(entry, Reason.LOST if entry in self._idle else Reason.FAILED)
         self._settle()
 
