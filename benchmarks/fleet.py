@@ -30,7 +30,7 @@ class Folder(str, enum.Enum):
     APART = "apart"
     """Each has its own, as containers have."""
     UNUSABLE = "unusable"
-    """It is no directory."""
+    """Shared, and there is a file where the processes would make their folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,12 +130,10 @@ def _imported() -> None:
 
 
 def _environment(folder: Folder, parent: Path, number: int) -> dict[str, str]:
+    path = parent / (str(number) if folder is Folder.APART else "shared")
+    path.mkdir(mode=0o700, exist_ok=True)
     if folder is Folder.UNUSABLE:
-        path = parent / "file"
-        path.touch()
-    else:
-        path = parent / (str(number) if folder is Folder.APART else "shared")
-        path.mkdir(mode=0o700, exist_ok=True)
+        (path / "xai_pool_patch").touch()
     return {RUNTIME_DIRECTORY: str(path)}
 
 

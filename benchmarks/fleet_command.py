@@ -58,6 +58,10 @@ How = Annotated[str, typer.Option(metavar="HOW", help=f"How it refuses: {', '.jo
 Share = Annotated[
     float, typer.Option(metavar="SHARE", min=0.0, max=1.0, help="Part of the replies, from 0 to 1.")
 ]
+Pauses = Annotated[
+    tuple[float, float],
+    typer.Option(metavar="S S", help="Shortest and longest silence before a reply, in s."),
+]
 Seconds = Annotated[
     float,
     typer.Option(metavar="S", min=0.0, help="Seconds that a session without a Close counts."),
@@ -75,6 +79,7 @@ def fleet(
     llm: Annotated[float, _milliseconds("Delay of the LLM's first token")] = 500.0,
     rtt: Annotated[float, _milliseconds("Round trip to the fake server")] = 150.0,
     interrupted: Share = 0.0,
+    pauses: Pauses = CallPlan.pauses,
     refusal: How = "429",
     permit_ttl: Seconds = 0.0,
     folder: Annotated[
@@ -99,7 +104,9 @@ def fleet(
         processes=processes,
         calls=calls,
         sessions=sessions,
-        plan=CallPlan(replies=replies, llm_delay=llm / 1e3, interrupted_share=interrupted),
+        plan=CallPlan(
+            replies=replies, llm_delay=llm / 1e3, interrupted_share=interrupted, pauses=pauses
+        ),
         folder=folder,
         refusal=REFUSALS[refusal],
         permit_ttl=permit_ttl,
