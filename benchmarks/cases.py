@@ -28,9 +28,10 @@ from xai_pool_patch.installation import OFF_SWITCH
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool.pool import ROTATION_LEAD
 from xai_pool_patch.telemetry.log import describe
-from xai_pool_patch.testing import Behaviour, FakeServer
+from xai_pool_patch.testing import Behaviour
 
 from .calls import Call
+from .servers import URL, Address, client_session
 
 SENTENCE = "Your order is on its way."
 
@@ -188,6 +189,11 @@ class Case:
         """Whether a connection can be ready for every turn."""
         return self.gap > HANDSHAKE_ROUND_TRIPS * round_trip + LEAST_PAUSE_OVER_HANDSHAKE
 
+    def split(self, turns: int) -> list[int]:
+        """The turns of each conversation, given those of all together."""
+        turns = turns if self.most_turns is None else min(turns, self.most_turns)
+        return [min(self.turns_each, turns - start) for start in range(0, turns, self.turns_each)]
+
 
 CASES = (
     Case(name="steady", shows="nothing happens to any turn", play=_steady),
@@ -264,12 +270,12 @@ class Figures:
     """To first audio, of the turns that were spoken to their end."""
     failures: list[str] = field(default_factory=list)
     """What the failed turns failed with."""
-    connections_made: int = 0
-    """Of all conversations."""
-    peak_open: int = 0
-    """The highest number open at a time in one conversation."""
     floor_times: list[float] = field(default_factory=list)
     """To first audio over an open connection without the plugin, measured all the while."""
+    connections_made: int = 0
+    """Of all conversations, as their servers counted."""
+    peak_open: int = 0
+    """The highest number open at a time in one conversation."""
 
 
 @dataclass(frozen=True)
@@ -298,51 +304,45 @@ async def _inspect_plugin() -> Plugin:
     return Plugin(has_native_pool, None)
 
 
-def run_case(name: str, *, patched: bool, turns: int, round_trip: float) -> Figures:
+def run_case(name: str, *, patched: bool, turns: int, addresses: list[Address]) -> Figures:
     """Runs a case with one subject.
 
     Args:
         name: of the case.
         patched: whether the plugin is patched meanwhile.
         turns: of all conversations together.
-        round_trip: seconds to the server.
+        addresses: of one server for each conversation, and of one for the floor.
     """
     case = next(case for case in CASES if case.name == name)
     if patched:
         xai_pool_patch.install(case.options)
     try:
-        return asyncio.run(_run_case(case, turns, round_trip))
+        return asyncio.run(_run_case(case, turns, addresses))
     finally:
         xai_pool_patch.uninstall()
 
 
-async def _run_case(case: Case, turns: int, round_trip: float) -> Figures:
+async def _run_case(case: Case, turns: int, addresses: list[Address]) -> Figures:
     figures = Figures()
-    turns = turns if case.most_turns is None else min(turns, case.most_turns)
+    *servers, server_of_floor = addresses
     conversations = asyncio.gather(
         *(
-            _converse(
-                case,
-                turns=min(case.turns_each, turns - start),
-                delay=number * case.stagger,
-                round_trip=round_trip,
-                figures=figures,
-            )
-            for number, start in enumerate(range(0, turns, case.turns_each))
+            _converse(case, server, turns=each, delay=number * case.stagger, figures=figures)
+            for number, (each, server) in enumerate(zip(case.split(turns), servers, strict=True))
         )
     )
-    figures.floor_times = await _measure_floor(round_trip, conversations)
+    figures.floor_times = await _measure_floor(server_of_floor, conversations)
     await conversations
     return figures
 
 
 async def _converse(
-    case: Case, *, turns: int, delay: float, round_trip: float, figures: Figures
+    case: Case, server: Address, *, turns: int, delay: float, figures: Figures
 ) -> None:
     """One conversation, on a server of its own: nothing is shared with another."""
     await asyncio.sleep(delay)
-    async with FakeServer(round_trip=round_trip) as server, server.client_session() as http:
-        tts = xai.TTS(api_key=server.behaviour.api_key, http_session=http)
+    async with client_session(server) as http:
+        tts = xai.TTS(api_key=Behaviour().api_key, http_session=http)
         _scale_native_pool(tts, case.options)
         if case.gap:
             tts.prewarm()
@@ -351,8 +351,6 @@ async def _converse(
         await case.play(talk)
         figures.times += talk.times
         figures.failures += talk.failures
-        figures.connections_made += len(server.connections)
-        figures.peak_open = max(figures.peak_open, server.peak_open)
         await tts.aclose()
 
 
@@ -363,16 +361,11 @@ def _scale_native_pool(tts: xai.TTS, options: PoolOptions) -> None:
         pool._max_session_duration = options.max_age
 
 
-async def _measure_floor(round_trip: float, until: asyncio.Future[Any]) -> list[float]:
+async def _measure_floor(server: Address, until: asyncio.Future[Any]) -> list[float]:
     """Speaks over one open connection, again and again, once at least."""
     times: list[float] = []
-    async with (
-        FakeServer(round_trip=round_trip) as server,
-        server.client_session() as http,
-        http.ws_connect(
-            server.url, headers={"Authorization": f"Bearer {server.behaviour.api_key}"}
-        ) as ws,
-    ):
+    headers = {"Authorization": f"Bearer {Behaviour().api_key}"}
+    async with client_session(server) as http, http.ws_connect(URL, headers=headers) as ws:
         while not times or not until.done():
             times.append(await _speak_bare(ws))
             await asyncio.sleep(0.1)

@@ -32,9 +32,8 @@ from xai_pool_patch.plugin.provider import ConnectionProvider
 from xai_pool_patch.plugin.releases import MODULE, Shape, detect, installed_version
 from xai_pool_patch.plugin.wrappers import connect_of
 from xai_pool_patch.testing import Behaviour
-from xai_pool_patch.testing.server import PATH, SERVER_NAME
 
-from .servers import Address, client_session
+from .servers import URL, Address, client_session
 
 ROUNDS = 5
 """Of each comparison, by turns."""
@@ -42,8 +41,6 @@ ROUNDS = 5
 SPOKEN_TURNS = 60
 SPOKEN_TEXT = "Your order left the warehouse last night, and it will be there soon"
 """40 messages."""
-
-URL = f"wss://{SERVER_NAME}{PATH}"
 
 CONN_OPTIONS = APIConnectOptions(max_retry=0, timeout=30.0)
 """Two hundred handshakes at once take their time."""

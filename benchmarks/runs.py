@@ -3,7 +3,7 @@
 `install()` changes a whole process. The plugin as it is and the patched plugin therefore have a
 process each, and both run the same case at the same time: whatever else the machine does hits both.
 Costs in CPU time are measured in alternation instead, because the two would slow each other down.
-The server of those measurements runs in a third process.
+The servers run in a third process, so that no subject pays for what they do.
 """
 
 from __future__ import annotations
@@ -64,12 +64,27 @@ class CaseResult:
 
 
 def measure_case(crew: Crew, case: Case, turns: int, round_trip: float) -> CaseResult:
-    begin = {"turns": turns, "round_trip": round_trip}
-    crew.unpatched.begin(run_case, case.name, patched=False, **begin)
-    if crew.can_patch:
-        crew.patched.begin(run_case, case.name, patched=True, **begin)
-    unpatched = crew.unpatched.result()
-    return CaseResult(case, unpatched, crew.patched.result() if crew.can_patch else None)
+    unpatched_result = _begin_case(crew, crew.unpatched, case, turns, round_trip, patched=False)
+    if not crew.can_patch:
+        return CaseResult(case, unpatched_result(), None)
+    patched_result = _begin_case(crew, crew.patched, case, turns, round_trip, patched=True)
+    return CaseResult(case, unpatched_result(), patched_result())
+
+
+def _begin_case(
+    crew: Crew, subject: Helper, case: Case, turns: int, round_trip: float, *, patched: bool
+) -> Callable[[], Figures]:
+    """Begins it with one subject; returns what waits for its figures."""
+    conversations = len(case.split(turns))
+    addresses = crew.server.run(servers.open_distant_servers, conversations + 1, round_trip)
+    subject.begin(run_case, case.name, patched=patched, turns=turns, addresses=addresses)
+
+    def result() -> Figures:
+        figures: Figures = subject.result()
+        made, peak_open = crew.server.run(servers.connections_at, addresses[:-1])
+        return replace(figures, connections_made=made, peak_open=peak_open)
+
+    return result
 
 
 @dataclass(frozen=True)

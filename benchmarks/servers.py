@@ -16,6 +16,9 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 
 from xai_pool_patch.testing import Behaviour, FakeServer
 from xai_pool_patch.testing.network import HOST
+from xai_pool_patch.testing.server import PATH, SERVER_NAME
+
+URL = f"wss://{SERVER_NAME}{PATH}"
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,37 @@ class Address:
     """The certificates to trust, DER."""
 
 
+_opened: dict[int, FakeServer] = {}
+"""Those of this process, by their ports."""
+
+
 def open_servers(count: int, *, messages_per_second: float = 50.0) -> Address:
-    """Starts some in a thread, where they stay until the process ends."""
-    opened: queue.Queue[Address] = queue.Queue()
+    """Starts some without any delay. They stay until the process ends."""
     behaviour = Behaviour(generation=0.0)
     behaviour.pace = messages_per_second * behaviour.chunk
-    serving = _serve([FakeServer(behaviour=behaviour) for _ in range(count)], opened)
-    threading.Thread(target=asyncio.run, args=(serving,), daemon=True).start()
-    return opened.get()
+    return _start([FakeServer(behaviour=behaviour) for _ in range(count)])
+
+
+def open_distant_servers(count: int, round_trip: float) -> list[Address]:
+    """Starts some as far away as xAI's, which take as long to generate."""
+    address = _start([FakeServer(round_trip=round_trip) for _ in range(count)])
+    return [Address((port,), address.authorities) for port in address.ports]
+
+
+def connections_at(addresses: list[Address]) -> tuple[int, int]:
+    """How many these servers of this process got, and how many were open to one of them at most."""
+    servers = [_opened[port] for address in addresses for port in address.ports]
+    made = sum(len(server.connections) for server in servers)
+    return made, max(server.peak_open for server in servers)
+
+
+def _start(servers: list[FakeServer]) -> Address:
+    """Serves in a thread from now on."""
+    opened: queue.Queue[Address] = queue.Queue()
+    threading.Thread(target=asyncio.run, args=(_serve(servers, opened),), daemon=True).start()
+    address = opened.get()
+    _opened.update(zip(address.ports, servers, strict=True))
+    return address
 
 
 async def _serve(servers: list[FakeServer], opened: queue.Queue[Address]) -> None:
