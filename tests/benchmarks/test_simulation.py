@@ -27,19 +27,19 @@ from tests.virtual import in_virtual_time
 TWELVE = Scenario(
     sessions=6,
     calls=12,
-    duration=34.0,
+    duration=64.0,
     ramp=1.0,
     habits=Habits(
         length=Lognormal(1e9, 0.0),
         silence=Lognormal(0.9, 0.2),
-        speech=Lognormal(2.0, 0.1),
+        speech=Lognormal(7.9, 0.2),
         transcription=0.0,
         llm=Lognormal(0.5, 0.0),
         audio=Lognormal(2.3, 0.1),
         interrupted_share=0.0,
     ),
 )
-"""What `python -m benchmarks fleet` holds by default, where all calls start at once."""
+"""What `python -m benchmarks fleet --pauses 6 12` holds. All calls start at once."""
 
 NAMES = [subject.name for subject in SUBJECTS]
 REFUSED = (Outcome.RETRIED, Outcome.FAILED)
@@ -81,10 +81,10 @@ def test_always_warm_takes_what_others_need() -> None:
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=NAMES)
 def test_agrees_with_a_fleet_of_real_processes(subject: Subject) -> None:
-    """Measured: 18 of 60 replies silent when always warm, and none otherwise."""
+    """Measured: 26 of 60 replies silent when always warm, and none otherwise."""
     failed = simulate(TWELVE, subject).share(Outcome.FAILED)
     if subject.name == "always":
-        assert 0.15 < failed < 0.45
+        assert 0.25 < failed < 0.6
     elif subject.name != "auto, one":
         assert failed < 0.02
 
