@@ -311,7 +311,7 @@ class PoolManager:
 
     def _is_lean(self, api_key: str) -> bool:
         if self._options.warm == "auto":
-            return self._watch_of(api_key).is_scarce
+            return self._watch_of(api_key).is_lean
         return self._options.warm == "reply"
 
     async def _dial(

@@ -229,9 +229,9 @@ async def test_a_file_in_place_of_the_folder(
 
 
 async def test_no_folder_to_make_it_in(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Such a path is nobody's mark."""
+    """Nobody could leave a mark there, so that there is none means nothing."""
     await speaks_on(MachineStore(tmp_path / "missing" / "marks"))
-    assert operations(caplog) == {"write": "FileNotFoundError"}
+    assert operations(caplog) == {"read": "PermissionError", "write": "FileNotFoundError"}
 
 
 async def test_a_read_only_disk(caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 
 import pytest
 from livekit.plugins import xai
@@ -223,6 +224,40 @@ async def test_a_process_hears_of_a_refusal_of_others() -> None:
         await hear_whole(line, tts, "Hello again.")
         await tts.aclose()
     xai_pool_patch.uninstall()
+
+
+async def test_who_can_hear_of_nobody_keeps_nothing(tmp_path: Path) -> None:
+    """S6: others may be refused for what it keeps. It is warm again as soon as it would hear."""
+    in_the_way = tmp_path / "xai_pool_patch"
+    in_the_way.write_text("a file where the folder of the marks would be")
+    xai_pool_patch.install()
+    async with line_to() as line:
+        tts = line.tts()
+        await hear_whole(line, tts, "Hello.")
+        await line.server.wait_for(lambda server: server.open_count == 0)
+        assert (xai_pool_patch.stats()["lean"], xai_pool_patch.stats()["rate_limited"]) == (1, 0)
+        await hear_whole(line, tts, "Hello again.")
+        in_the_way.unlink()
+        while xai_pool_patch.stats()["lean"]:
+            await asyncio.sleep(0.01)
+        await until_idle(1)
+        await tts.aclose()
+    xai_pool_patch.uninstall()
+
+
+async def test_one_store_is_enough_to_hear() -> None:
+    """S6: a shelf that is out of order changes nothing, since the machine's file serves."""
+    shelf = Shelf()
+    shelf.marks = None  # type: ignore[assignment]
+    async with line_to() as line:
+        xai_pool_patch.install(PoolOptions(mark_store=shelf))
+        tts = line.tts()
+        await hear_whole(line, tts, "Hello.")
+        await until_idle(1)
+        await asyncio.sleep(3.0)  # two looks at least
+        assert (xai_pool_patch.stats()["idle"], xai_pool_patch.stats()["lean"]) == (1, 0)
+        await tts.aclose()
+        xai_pool_patch.uninstall()
 
 
 @pytest.mark.parametrize("named_by", ["option", "variable"])

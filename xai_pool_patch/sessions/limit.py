@@ -193,6 +193,11 @@ class _Operation:
     def is_due(self) -> bool:
         return _now() >= self._next_attempt
 
+    @property
+    def has_failed(self) -> bool:
+        """The last attempt has."""
+        return self._failures > 0
+
     async def attempt(self, call: Callable[[], Awaitable[T]]) -> T | None:
         """What the call returns; None if it fails, or has failed too short a time ago."""
         if not self.is_due:
@@ -266,6 +271,11 @@ class SharedMarks:
         self._limit = limit
         jitter = jitter or random.Random()
         self._views = [_View(store, jitter) for store in stores]
+
+    @property
+    def are_unreadable(self) -> bool:
+        """There are stores, and none of them works: this process hears of its own refusals only."""
+        return bool(self._views) and all(view.reading.has_failed for view in self._views)
 
     async def look(self) -> None:
         """Learn what the stores know. Each is asked once in its interval, however often this runs.

@@ -70,6 +70,7 @@ class MachineStore:
                 changed_ns, mark = self._read_anew(path)
                 self._last[digest] = changed_ns, mark
         except FileNotFoundError:
+            _check_writable(path.parent)
             return None
         return mark
 
@@ -117,6 +118,15 @@ def _own_folder() -> Path:
     # Windows has a folder for temporary files for each user.
     user = f"-{os.getuid()}" if _HAS_OWNERS else ""
     return Path(tempfile.gettempdir(), f"xai_pool_patch{user}")
+
+
+def _check_writable(folder: Path) -> None:
+    """
+    Raises:
+        PermissionError: there is no mark because nobody could leave one.
+    """
+    if not os.access(folder if folder.exists() else folder.parent, os.W_OK | os.X_OK):
+        raise PermissionError("not writable")
 
 
 def _check(found: os.stat_result, is_expected_type: Callable[[int], bool]) -> None:

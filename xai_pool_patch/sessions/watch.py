@@ -60,6 +60,11 @@ class SessionWatch:
         self._timer: asyncio.TimerHandle | None = None
         self._looking: asyncio.Task[None] | None = None
 
+    @property
+    def is_lean(self) -> bool:
+        """Pools keep nothing between replies: sessions are scarce, or nobody could say so."""
+        return self.is_scarce or self._marks.are_unreadable
+
     def begin(self) -> None:
         """Look now, and from now on until `end`."""
         if self._timer is None:
@@ -85,7 +90,7 @@ class SessionWatch:
         pools = self._pools()
         self._apply()
         # Only who holds an idle connection, or is about to, needs to know of others' refusals.
-        if (self.is_scarce or any(pool.idle for pool in pools)) and not self._is_looking:
+        if (self.is_lean or any(pool.idle for pool in pools)) and not self._is_looking:
             self._looking = self._supervisor.spawn(self._look(), name="xai_pool_patch.look")
         pause = self._jitter.uniform(SHORTEST_INTERVAL, LONGEST_INTERVAL)
         self._timer = self._supervisor.call_at(self._loop.time() + pause, self._tick)
@@ -108,7 +113,7 @@ class SessionWatch:
             else:
                 log_event(LogEvent.SESSIONS_SUFFICE)
         for pool in self._pools():
-            pool.set_lean(is_scarce)
+            pool.set_lean(self.is_lean)
 
 
 async def close_stores(stores: Sequence[MarkStore]) -> None:
