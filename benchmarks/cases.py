@@ -31,7 +31,7 @@ from xai_pool_patch.telemetry.log import describe
 from xai_pool_patch.testing import Behaviour
 
 from .calls import Call
-from .servers import URL, Address, client_session
+from .servers import Address, client_session, connect
 
 SENTENCE = "Your order is on its way."
 
@@ -364,8 +364,7 @@ def _scale_native_pool(tts: xai.TTS, options: PoolOptions) -> None:
 async def _measure_floor(server: Address, until: asyncio.Future[Any]) -> list[float]:
     """Speaks over one open connection, again and again, once at least."""
     times: list[float] = []
-    headers = {"Authorization": f"Bearer {Behaviour().api_key}"}
-    async with client_session(server) as http, http.ws_connect(URL, headers=headers) as ws:
+    async with client_session(server) as http, connect(http) as ws:
         while not times or not until.done():
             times.append(await _speak_bare(ws))
             await asyncio.sleep(0.1)

@@ -33,7 +33,7 @@ from xai_pool_patch.plugin.releases import MODULE, Shape, detect, installed_vers
 from xai_pool_patch.plugin.wrappers import connect_of
 from xai_pool_patch.testing import Behaviour
 
-from .servers import URL, Address, client_session
+from .servers import Address, client_session, connect
 
 ROUNDS = 5
 """Of each comparison, by turns."""
@@ -131,9 +131,7 @@ async def _compare(address: Address, load: Load) -> PairedCosts:
         _Pooled(http) as pooled,
         contextlib.AsyncExitStack() as stack,
     ):
-        headers = {"Authorization": f"Bearer {Behaviour().api_key}"}
-        connect = functools.partial(http.ws_connect, URL, headers=headers)
-        sockets = [await stack.enter_async_context(connect()) for _ in range(load.connections)]
+        sockets = [await stack.enter_async_context(connect(http)) for _ in range(load.connections)]
         over_bare = [functools.partial(_speak_bare, ws, load.text) for ws in sockets]
         over_leases = [functools.partial(pooled.turn, load.text) for _ in sockets]
         await _per_message(over_leases, 1)  # the handshakes

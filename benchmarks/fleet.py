@@ -12,6 +12,7 @@ from pathlib import Path
 
 from xai_pool_patch.demo.conversation import TYPICAL_ROUND_TRIP
 from xai_pool_patch.options import PoolOptions
+from xai_pool_patch.sessions.machine import FOLDER
 from xai_pool_patch.testing import Behaviour, FakeServer, Refusal
 from xai_pool_patch.testing.server import SWITCHING_PROTOCOLS
 
@@ -133,7 +134,7 @@ def _environment(folder: Folder, parent: Path, number: int) -> dict[str, str]:
     path = parent / (str(number) if folder is Folder.APART else "shared")
     path.mkdir(mode=0o700, exist_ok=True)
     if folder is Folder.UNUSABLE:
-        (path / "xai_pool_patch").touch()
+        (path / FOLDER).touch()
     return {RUNTIME_DIRECTORY: str(path)}
 
 

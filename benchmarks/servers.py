@@ -101,6 +101,13 @@ class _InTurn(AbstractResolver):
         """Holds nothing."""
 
 
+def connect(
+    http: aiohttp.ClientSession,
+) -> contextlib.AbstractAsyncContextManager[aiohttp.ClientWebSocketResponse]:
+    """A WebSocket without the plugin."""
+    return http.ws_connect(URL, headers={"Authorization": f"Bearer {Behaviour().api_key}"})
+
+
 def client_session(address: Address) -> aiohttp.ClientSession:
     """An HTTP session for which every host name leads there; the caller closes it."""
     connector = aiohttp.TCPConnector(

@@ -16,6 +16,9 @@ from ..mark import Mark
 
 T = TypeVar("T")
 
+FOLDER = "xai_pool_patch"
+"""In the user's runtime directory. In the folder for temporary files the user's number follows."""
+
 _NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 """Neither through a link nor into a pipe that nobody writes. Windows has neither flag."""
 _HAS_OWNERS = hasattr(os, "getuid")
@@ -114,10 +117,10 @@ class MachineStore:
 def _own_folder() -> Path:
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if runtime and Path(runtime).is_dir():
-        return Path(runtime, "xai_pool_patch")
+        return Path(runtime, FOLDER)
     # Windows has a folder for temporary files for each user.
     user = f"-{os.getuid()}" if _HAS_OWNERS else ""
-    return Path(tempfile.gettempdir(), f"xai_pool_patch{user}")
+    return Path(tempfile.gettempdir(), f"{FOLDER}{user}")
 
 
 def _check_writable(folder: Path) -> None:
