@@ -84,7 +84,7 @@ def test_agrees_with_a_fleet_of_real_processes(subject: Subject) -> None:
     """Measured: 26 of 60 replies silent when always warm, and none otherwise."""
     failed = simulate(TWELVE, subject).share(Outcome.FAILED)
     if subject.name == "always":
-        assert 0.25 < failed < 0.6
+        assert 0.25 < failed < 0.45
     elif subject.name != "auto, one":
         assert failed < 0.02
 
