@@ -17,8 +17,8 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/nox --session tests
 
-# Every environment of noxfile.py, two at a time, since most of a test is waiting. pyenv shows only
-# the interpreters that PYENV_VERSION names.
+# Every environment of noxfile.py, two at a time. pyenv shows only the interpreters that
+# PYENV_VERSION names.
 matrix: $(VENV)/ready
 	PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | paste -sd:) $(BIN)/nox --parallel 2 \
 		$(if $(SESSION),--session '$(SESSION)')

@@ -122,7 +122,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """Run all tests, with the plugin that is installed beside nox. Most of a test is waiting."""
+    """Run all tests, with the plugin that is installed beside nox."""
     session.run(sys.executable, "-m", "pytest", *SIDE_BY_SIDE, *session.posargs)
 
 

@@ -7,12 +7,13 @@ import gc
 import logging
 import sys
 import traceback
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import xai_pool_patch
+from tests.autojump import AutojumpLoop, SteadyLoop
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,6 +34,12 @@ def pytest_configure(config: pytest.Config) -> None:
         # Python 3.10 says this of every TLS connection that the peer ended.
         unclosed = "ignore:unclosed transport <asyncio.sslproto:ResourceWarning"
         config.addinivalue_line("filterwarnings", unclosed)
+
+
+def pytest_asyncio_loop_factories(
+    item: pytest.Item,
+) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    return {"loop": SteadyLoop if item.get_closest_marker("real_time") else AutojumpLoop}
 
 
 def pytest_collection_finish() -> None:

@@ -25,6 +25,8 @@ from xai_pool_patch.testing import FakeServer, Utterance
 
 from .test_bench import bench
 
+pytestmark = pytest.mark.real_time
+
 PATCHED = Peer("patched", (sys.executable, "-m", PLUGIN, '{"interruption": "clear"}'))
 INTERRUPTED = next(case for case in CASES if case.name == "interrupted-0.1s")
 

@@ -132,7 +132,7 @@ async def test_no_wrong_sample_after_interruptions_at_random_moments(
         f"{clearing.name}: {turns} turns, {interruptions} interrupted,"
         f" {sum(connection.clears for connection in connections)} clears,"
         f" {stats['connections_cleared']} cleared, {leaks} leaks, {stats['replays']} replays,"
-        f" {len(connections)} connections"
+        f" {len(connections)} connections, {stale_audio_dropped(caplog)} stale"
     )
     assert turns / 3 < interruptions < turns, "the moments are badly chosen"
     if clearing in TRUSTING:

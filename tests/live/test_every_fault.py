@@ -25,6 +25,7 @@ from livekit.agents import Agent, AgentSession, APIConnectOptions
 from livekit.plugins import xai
 
 import xai_pool_patch
+from tests import autojump
 from tests.instrument import Probes, instrumented
 from tests.kit import HAS_NATIVE_POOL, Heard, Line, line_to, quick, speak
 from tests.session.test_session import session_of
@@ -95,7 +96,7 @@ class Play:
             with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
                 patch.setenv("XDG_RUNTIME_DIR", folder)
                 self._marks = Path(folder)
-                asyncio.run(self._whole())
+                autojump.run(self._whole())
         except Exception as error:
             self.problems.append(f"raised {error!r}")
         finally:

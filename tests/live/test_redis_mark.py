@@ -26,6 +26,8 @@ from xai_pool_patch.sessions.limit import SessionLimit, SharedMarks, digest_of
 from xai_pool_patch.sessions.machine import MachineStore
 from xai_pool_patch.sessions.redis import RedisStore, store_from
 
+pytestmark = pytest.mark.real_time
+
 DIGEST = digest_of("xai-test-key")
 KEY = f"xai_pool_patch:limit:{DIGEST}"
 PASSWORD = "hunter2hunter2"

@@ -18,6 +18,8 @@ from xai_pool_patch.probe import run
 from xai_pool_patch.probe.service import DialError, RefusedError, UnreachableError
 from xai_pool_patch.testing import Behaviour, End, Refusal
 
+pytestmark = pytest.mark.real_time
+
 KEY = Behaviour.api_key
 CHEAP = ("handshake", "bad voice")
 """Questions that take no time."""

@@ -381,10 +381,9 @@ class FakeServer:
 
     @property
     def ssl_context(self) -> ssl.SSLContext:
-        """A client's context that trusts the fake server's certificate."""
-        context = ssl.create_default_context()
-        _authority().configure_trust(context)
-        return context
+        """A client's context that trusts the fake server's certificate, and no other."""
+        # The system's certificates, which are loaded otherwise, take 0.04 s.
+        return ssl.create_default_context(cadata=_authority().cert_pem.bytes().decode())
 
     @property
     def open_count(self) -> int:
