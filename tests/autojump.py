@@ -46,8 +46,8 @@ class SteadyLoop(asyncio.SelectorEventLoop):
 class AutojumpLoop(SteadyLoop):
     """Instead of waiting for a timer, it sets its clock forward.
 
-    Unless an executor works for it. It cannot tell that another process does, or another thread:
-    tests that wait for those have the mark `real_time`.
+    Unless an executor works for it, or is shut down. It cannot tell that another process does, or
+    another thread: tests that wait for those have the mark `real_time`.
     """
 
     _clock: _AutojumpClock
@@ -62,6 +62,12 @@ class AutojumpLoop(SteadyLoop):
         self._clock.awaited.add(future)
         future.add_done_callback(self._clock.awaited.discard)
         return future
+
+    async def shutdown_default_executor(self, *timeout: Any) -> None:
+        shutdown = object()
+        self._clock.awaited.add(shutdown)
+        await super().shutdown_default_executor(*timeout)
+        self._clock.awaited.discard(shutdown)
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
@@ -97,7 +103,7 @@ class _Clock(selectors.DefaultSelector):
 class _AutojumpClock(_Clock):
     def __init__(self) -> None:
         super().__init__()
-        self.awaited: set[asyncio.Future[Any]] = set()
+        self.awaited: set[object] = set()
 
     def _wait(self, timeout: float | None) -> tuple[list[Any], float]:
         if timeout is None or self.awaited:
