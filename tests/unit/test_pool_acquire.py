@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+from typing import Any
 
 import pytest
 
@@ -47,6 +49,43 @@ async def test_a_connection_waited_for_and_used_before_is_neither_reused_nor_fre
     pool.release(wire)
     acquired = await waiting
     assert (acquired.connection, acquired.reused, acquired.fresh) == (wire, False, False)
+
+
+async def dials_before(pool: Pool[Wire], network: Network) -> list[int]:
+    """How many dials have begun when the first, second and third of three callers ask."""
+    dials = []
+
+    async def ask() -> None:
+        dials.append(len(network.dialled_at))
+        await leased(pool)
+
+    await asyncio.gather(ask(), ask(), ask())
+    return dials
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="Python 3.12 brought eager tasks")
+@with_pool()
+async def test_a_dial_does_not_wait_for_other_callers(pool: Pool[Wire], network: Network) -> None:
+    """P2: it begins before the loop runs whatever else is ready."""
+    assert await dials_before(pool, network) == [0, 1, 2]
+
+
+@with_pool()
+async def test_a_task_factory_of_the_application_starts_the_dials(
+    pool: Pool[Wire], network: Network
+) -> None:
+    """Eager or not is for the application to say."""
+    started = []
+
+    def start(loop: Any, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
+        task = asyncio.Task(coroutine, loop=loop, **options)
+        started.append(coroutine.__name__)
+        return task
+
+    asyncio.get_running_loop().set_task_factory(start)
+    assert await dials_before(pool, network) == [0, 0, 0]
+    asyncio.get_running_loop().set_task_factory(None)
+    assert started.count("_run_dial") == 3
 
 
 @with_pool()

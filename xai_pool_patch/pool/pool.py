@@ -4,8 +4,9 @@ Nothing here knows WebSockets, xAI or LiveKit. Each event (a caller asks, a conn
 a dial ends, the peer closes, time passes) changes plain state in one synchronous step. Then
 `_settle` decides what follows, and tasks of their own do the I/O. So no lock is needed.
 
-An event loop may have an eager task factory (Python 3.12). A task then runs inside `spawn()`, up to
-its first real wait, and may change the pool's state before `spawn()` returns.
+From Python 3.12 on a dial is an eager task, and an application may make all tasks eager. Such a
+task runs inside `spawn()`, up to its first real wait, and may change the pool's state before
+`spawn()` returns.
 """
 
 from __future__ import annotations
@@ -514,6 +515,8 @@ class Pool(Generic[C]):
         # A waiter that was served, failed or cancelled leaves the queue when its task runs again.
         # Counted until then, it would get a dial that nobody waits for.
         waiting = [waiter for waiter in self._waiters if not waiter.future.done()]
+        if not waiting:
+            return None
         dialled = sum(not dial.soft_timeout.is_over for dial in self._dials)
         cleared = self._clearing.relied_on
         # A caller that wants a fresh connection would rely on a clear in vain.
@@ -530,7 +533,7 @@ class Pool(Generic[C]):
         # stay in `_dials` for ever, and callers would rely on it.
         self._dials.add(dial)
         run = self._run_dial(dial, timeout)
-        dial.task = self._supervisor.spawn(run, name="xai_pool_patch.dial")
+        dial.task = self._supervisor.spawn(run, name="xai_pool_patch.dial", eager=True)
 
     async def _run_dial(self, dial: Dial[C], timeout: float) -> None:
         outcome: C | Exception
@@ -701,12 +704,12 @@ class Pool(Generic[C]):
 
     def _verify(self) -> float:
         """Verify an idle connection. One at a time: callers may need the others."""
-        due = math.inf
+        now, due = self._now(), math.inf
         if self._clearing.under_way:
             return due  # `_cleared` settles when it has ended
         for entry in self._idle:
             verify_at = self._clearing.verify_at(entry)
-            if verify_at <= self._now():
+            if verify_at <= now:
                 # Before begin(): an eager clear may fail before begin() returns. `_remove` would
                 # then have taken the connection out of `_idle`, and a second remove() raises.
                 self._idle.remove(entry)
@@ -734,6 +737,8 @@ class Pool(Generic[C]):
         if self._is_on_demand:
             return 0
         kept = 0 if self.is_lean else self._min_size
+        if not self._expected:
+            return kept
         holders = {entry.holder for entry in self._entries.values()}
         expected = len(self._expected.keys() - holders)
         if not expected:

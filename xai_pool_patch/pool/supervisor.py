@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import sys
 from collections.abc import Awaitable, Callable, Collection, Coroutine
 from typing import Any, Protocol
 
@@ -17,15 +18,24 @@ class Socket(Protocol):
     def close(self) -> Awaitable[object]: ...
 
 
-def spawn(coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+def spawn(
+    coroutine: Coroutine[Any, Any, None], name: str, *, eager: bool = False
+) -> asyncio.Task[None]:
     """Start a task that belongs to the pool, not to the turn that happens to start it.
+
+    An eager one runs at once, up to its first real wait, if Python can do that (3.12). The loop
+    would first run whatever else is ready, such as nine other callers.
 
     The task has an empty context. Otherwise the turn's trace span, stream and TTS would live as
     long as the connection. If a loop is closed without cancelling its tasks, asyncio does not warn
     about this one: its socket is gone with the loop, and there is nothing to do about it.
     """
-    loop = asyncio.get_running_loop()
-    task = contextvars.Context().run(loop.create_task, coroutine, name=name)
+    loop, context = asyncio.get_running_loop(), contextvars.Context()
+    task: asyncio.Task[None]
+    if eager and sys.version_info >= (3, 12) and loop.get_task_factory() is None:
+        task = asyncio.Task(coroutine, loop=loop, name=name, context=context, eager_start=True)
+    else:
+        task = context.run(loop.create_task, coroutine, name=name)
     task._log_destroy_pending = False  # type: ignore[attr-defined]
     return task
 
@@ -50,9 +60,11 @@ class Supervisor:
         self._goodbyes: set[asyncio.Task[None]] = set()
         self.is_stopped = False
 
-    def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+    def spawn(
+        self, coroutine: Coroutine[Any, Any, None], name: str, *, eager: bool = False
+    ) -> asyncio.Task[None]:
         """Start a task whose exception is a fault."""
-        task = spawn(coroutine, name)
+        task = spawn(coroutine, name, eager=eager)
         # Not for `stop` alone: asyncio has only weak references to its tasks. One that nothing else
         # refers to may be collected before it has ended.
         self._tasks.add(task)
