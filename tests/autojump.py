@@ -29,31 +29,19 @@ GRACE = 0.001
 """Seconds of real time that the system has to bring what was sent to a socket of the process."""
 
 
-class SteadyLoop(asyncio.SelectorEventLoop):
-    """Its time passes while it waits; while it works, by `LONGEST_STEP` at most."""
-
-    def __init__(self) -> None:
-        self._clock = self._make_clock()
-        super().__init__(self._clock)
-
-    def _make_clock(self) -> _Clock:
-        return _Clock()
-
-    def time(self) -> float:
-        return self._clock.now
-
-
-class AutojumpLoop(SteadyLoop):
+class AutojumpLoop(asyncio.SelectorEventLoop):
     """Instead of waiting for a timer, it sets its clock forward.
 
     Unless an executor works for it, or is shut down. It cannot tell that another process does, or
     another thread: tests that wait for those have the mark `real_time`.
     """
 
-    _clock: _AutojumpClock
+    def __init__(self) -> None:
+        self._clock = _Clock()
+        super().__init__(self._clock)
 
-    def _make_clock(self) -> _AutojumpClock:
-        return _AutojumpClock()
+    def time(self) -> float:
+        return self._clock.now
 
     def run_in_executor(
         self, executor: Executor | None, func: Callable[..., T], *args: Any
@@ -70,6 +58,13 @@ class AutojumpLoop(SteadyLoop):
         self._clock.awaited.discard(shutdown)
 
 
+def real_time_loop() -> AutojumpLoop:
+    """A loop that never sets its clock forward, for tests with the mark `real_time`."""
+    loop = AutojumpLoop()
+    loop._clock.awaited.add("another process or thread")
+    return loop
+
+
 def run(main: Coroutine[Any, Any, T]) -> T:
     """`asyncio.run()`, on an `AutojumpLoop`."""
     with Runner(loop_factory=AutojumpLoop) as runner:
@@ -77,11 +72,17 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 
 
 class _Clock(selectors.DefaultSelector):
-    """Where the loop waits; so it knows how long."""
+    """Where the loop waits; so it knows how long.
+
+    Attributes:
+        now: passes while the loop waits; while it works, by `LONGEST_STEP` at most.
+        awaited: what is at work outside of the loop. It needs real time.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self._looked_at = time.monotonic()
+        self.awaited: set[object] = set()
 
     def select(self, timeout: float | None = None) -> list[Any]:
         self.now += min(time.monotonic() - self._looked_at, LONGEST_STEP)
@@ -94,19 +95,10 @@ class _Clock(selectors.DefaultSelector):
         events = super().select(0)
         if events or timeout == 0:
             return events, 0.0
+        if timeout is not None and not self.awaited:
+            events = super().select(min(timeout, GRACE))
+            return events, 0.0 if events else timeout
         began = time.monotonic()
         events = super().select(timeout)
         waited = time.monotonic() - began
         return events, waited if timeout is None else min(waited, timeout)
-
-
-class _AutojumpClock(_Clock):
-    def __init__(self) -> None:
-        super().__init__()
-        self.awaited: set[object] = set()
-
-    def _wait(self, timeout: float | None) -> tuple[list[Any], float]:
-        if timeout is None or self.awaited:
-            return super()._wait(timeout)
-        events = selectors.DefaultSelector.select(self, min(timeout, GRACE))
-        return events, 0.0 if events else timeout

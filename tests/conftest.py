@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import xai_pool_patch
-from tests.autojump import AutojumpLoop, SteadyLoop
+from tests.autojump import AutojumpLoop, real_time_loop
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_asyncio_loop_factories(
     item: pytest.Item,
 ) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    return {"loop": SteadyLoop if item.get_closest_marker("real_time") else AutojumpLoop}
+    return {"loop": real_time_loop if item.get_closest_marker("real_time") else AutojumpLoop}
 
 
 def pytest_collection_finish() -> None:
