@@ -14,15 +14,12 @@ from .errors import (
     XaiPoolPatchError,
 )
 from .installation import install, is_installed, pool_stats, stats, uninstall
-from .mark import Mark, MarkStore
 from .options import PoolOptions
 from .telemetry.usage import PoolStats, Stats
 
 __all__ = [
     "AlreadyInstalledError",
     "InvalidOptionError",
-    "Mark",
-    "MarkStore",
     "PoolOptions",
     "PoolStats",
     "Stats",

@@ -25,12 +25,12 @@ from .telemetry.usage import Counters, PoolStats, Stats, stats_of
 
 if TYPE_CHECKING:
     from .manager import Registry
-    from .mark import MarkStore
     from .plugin.patching import Patch
+    from .sessions import Store
 
 OFF_SWITCH = "XAI_POOL_PATCH"
-MARK_STORE = "XAI_POOL_PATCH_MARK_STORE"
-"""The variable with the URL of a mark store that the options do not name."""
+REDIS_URL = "XAI_POOL_PATCH_REDIS_URL"
+"""The variable with the URL of a Redis, if the option `redis_url` has none."""
 
 
 @dataclass(eq=False)
@@ -40,7 +40,7 @@ class Installation:
     options: PoolOptions
     version: str
     allow_unverified: bool
-    stores: list[MarkStore]
+    store: Store | None
     registry: Registry | None = None
     patches: list[Patch] = field(default_factory=list)
 
@@ -55,7 +55,7 @@ class Installation:
         from .plugin.wrappers import patches_for
 
         shape = detect(module, self.version, allow_unverified=self.allow_unverified)
-        self.registry = Registry(self.options, self.stores)
+        self.registry = Registry(self.options, self.store)
         try:
             for patch in patches_for(module, shape, self.registry):
                 patch.apply()
@@ -115,7 +115,8 @@ def install(
         allow_unverified: accept a version of the plugin or of livekit-agents that is not among the
             verified ones, if everything that is wrapped or relied on looks the same.
         on_unsupported: what to do if the plugin or the Python is not supported: `"raise"`, or
-            `"skip"` to log a warning and leave the plugin as it is.
+            `"skip"` to log a warning and leave the plugin as it is. With `"skip"`, a Redis URL that
+            cannot be used is a warning, too, and the pools keep nothing between replies.
 
     Raises:
         UnsupportedPluginError: the plugin is missing, or it or the Python is not supported.
@@ -142,7 +143,8 @@ def _install(options: PoolOptions | None, allow_unverified: bool, on_unsupported
             _check_same(_installation.options, options)
             return
         try:
-            _installation = _prepare(options, allow_unverified)
+            store = _store(options, on_unsupported)
+            _installation = _prepare(options, allow_unverified, store)
         except UnsupportedPluginError as error:
             if on_unsupported == "raise":
                 raise
@@ -230,12 +232,12 @@ def _check_same(installed: PoolOptions, wanted: PoolOptions) -> None:
         )
 
 
-def _prepare(options: PoolOptions, allow_unverified: bool) -> Installation:
+def _prepare(options: PoolOptions, allow_unverified: bool, store: Store | None) -> Installation:
     from .plugin.releases import check_version, imported_plugin, installed_version
 
     check_python()
     version = installed_version()
-    installation = Installation(options, version, allow_unverified, _mark_stores(options))
+    installation = Installation(options, version, allow_unverified, store)
     if imported_plugin() is None:
         check_version(version, allow_unverified=allow_unverified)
         _hook_import(installation.on_import)
@@ -247,18 +249,23 @@ def _prepare(options: PoolOptions, allow_unverified: bool) -> Installation:
     return installation
 
 
-def _mark_stores(options: PoolOptions) -> list[MarkStore]:
+def _store(options: PoolOptions, on_unsupported: str) -> Store | None:
     """
     Raises:
-        InvalidOptionError: the store that the options or the environment name cannot be used.
+        InvalidOptionError: the Redis that the option or the environment names cannot be used.
     """
-    from .sessions.machine import MachineStore
-    from .sessions.redis import store_from
+    from .sessions import store_from
 
-    shared = options.mark_store
-    if shared is None:
-        shared = os.environ.get(MARK_STORE, "").strip() or None
-    return [MachineStore()] if shared is None else [MachineStore(), store_from(shared)]
+    named, url = "redis_url", options.redis_url
+    if url is None:
+        named, url = REDIS_URL, os.environ.get(REDIS_URL, "").strip() or None
+    try:
+        return store_from(url, named)
+    except InvalidOptionError as error:
+        if on_unsupported == "raise":
+            raise
+        log_event(LogEvent.STORE_FAILED, store="redis", operation="open", reason=str(error))
+        return None
 
 
 def _hook_import(hook: Callable[[ModuleType], None]) -> None:

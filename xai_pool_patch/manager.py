@@ -9,12 +9,11 @@ import logging
 import random
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import aiohttp
 
-from .mark import MarkStore
 from .options import PoolOptions
 from .pool.backoff import Backoff, FailureKind, RateLimit
 from .pool.pool import Pool, PoolClosedError
@@ -22,12 +21,15 @@ from .pool.supervisor import OnFault, Supervisor
 from .protocol.connection import Connection, Heartbeat
 from .protocol.first_audio import FirstAudio
 from .protocol.lease import Lease
-from .sessions.limit import SessionLimit, digest_of
-from .sessions.watch import SessionWatch, close_stores
+from .sessions import Store
+from .sessions.shortage import Shortage
+from .sessions.watch import ShortageWatch
 from .telemetry import instruments
 from .telemetry.log import LogEvent, log_event, status_of
 from .telemetry.pool_metrics import PoolMetrics
 from .telemetry.usage import Counters, PoolStats, Stats, UsageStats, counts_of, stats_of, sum_of
+
+HOST = "api.x.ai"
 
 STANDBY_TIMEOUT = 10.0
 """Seconds a background dial may take: what LiveKit allows a caller's (`APIConnectOptions`)."""
@@ -68,8 +70,8 @@ class PoolManager:
     Args:
         options: see `PoolOptions`.
         on_fault: takes a fault of the pools.
-        limits: what this process knows about the session limits, by the digest of the API key.
-        stores: where it hears of refusals that others met.
+        shortage: what this process knows of refusals.
+        store: where it hears of refusals that others met; None if nowhere.
 
     Attributes:
         counters: the totals of all pools.
@@ -84,8 +86,8 @@ class PoolManager:
         self,
         options: PoolOptions,
         on_fault: OnFault,
-        limits: dict[str, SessionLimit],
-        stores: Sequence[MarkStore],
+        shortage: Shortage,
+        store: Store | None,
     ) -> None:
         self.counters = Counters()
         self.heartbeat = Heartbeat(options.heartbeat)
@@ -100,11 +102,17 @@ class PoolManager:
         self._users: weakref.WeakKeyDictionary[object, _User] = weakref.WeakKeyDictionary()
         self._jobs: weakref.WeakSet[object] = weakref.WeakSet()
         self._rate_limits: dict[str, RateLimit] = {}
-        self._limits = limits
-        self._stores = stores
-        self._watches: dict[str, SessionWatch] = {}
-        self._closing_stores: asyncio.Task[None] | None = None
+        self._store = store
+        self._closing_store: asyncio.Task[None] | None = None
         self._jitter = random.Random()
+        self._watch = ShortageWatch(
+            shortage,
+            store,
+            supervisor=self.supervisor,
+            on_change=self._set_lean,
+            wants_to_know=lambda: any(pool.idle for pool in self.pools.values()),
+            uniform=self._jitter.uniform,
+        )
 
     def knows(self, tts: object) -> bool:
         return tts in self._users
@@ -141,7 +149,7 @@ class PoolManager:
             self.pools = {**self.pools, key: pool}
             self._resize(key)
             if self._options.warm == "auto":
-                self._watch_of(key.api_key).begin()
+                self._watch.begin()
         return pool
 
     def make_room(self, api_key: str) -> list[asyncio.Task[None]]:
@@ -192,8 +200,8 @@ class PoolManager:
     async def closed(self) -> None:
         """Wait until nothing is open that the pools needed which have ended."""
         await self.supervisor.stopped()
-        if self._closing_stores is not None:
-            await asyncio.wait([self._closing_stores])
+        if self._closing_store is not None:
+            await asyncio.wait([self._closing_store])
 
     def abandon(self) -> None:
         """After a fault, end all tasks and close all sockets, except those that the plugin hears.
@@ -205,7 +213,6 @@ class PoolManager:
         for pool in [*self.pools.values(), *self._ending]:
             pool.abandon()
         self.pools = {}
-        self._watches.clear()
         self._users.clear()
 
     def _join(self, tts: object) -> _User:
@@ -235,19 +242,17 @@ class PoolManager:
         self.pools = {key: pool for key, pool in self.pools.items() if key not in keys}
         for pool in ended:
             pool.close()
-        self._end_watches()
+        self._end_watch()
         self._ending = [pool for pool in (*self._ending, *ended) if not pool.is_empty]
         return ended
 
-    def _end_watches(self) -> None:
-        """Stop to look for marks of API keys that have no pools any more."""
-        needed = {key.api_key for key in self.pools}
-        ended = self._watches.keys() - needed
-        for api_key in ended:
-            self._watches.pop(api_key).end()
-        if ended and not self._watches and not self._loop.is_closed():
-            close = close_stores(self._stores)
-            self._closing_stores = self.supervisor.spawn(close, "xai_pool_patch.stores")
+    def _end_watch(self) -> None:
+        """Look no more for refusals of others if there are no pools any more."""
+        if not self.pools:
+            self._watch.end()
+            if self._store is not None and not self._loop.is_closed():
+                close = self._store.aclose()
+                self._closing_store = self.supervisor.spawn(close, "xai_pool_patch.store")
 
     def _forget_older(self, user: _User, previous: PoolKey | None) -> None:
         """Forget all keys of a TTS but its current and its previous one.
@@ -271,24 +276,21 @@ class PoolManager:
     def _pools_of(self, api_key: str) -> list[Pool[Connection]]:
         return [pool for key, pool in self.pools.items() if key.api_key == api_key]
 
-    def _watch_of(self, api_key: str) -> SessionWatch:
-        if api_key not in self._watches:
-            digest = digest_of(api_key)
-            self._watches[api_key] = SessionWatch(
-                digest,
-                self._limits.setdefault(digest, SessionLimit()),
-                self._stores,
-                supervisor=self.supervisor,
-                pools=lambda: self._pools_of(api_key),
-                jitter=self._jitter,
-            )
-        return self._watches[api_key]
+    def _set_lean(self) -> None:
+        for pool in self.pools.values():
+            pool.set_lean(self._is_lean)
+
+    @property
+    def _is_lean(self) -> bool:
+        if self._options.warm == "auto":
+            return self._watch.is_lean
+        return self._options.warm == "reply"
 
     def _make(self, key: PoolKey, dial: Connect) -> Pool[Connection]:
         def rate_limited() -> None:
             pool.metrics.rate_limited()
             if self._options.warm == "auto":
-                self._watch_of(key.api_key).refused()
+                self._watch.refused(429)
 
         async def connect(timeout: float) -> Connection:
             return self._connection(await self._dial(key, dial, timeout), rate_limited)
@@ -306,13 +308,8 @@ class PoolManager:
             is_defunct=lambda: key.session.closed,
             jitter=self._jitter,
         )
-        pool.set_lean(self._is_lean(key.api_key))
+        pool.set_lean(self._is_lean)
         return pool
-
-    def _is_lean(self, api_key: str) -> bool:
-        if self._options.warm == "auto":
-            return self._watch_of(api_key).is_lean
-        return self._options.warm == "reply"
 
     async def _dial(
         self, key: PoolKey, dial: Connect, timeout: float
@@ -365,7 +362,7 @@ class Registry:
 
     Args:
         options: see `PoolOptions`.
-        stores: where to hear of refusals that others met, and to leave word of one's own.
+        store: where to exchange refusals with others; None if nowhere.
 
     Readers take no lock. A signal handler may ask for statistics while its own thread is in the
     middle of a change, and would wait for itself.
@@ -374,13 +371,13 @@ class Registry:
         has_failed: a fault has closed the pools; the plugin connects by itself.
     """
 
-    def __init__(self, options: PoolOptions, stores: Sequence[MarkStore]) -> None:
+    def __init__(self, options: PoolOptions, store: Store | None) -> None:
         self.options = options
         self.has_failed = False
         self._is_closed = False
         self._loops = _Loops({}, Counters())
-        self._limits: dict[str, SessionLimit] = {}
-        self._stores = stores
+        self._shortage = Shortage(HOST)
+        self._store = store
         self._lock = threading.Lock()  # worker threads have a loop each
         instruments.observe(self)
 
@@ -393,7 +390,7 @@ class Registry:
         loop = asyncio.get_running_loop()
         pools = self._loops.pools.get(loop)
         if pools is None:
-            pools = PoolManager(self.options, self.fail, self._limits, self._stores)
+            pools = PoolManager(self.options, self.fail, self._shortage, self._store)
             with self._lock:
                 self._loops = self._loops.with_loop(loop, pools)
             if self._is_closed:

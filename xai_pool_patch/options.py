@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 from .errors import InvalidOptionError
-from .mark import MarkStore
 
 Interruption = Literal["discard", "clear"]
 Warm = Literal["auto", "always", "reply"]
@@ -42,12 +41,12 @@ class PoolOptions:
     `"auto"`: as with `"always"` until xAI refuses a session, to this process or another that shares
     the API key; then for some minutes as with `"reply"`."""
 
-    mark_store: str | MarkStore | None = field(default=None, repr=False)
-    """With `warm="auto"`, where processes on several machines leave word for each other that xAI
-    refused a session: the URL of a Redis (`redis://`, `rediss://` or `unix://`), or an object of
-    your own. None: the URL in the environment variable `XAI_POOL_PATCH_MARK_STORE`, if it is set;
-    else only the processes of this user on this machine hear of it. Not in the repr: a URL may
-    contain a password."""
+    redis_url: str | None = field(default=None, repr=False)
+    """With `warm="auto"`, the URL of a Redis (`redis://`, `rediss://` or `unix://`) through which
+    processes on several machines hear of each other's refusals. None: the URL in the environment
+    variable `XAI_POOL_PATCH_REDIS_URL`, if it is set; else only the processes of this user on this
+    machine hear of them. A process that cannot hear of others works as with `"reply"`. Not in the
+    repr: a URL may contain a password."""
 
     linger: float = 0.3
     """Idle time after which the pool closes a connection while it keeps none: with `warm="reply"`,
@@ -97,8 +96,8 @@ class PoolOptions:
                 _check_count(option.name, value)
             elif option.name in _CHOICES:
                 _check_choice(option.name, value)
-            elif option.name == "mark_store":
-                pass  # install() checks it: that needs the Redis client
+            elif option.name == "redis_url":
+                _check_text(option.name, value)
             elif value is not None or option.default is not None:
                 _check_seconds(option.name, value)
 
@@ -118,6 +117,12 @@ def _check_choice(name: str, value: object) -> None:
         *others, last = map(repr, _CHOICES[name])
         choices = f"{', '.join(others)} or {last}"
         raise InvalidOptionError(f"{name} must be {choices}, not {value!r}")
+
+
+def _check_text(name: str, value: object) -> None:
+    # What is in it is checked by install(): that needs the Redis client.
+    if value is not None and not isinstance(value, str):
+        raise InvalidOptionError(f"{name} must be a string or None, not {type(value).__name__}")
 
 
 def _check_seconds(name: str, value: object) -> None:

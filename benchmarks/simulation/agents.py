@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 from xai_pool_patch.manager import PoolKey, PoolManager
-from xai_pool_patch.mark import Mark, MarkStore
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.plugin.conversation import Conversation
 from xai_pool_patch.plugin.provider import _acquire  # what a caller does that is refused
 from xai_pool_patch.protocol.connection import Connection
-from xai_pool_patch.sessions.limit import SessionLimit, digest_of
+from xai_pool_patch.sessions import Store
+from xai_pool_patch.sessions.shortage import Shortage
 
 from .server import Server, Socket
 
 API_KEY = "key"
+HOST = "api.x.ai"
 CONNECT_TIMEOUT = 10.0
 """Seconds. LiveKit's `APIConnectOptions`."""
 
@@ -95,7 +95,7 @@ class PatchedAgent:
     Args:
         server: where it dials.
         options: see `PoolOptions`.
-        stores: where it hears of refusals that others met.
+        store: where it hears of refusals that others met.
         dials_at_speech: expects a reply from the user's first word on; no option of the package.
         jitter: spreads what processes would otherwise do at the same moment.
     """
@@ -104,7 +104,7 @@ class PatchedAgent:
         self,
         server: Server,
         options: PoolOptions,
-        stores: Sequence[MarkStore],
+        store: Store,
         *,
         dials_at_speech: bool,
         jitter: random.Random,
@@ -113,8 +113,8 @@ class PatchedAgent:
         self._server = server
         self._sockets: set[Socket] = set()
         self._dials_at_speech = dials_at_speech
-        limit = SessionLimit(loop.time, loop.time, jitter)
-        self._pools = PoolManager(options, _no_fault, {digest_of(API_KEY): limit}, stores)
+        shortage = Shortage(HOST, loop.time, loop.time, jitter.uniform)
+        self._pools = PoolManager(options, _no_fault, shortage, store)
         self._pools._jitter.seed(jitter.random())
         self._tts = _TTS()
         session: Any = _Session()
@@ -170,22 +170,22 @@ class PatchedAgent:
         return socket
 
 
-class Board:
-    """A place for marks that some processes see: a file, or a Redis."""
+class Board(Store):
+    """A place that some processes see: a file, or a Redis."""
 
-    name, interval = "board", 1.0
+    name = "board"
 
     def __init__(self) -> None:
-        self._mark: Mark | None = None
+        self._until: float | None = None
 
-    async def read(self, digest: str) -> Mark | None:
-        return self._mark
+    async def read(self, host: str) -> float | None:
+        return self._until
 
-    async def write(self, digest: str, mark: Mark) -> None:
-        self._mark = mark
+    async def write(self, host: str, until: float) -> None:
+        self._until = until
 
-    async def aclose(self) -> None:
-        """Do nothing: nothing is open."""
+    async def probe(self, host: str) -> None:
+        """Do nothing: it works."""
 
 
 def _no_fault(operation: str, fault: Exception) -> None:

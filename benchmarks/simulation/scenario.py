@@ -143,7 +143,7 @@ async def _simulate(scenario: Scenario, subject: Subject) -> Figures:
         return PatchedAgent(
             server,
             PoolOptions(warm=subject.warm),
-            [boards[line // subject.hearing.value]] if subject.hearing is not Hearing.ONE else [],
+            boards[line // subject.hearing.value],
             dials_at_speech=subject.dials_at_speech,
             jitter=jitter,
         )

@@ -1,9 +1,34 @@
-"""Whether the sessions of an API key are scarce, and who hears of it.
+"""Whether a session was refused a moment ago, and how processes hear of it from each other.
 
-A dial that is refused for the limit marks the API key for some minutes. `limit` is the rule: how
-long a mark lasts, and what a process knows. `mark` says what a mark is and what a place needs that
-keeps one for others to see. `machine` and `redis` are two such places.
-
-The modules import only `telemetry` and the root leaves. Everything fails open: without a place that
-works, a process sees only its own mark. None of this is on the path of a turn.
+`shortage` is the rule, and `refusal` says what counts. `watch` is what the pools of one event loop
+use. Processes exchange ends of shortages through one `store`: `machine` or `redis`. None of this is
+on the path of a turn.
 """
+
+from ..errors import InvalidOptionError
+from .machine import MachineStore
+from .redis import RedisStore
+from .store import Store as Store
+
+
+def store_from(redis_url: str | None, named: str = "redis_url") -> Store:
+    """The store of this process. Connects to nothing.
+
+    Args:
+        redis_url: names a Redis for a fleet; None for a file, which only this machine sees.
+        named: the option or variable that has the URL, for the error.
+
+    Raises:
+        InvalidOptionError: the URL is wrong, or the package `redis` is missing.
+    """
+    try:
+        return MachineStore() if redis_url is None else RedisStore(redis_url)
+    except ImportError:
+        problem = "needs the package redis: pip install 'xai_pool_patch[redis]'"
+    except Exception as error:
+        # Neither its message nor its cause: both may quote the URL, and with it a password.
+        kind = type(error).__name__
+        problem = (
+            f"is no URL of a Redis ({kind}): it must be like redis://user:password@host:6379/0"
+        )
+    raise InvalidOptionError(f"{named} {problem}")

@@ -1,69 +1,70 @@
-"""Whether the sessions of one API key are scarce, as the pools of one event loop see it."""
+"""The shortage at one host, as the pools of one event loop see it."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
 
-from ..mark import MarkStore
 from ..pool.supervisor import Supervisor
 from ..telemetry.log import LogEvent, log_event
-from .limit import SessionLimit, SharedMarks
+from .shortage import Shortage
+from .store import Store
 
 SHORTEST_INTERVAL, LONGEST_INTERVAL = 0.8, 1.4
 """Seconds between two looks. Twice the longest is less than the 2.1 s after which LiveKit has
 retried a refused utterance twice: by then whoever holds an idle connection has let go of it."""
 
-CLOSE_TIMEOUT = 1.0
-"""Seconds that a store may take to close what it has open."""
+TIMEOUT = 1.0
+"""Seconds that one look may take."""
+FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0
+"""Seconds after a failed look until the next, doubling from the first to the longest."""
 
 
-class Keeper(Protocol):
-    """What the watch needs of a pool."""
-
-    @property
-    def idle(self) -> int: ...
-    def set_lean(self, is_lean: bool) -> None: ...
-
-
-class SessionWatch:
-    """Makes pools lean while sessions are scarce, and lets others know of a refusal.
+class ShortageWatch:
+    """Says when pools have to be lean, and exchanges refusals with other processes.
 
     Args:
-        digest: of the API key.
-        limit: what this process knows; its other event loops have watches of their own.
-        stores: where others leave their marks.
+        shortage: what this process knows; its other event loops have watches of their own.
+        store: None if there is none that can be used: then the watch is always lean.
         supervisor: owns the tasks and timers.
-        pools: the pools of that API key in this event loop, at the moment.
-        jitter: spreads the looks of many processes.
+        on_change: called when `is_lean` or the shortage may have changed.
+        wants_to_know: somebody holds an idle connection, which others may need.
+        uniform: spreads the looks of many processes.
     """
 
     def __init__(
         self,
-        digest: str,
-        limit: SessionLimit,
-        stores: Sequence[MarkStore],
+        shortage: Shortage,
+        store: Store | None,
         *,
         supervisor: Supervisor,
-        pools: Callable[[], Sequence[Keeper]],
-        jitter: random.Random,
+        on_change: Callable[[], None],
+        wants_to_know: Callable[[], bool],
+        uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
-        self.is_scarce = False
-        self._limit = limit
-        self._marks = SharedMarks(digest, limit, stores, jitter)
+        self.shortage = shortage
+        self._store = store
         self._supervisor = supervisor
-        self._pools = pools
-        self._jitter = jitter
+        self._on_change = on_change
+        self._wants_to_know = wants_to_know
+        self._uniform = uniform
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
-        self._looking: asyncio.Task[None] | None = None
+        self._look: asyncio.Task[None] | None = None
+        self._is_heard: bool | None = None if store is not None else False
+        """None until the first look has ended, which takes a second at most."""
+        self._operation = ""
+        self._failures = 0
+        self._next_look = -math.inf
+        self._was_on = False
+        self._was_lean = self.is_lean
 
     @property
     def is_lean(self) -> bool:
         """Pools keep nothing between replies: sessions are scarce, or nobody could say so."""
-        return self.is_scarce or self._marks.are_unreadable
+        return self.shortage.is_on or self._is_heard is False
 
     def begin(self) -> None:
         """Look now, and from now on until `end`."""
@@ -75,54 +76,78 @@ class SessionWatch:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._looking is not None:
-            self._looking.cancel()
+        if self._look is not None:
+            self._look.cancel()
 
-    def refused(self) -> None:
-        """A dial was refused for the limit: let go of what is idle, and let others know."""
-        mark = self._limit.refused()
-        self._apply()
-        if mark is not None:
-            publish = self._marks.publish(mark)
-            self._supervisor.spawn(publish, name="xai_pool_patch.publish_mark")
+    def refused(self, status: int | None) -> None:
+        """A session was refused to this process: tell the pools, and others.
+
+        Args:
+            status: see `Shortage.refused`.
+        """
+        if self.shortage.refused(status):
+            self._look_now()
+        self._tell()
 
     def _tick(self) -> None:
-        pools = self._pools()
-        self._apply()
-        # Only who holds an idle connection, or is about to, needs to know of others' refusals.
-        if (self.is_lean or any(pool.idle for pool in pools)) and not self._is_looking:
-            self._looking = self._supervisor.spawn(self._look(), name="xai_pool_patch.look")
-        pause = self._jitter.uniform(SHORTEST_INTERVAL, LONGEST_INTERVAL)
+        self._tell()
+        if not self._is_heard or self.shortage.is_on or self._wants_to_know():
+            self._look_now()
+        pause = self._uniform(SHORTEST_INTERVAL, LONGEST_INTERVAL)
         self._timer = self._supervisor.call_at(self._loop.time() + pause, self._tick)
 
-    @property
-    def _is_looking(self) -> bool:
-        return self._looking is not None and not self._looking.done()
+    def _look_now(self) -> None:
+        is_looking = self._look is not None and not self._look.done()
+        if self._store is not None and not is_looking and self._loop.time() >= self._next_look:
+            look = self._try_to_exchange(self._store)
+            self._look = self._supervisor.spawn(look, name="xai_pool_patch.look")
 
-    async def _look(self) -> None:
-        await self._marks.look()
-        self._apply()
+    async def _try_to_exchange(self, store: Store) -> None:
+        try:
+            await asyncio.wait_for(self._exchange(store), TIMEOUT)
+        except Exception as error:
+            self._failed(store, error)
+        else:
+            self._succeeded(store)
+        self._tell()
 
-    def _apply(self) -> None:
-        is_scarce = self._limit.is_reached
-        if is_scarce != self.is_scarce:
-            self.is_scarce = is_scarce
-            if is_scarce:
-                seconds = round(self._limit.seconds_left, 1)
-                log_event(LogEvent.SESSIONS_SCARCE, reason=self._limit.source, for_s=seconds)
-            else:
-                log_event(LogEvent.SESSIONS_SUFFICE)
-        for pool in self._pools():
-            pool.set_lean(self.is_lean)
+    async def _exchange(self, store: Store) -> None:
+        self._operation = "read"
+        found = await store.read(self.shortage.host)
+        self.shortage.learn(found)
+        self._operation = "write"
+        if not self._is_heard:
+            # One that can only be read would show that to the first refusal, which nobody hears.
+            await store.probe(self.shortage.host)
+        news = self.shortage.news_for(found)
+        if news is not None:
+            await store.write(self.shortage.host, news)
 
+    def _failed(self, store: Store, error: Exception) -> None:
+        if self._failures == 0:
+            operation = self._operation
+            log_event(LogEvent.STORE_FAILED, store=store.name, operation=operation, error=error)
+        delay = min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** min(self._failures, 10))
+        self._next_look = self._loop.time() + delay * self._uniform(0.8, 1.0)
+        self._failures += 1
+        self._is_heard = False
 
-async def close_stores(stores: Sequence[MarkStore]) -> None:
-    """Close what the stores have open in this event loop. Takes a second at most."""
-    await asyncio.gather(*map(_close, stores))
+    def _succeeded(self, store: Store) -> None:
+        if self._failures > 0:
+            log_event(LogEvent.STORE_RESTORED, store=store.name)
+        self._failures = 0
+        self._is_heard = True
 
-
-async def _close(store: MarkStore) -> None:
-    try:
-        await asyncio.wait_for(store.aclose(), CLOSE_TIMEOUT)
-    except Exception as error:  # nothing depends on it, and it may be an operator's own
-        log_event(LogEvent.MARK_STORE_FAILED, store=store.name, operation="close", error=error)
+    def _tell(self) -> None:
+        """Log the shortage's beginning and end, and tell the pools what has changed."""
+        is_on, is_lean = self.shortage.is_on, self.is_lean
+        if (is_on, is_lean) == (self._was_on, self._was_lean):
+            return
+        if is_on and not self._was_on:
+            reason = "this process" if self.shortage.is_own else "another process"
+            seconds = round(self.shortage.seconds_left, 1)
+            log_event(LogEvent.SESSIONS_SCARCE, reason=reason, for_s=seconds)
+        elif self._was_on and not is_on:
+            log_event(LogEvent.SESSIONS_SUFFICE)
+        self._was_on, self._was_lean = is_on, is_lean
+        self._on_change()

@@ -63,8 +63,9 @@ class LogEvent(enum.Enum):
     SESSIONS_SUFFICE = ("sessions suffice", INFO)
     PINGS_UNANSWERED = ("PINGs unanswered, heartbeat off", WARNING)
 
-    MARK_STORE_FAILED = ("mark store failed", WARNING)
-    MARK_STORE_RESTORED = ("mark store works again", INFO)
+    SHORTAGE_LASTS = ("sessions scarce for ten minutes", WARNING)
+    STORE_FAILED = ("session store failed", WARNING)
+    STORE_RESTORED = ("session store works again", INFO)
 
     REUSED = ("reused", DEBUG)
     WAITED = ("waited", DEBUG)

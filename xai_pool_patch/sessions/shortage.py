@@ -1,0 +1,139 @@
+"""The one bit that a process has for each host: somebody was refused there a moment ago."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ..telemetry.log import LogEvent, log_event
+
+LENGTH, JITTER = 120.0, 0.1
+"""Seconds from the last refusal on, and the part by which they differ. Simulated over twenty
+minutes, with 75 and 150 calls on 50 sessions, a length that doubles gains nothing."""
+SPREAD = 30.0
+"""Seconds after the end over which the processes that know of it dial again."""
+STEP = 15.0
+"""Seconds after a refusal in which another changes nothing. Less than `LENGTH` may vary would make
+a thousand refusals a thousand writes."""
+LONGEST = LENGTH * (1.0 + JITTER)
+PLAUSIBLE = 2.0 * LENGTH
+"""Seconds. An end further ahead is nonsense, or from a clock that is too wrong to be believed."""
+SAME_END = 1.0
+"""Seconds by which two ends may differ and still be one, since clocks of two machines do."""
+LONG = 600.0
+"""Seconds of refusals without a pause that are worth a warning."""
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Times are those of the monotonic clock."""
+
+    end: float = -math.inf
+    own_end: float = -math.inf
+    """By the last refusal of this process."""
+    share: float = 0.0
+    """Seconds that this process waits after the end."""
+    began: float = -math.inf
+
+
+class Shortage:
+    """What a process knows about one host. Its event loops and threads share one object.
+
+    It needs no lock: what is known is one immutable value that is replaced at once. Of two threads
+    that replace it at the same time, one loses an end that is about the other's.
+
+    Args:
+        host: the URL's.
+        monotonic: the clock that decides, in seconds. It does not jump.
+        wall: seconds since the epoch, to exchange ends with other processes.
+        uniform: spreads what processes would otherwise do at the same moment. After a fork, that of
+            the module `random` differs in each process.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        monotonic: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        uniform: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        self.host = host
+        self._monotonic = monotonic
+        self._wall = wall
+        self._uniform = uniform
+        self._known = _Known()
+        self._last_read: float | None = None
+        self._warned_of = -math.inf
+
+    def __repr__(self) -> str:
+        return f"<Shortage at {self.host}, {self.seconds_left:.0f} s left>"
+
+    @property
+    def is_on(self) -> bool:
+        return self._monotonic() < self.until
+
+    @property
+    def until(self) -> float:
+        """When it ends, or has ended, on the monotonic clock; -inf if there was none."""
+        known = self._known
+        return known.end + known.share
+
+    @property
+    def seconds_left(self) -> float:
+        return max(0.0, self.until - self._monotonic())
+
+    @property
+    def is_own(self) -> bool:
+        """The last refusal was met by this process."""
+        return self._known.own_end == self._known.end
+
+    def refused(self, status: int | None) -> bool:
+        """Take note of a refusal that this process met. Returns whether others need to hear of it.
+
+        Args:
+            status: of the handshake; None if the server said so in another way.
+        """
+        now = self._monotonic()
+        is_news = self._known.end - now <= LENGTH - STEP
+        if is_news:
+            end = now + LENGTH * self._uniform(1.0 - JITTER, 1.0 + JITTER)
+            self._extend(now, end, own_end=end)
+        began = self._known.began
+        if now - began > LONG and began != self._warned_of:
+            self._warned_of = began
+            seconds = round(now - began, 1)
+            log_event(LogEvent.SHORTAGE_LASTS, host=self.host, status=status, for_s=seconds)
+        return is_news
+
+    def learn(self, until: float | None) -> None:
+        """Take note of the end that a store has. One that makes no sense is ignored.
+
+        Each is converted to the monotonic clock once, when it is new. So when the wall clock jumps,
+        what is known ends as it would have.
+        """
+        if until is not None and until != self._last_read:
+            self._last_read = until
+            now, end = self._monotonic(), self._end_of(until)
+            if end > max(now, self._known.end + SAME_END):
+                self._extend(now, end, own_end=self._known.own_end)
+
+    def news_for(self, until: float | None) -> float | None:
+        """The end that a store should have in place of that one; None if it need not change."""
+        now, own_end = self._monotonic(), self._known.own_end
+        known_there = -math.inf if until is None else self._end_of(until) + SAME_END
+        return self._wall() + own_end - now if own_end > max(now, known_there) else None
+
+    def _extend(self, now: float, end: float, own_end: float) -> None:
+        known = self._known
+        if not self.is_on:
+            known = _Known(share=self._uniform(0.0, SPREAD), began=now)
+        # One assignment of one value: a thread that reads never sees half of it.
+        self._known = replace(known, end=end, own_end=own_end)
+
+    def _end_of(self, until: float) -> float:
+        """The end on the monotonic clock; -inf for one that makes no sense."""
+        ahead = until - self._wall()
+        return self._monotonic() + min(ahead, LONGEST) if ahead <= PLAUSIBLE else -math.inf
