@@ -65,7 +65,14 @@ fifth of the soak, and do not break each function."""
 LESS = ["--soak-turns=400", "--ignore=tests/live/test_every_fault.py"]
 BY_THE_SERVER_ALONE = [
     f"--ignore=tests/live/test_{name}.py"
-    for name in ("mark_stores", "redis_mark", "slow", "stale_audio", "broken_telemetry", "wordless")
+    for name in (
+        "machine_store",
+        "redis_store",
+        "slow",
+        "stale_audio",
+        "broken_telemetry",
+        "wordless",
+    )
 ]
 """These tests depend on the server or the application. Only `THOROUGH` plugins run them."""
 TOUCH_THE_PLUGIN = [

@@ -96,7 +96,7 @@ class _Pooled:
         module = sys.modules[MODULE]
         shape = detect(module, installed_version(), allow_unverified=True)
         self._provider = ConnectionProvider(
-            Registry(PoolOptions(), []), shape, connect_of(xai.TTS, shape)
+            Registry(PoolOptions(warm="always"), None), shape, connect_of(xai.TTS, shape)
         )
         self._opts = None if shape is Shape.READS_OPTIONS else self._tts._opts
 

@@ -143,7 +143,9 @@ async def _simulate(scenario: Scenario, subject: Subject) -> Figures:
         return PatchedAgent(
             server,
             PoolOptions(warm=subject.warm),
-            boards[line // subject.hearing.value],
+            boards[line // subject.hearing.value]
+            if subject.hearing is not Hearing.ONE
+            else Board(),
             dials_at_speech=subject.dials_at_speech,
             jitter=jitter,
         )

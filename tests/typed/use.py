@@ -8,8 +8,6 @@ import xai_pool_patch
 from xai_pool_patch import (
     AlreadyInstalledError,
     InvalidOptionError,
-    Mark,
-    MarkStore,
     PoolOptions,
     PoolStats,
     Stats,
@@ -29,24 +27,9 @@ def options() -> None:
     PoolOptions(warm="sometimes")  # type: ignore[arg-type]
 
 
-class Shelf:
-    name = "shelf"
-    interval = 1.0
-
-    async def read(self, digest: str) -> Mark | None:
-        return Mark(until=0.0, length=120.0)
-
-    async def write(self, digest: str, mark: Mark) -> None:
-        assert_type(mark.until, float)
-
-    async def aclose(self) -> None: ...
-
-
-def mark_stores() -> None:
-    store: MarkStore = Shelf()
-    PoolOptions(mark_store=store)
-    PoolOptions(mark_store="redis://localhost")
-    PoolOptions(mark_store=object())  # type: ignore[arg-type]
+def redis() -> None:
+    PoolOptions(redis_url="redis://localhost")
+    PoolOptions(redis_url=object())  # type: ignore[arg-type]
 
 
 def installing() -> None:

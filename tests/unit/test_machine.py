@@ -21,11 +21,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.unit.pool_kit import no_fault
 from tests.virtual import VirtualLoop, block
 from xai_pool_patch.manager import Connect, PoolKey, PoolManager
-from xai_pool_patch.mark import Mark
 from xai_pool_patch.options import PoolOptions, Warm
 from xai_pool_patch.pool.pool import AcquireTimeoutError, DialFailedError, Pool, Reason
 from xai_pool_patch.protocol.connection import TEXT_CLEAR, Connection
-from xai_pool_patch.sessions.limit import SessionLimit, digest_of
+from xai_pool_patch.sessions import Store
+from xai_pool_patch.sessions.shortage import Shortage
 
 T = TypeVar("T")
 
@@ -129,22 +129,21 @@ class World:
         return [socket for socket in self.sockets if socket.is_open]
 
 
-class Others:
-    """What other processes know: a store of marks."""
+class Others(Store):
+    """What other processes know."""
 
-    name, interval = "others", 0.5
+    name = "others"
 
     def __init__(self) -> None:
-        self.mark: Mark | None = None
+        self.until: float | None = None
 
-    async def read(self, digest: str) -> Mark | None:
-        return self.mark
+    async def read(self, host: str) -> float | None:
+        return self.until
 
-    async def write(self, digest: str, mark: Mark) -> None:
-        self.mark = mark
+    async def write(self, host: str, until: float) -> None:
+        self.until = until
 
-    async def aclose(self) -> None:
-        pass
+    async def probe(self, host: str) -> None: ...
 
 
 @dataclass(eq=False)
@@ -177,7 +176,8 @@ class Agents(RuleBasedStateMachine):
             warm=warm,
         )
         self.others = Others()
-        limit = SessionLimit(self.loop.time, self.loop.time, random.Random(1))
+        uniform = random.Random(1).uniform
+        shortage = Shortage("api.x.ai", self.loop.time, self.loop.time, uniform)
         self.world = World()
         self.ttss = [TTS()]
         self.turns: list[Turn] = []
@@ -185,7 +185,7 @@ class Agents(RuleBasedStateMachine):
         """Each, and when it was first seen."""
 
         async def make() -> PoolManager:
-            return PoolManager(self.options, no_fault, {digest_of("key"): limit}, [self.others])
+            return PoolManager(self.options, no_fault, shortage, self.others)
 
         self.pools = self.loop.run_until_complete(make())
         self.pools._jitter.seed(1)
@@ -330,7 +330,7 @@ class Agents(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([5.0, 120.0]))
     def others_are_refused(self, seconds: float) -> None:
-        self.others.mark = Mark(self.loop.time() + seconds, 120.0)
+        self.others.until = self.loop.time() + seconds
 
     @rule(clearing=st.sampled_from(sorted(CLEARS)))
     def answer_clears(self, clearing: str) -> None:

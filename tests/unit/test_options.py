@@ -28,7 +28,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "min_size": 1,
         "max_age": 1800.0,
         "warm": "auto",
-        "mark_store": None,
+        "redis_url": None,
         "linger": 0.3,
         "max_idle_time": 60.0,
         "close_timeout": 5.0,
@@ -84,6 +84,13 @@ def test_whole_numbers_are_accepted_as_seconds(name: str) -> None:
 def test_min_size_accepts_its_bounds() -> None:
     """Both ends of the range are allowed."""
     assert [PoolOptions(min_size=n).min_size for n in (0, 50)] == [0, 50]
+
+
+@pytest.mark.parametrize("value", [17, b"redis://host", object(), True])
+def test_a_redis_url_must_be_text(value: object) -> None:
+    """The message does not quote it: it may contain a password."""
+    with pytest.raises(InvalidOptionError, match=r"^redis_url must be a string or None, not \w+$"):
+        PoolOptions(redis_url=value)  # type: ignore[arg-type]
 
 
 def test_options_are_frozen_and_keyword_only() -> None:

@@ -14,7 +14,9 @@ _LIMIT = (
     r"\b(?:limit(?:s|ed)?|too\s+many|exceed\w*|max|maximum|quotas?|reached|exhausted|capacity"
     r"|no\s+more)\b"
 )
-_NEAR = r"(?:\W+\w+){0,2}\W+"
+_GAP = r"[^\w.;!?]+"
+_NEAR = rf"(?:{_GAP}[\w-]+){{0,2}}{_GAP}"
+"""At most two words in between, of the same sentence."""
 _LIMIT_OF_SESSIONS = re.compile(f"{_LIMIT}{_NEAR}{_WHAT}|{_WHAT}{_NEAR}{_LIMIT}", re.IGNORECASE)
 _LIMIT_OF_TEXT = re.compile(r"\b(?:characters?|bytes|words|length|duration)\b", re.IGNORECASE)
 _QUOTED = re.compile("\"[^\"]*\"|“[^”]*”|`[^`]*`|(?<!\\w)'[^']*'(?!\\w)")
