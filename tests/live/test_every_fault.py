@@ -123,7 +123,7 @@ class Play:
             self.problems.append(f"said again and again: {messages}")
         dials = messages["WARNING standby failed"] + messages["WARNING replay failed"]
         can_log = self._probes.broken not in ("telemetry.log.log_event", "telemetry.log.status_of")
-        stores = messages["WARNING mark store failed"]
+        stores = messages["WARNING session store failed"]
         if self._probes.raised and can_log and not faults + reports + dials + stores:
             self.problems.append(f"not a word of it in the log: {dict(messages)}")
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -10,9 +13,11 @@ import pytest
 from livekit.plugins import xai
 
 import xai_pool_patch
-from tests.kit import API_KEY, Line, hear_whole, line_to, quick, registry, speak
-from xai_pool_patch import InvalidOptionError, Mark, PoolOptions
-from xai_pool_patch.sessions.limit import digest_of
+from tests.kit import Line, hear_whole, line_to, quick, registry, speak
+from xai_pool_patch import InvalidOptionError, PoolOptions, installation
+from xai_pool_patch.manager import HOST
+from xai_pool_patch.sessions.machine import MachineStore
+from xai_pool_patch.sessions.redis import RedisStore
 
 LINGER = 0.1
 
@@ -176,49 +181,36 @@ async def test_a_voice_changed_before_the_first_word_is_the_one_that_is_dialled(
         await tts.aclose()
 
 
-class Shelf:
-    """A mark store of an operator's own, which forgets nothing."""
-
-    name, interval = "shelf", 0.1
-
-    def __init__(self) -> None:
-        self.marks: dict[str, Mark] = {}
-        self.is_open = True
-
-    async def read(self, digest: str) -> Mark | None:
-        return self.marks.get(digest)
-
-    async def write(self, digest: str, mark: Mark) -> None:
-        self.marks[digest] = mark
-
-    async def aclose(self) -> None:
-        self.is_open = False
+def file_of_the_machine(tmp_path: Path) -> Path:
+    """Where the processes of this test leave word."""
+    return tmp_path / "xai_pool_patch" / HOST
 
 
-async def test_others_hear_of_a_refusal() -> None:
-    """S3: by a store of the operator's own, which knows the API key by its digest only."""
-    shelf = Shelf()
+async def test_others_hear_of_a_refusal(tmp_path: Path) -> None:
+    """S3: by a file, which says nothing of the API key."""
+    file = file_of_the_machine(tmp_path)
+    xai_pool_patch.install()
     async with line_to(quick(max_sessions=0)) as line:
-        xai_pool_patch.install(PoolOptions(mark_store=shelf))
         tts = line.tts()
         await speak(tts, "Hello.")
-        while not shelf.marks:
+        while not file.exists():
             await asyncio.sleep(0.01)
-        assert API_KEY not in repr(shelf.marks)
+        assert 60.0 < file.stat().st_mtime - time.time() < 135.0
+        assert file.read_bytes() == b""
         await tts.aclose()
-        assert not shelf.is_open
-        xai_pool_patch.uninstall()
+    xai_pool_patch.uninstall()
 
 
-async def test_a_process_hears_of_a_refusal_of_others() -> None:
+async def test_a_process_hears_of_a_refusal_of_others(tmp_path: Path) -> None:
     """S3: it lets go of its idle connections within two seconds, and says why."""
-    shelf = Shelf()
-    xai_pool_patch.install(PoolOptions(mark_store=shelf))
+    file = file_of_the_machine(tmp_path)
+    xai_pool_patch.install()
     async with line_to() as line:
         tts = line.tts()
         await hear_whole(line, tts, "Hello.")
         await until_idle(1)
-        shelf.marks[digest_of(API_KEY)] = Mark(time.time() + 60.0, 120.0)
+        file.touch(0o600)
+        os.utime(file, (time.time() + 60.0,) * 2)
         await line.server.wait_for(lambda server: server.open_count == 0)
         assert xai_pool_patch.stats()["lean"] == 1
         await hear_whole(line, tts, "Hello again.")
@@ -227,9 +219,9 @@ async def test_a_process_hears_of_a_refusal_of_others() -> None:
 
 
 async def test_who_can_hear_of_nobody_keeps_nothing(tmp_path: Path) -> None:
-    """S6: others may be refused for what it keeps. It is warm again as soon as it would hear."""
+    """S3b: others may be refused for what it keeps. It is warm again as soon as it would hear."""
     in_the_way = tmp_path / "xai_pool_patch"
-    in_the_way.write_text("a file where the folder of the marks would be")
+    in_the_way.write_text("a file where the folder would be")
     xai_pool_patch.install()
     async with line_to() as line:
         tts = line.tts()
@@ -245,32 +237,83 @@ async def test_who_can_hear_of_nobody_keeps_nothing(tmp_path: Path) -> None:
     xai_pool_patch.uninstall()
 
 
-async def test_one_store_is_enough_to_hear() -> None:
-    """S6: a shelf that is out of order changes nothing, since the machine's file serves."""
-    shelf = Shelf()
-    shelf.marks = None  # type: ignore[assignment]
+async def test_a_redis_is_asked_instead_of_the_file(tmp_path: Path, unused_tcp_port: int) -> None:
+    """S3b: if it is down, that the file would work helps nobody on another machine."""
+    xai_pool_patch.install(PoolOptions(redis_url=f"redis://127.0.0.1:{unused_tcp_port}"))
     async with line_to() as line:
-        xai_pool_patch.install(PoolOptions(mark_store=shelf))
         tts = line.tts()
         await hear_whole(line, tts, "Hello.")
-        await until_idle(1)
-        await asyncio.sleep(3.0)  # two looks at least
-        assert (xai_pool_patch.stats()["idle"], xai_pool_patch.stats()["lean"]) == (1, 0)
+        await line.server.wait_for(lambda server: server.open_count == 0)
+        assert xai_pool_patch.stats()["lean"] == 1
+        assert not (tmp_path / "xai_pool_patch").exists()
         await tts.aclose()
-        xai_pool_patch.uninstall()
+    xai_pool_patch.uninstall()
 
 
-@pytest.mark.parametrize("named_by", ["option", "variable"])
-def test_a_mark_store_that_cannot_be_used_is_refused(
-    named_by: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With one error that says what would be right, and quotes nothing. The plugin stays as is."""
-    url = "http://user:secret@host"
-    options = PoolOptions(mark_store=url) if named_by == "option" else None
-    if named_by == "variable":
-        monkeypatch.setenv("XAI_POOL_PATCH_MARK_STORE", url)
-    with pytest.raises(InvalidOptionError, match="redis://") as refusal:
+WRONG = "http://user:secret@host"
+
+
+def test_the_variable_names_a_redis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the option names another, or the variable is blank."""
+    monkeypatch.setenv("XAI_POOL_PATCH_REDIS_URL", " redis://host ")
+    xai_pool_patch.install()
+    assert isinstance(installation._installation.store, RedisStore)  # type: ignore[union-attr]
+    xai_pool_patch.uninstall()
+    monkeypatch.setenv("XAI_POOL_PATCH_REDIS_URL", WRONG)
+    xai_pool_patch.install(PoolOptions(redis_url="redis://host"))
+    xai_pool_patch.uninstall()
+    monkeypatch.setenv("XAI_POOL_PATCH_REDIS_URL", " ")
+    xai_pool_patch.install()
+    assert isinstance(installation._installation.store, MachineStore)  # type: ignore[union-attr]
+    xai_pool_patch.uninstall()
+
+
+def named_by(name: str, monkeypatch: pytest.MonkeyPatch) -> PoolOptions | None:
+    """The options that name a URL that is wrong, or None if a variable does."""
+    if name == "redis_url":
+        return PoolOptions(redis_url=WRONG)
+    monkeypatch.setenv(name, WRONG)
+    return None
+
+
+NAMES = pytest.mark.parametrize("name", ["redis_url", "XAI_POOL_PATCH_REDIS_URL"])
+
+
+@NAMES
+def test_a_redis_that_cannot_be_used_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one error that names it, says what would be right, and quotes nothing."""
+    options = named_by(name, monkeypatch)
+    with pytest.raises(InvalidOptionError, match=rf"^{name} .*redis://") as refusal:
         xai_pool_patch.install(options)
     assert "secret" not in str(refusal.value)
     assert "secret" not in repr(options)
     assert not xai_pool_patch.is_installed()
+
+
+@NAMES
+async def test_an_agent_that_said_skip_speaks_all_the_same(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With one warning, and as if nobody could be heard: the pools keep nothing between replies."""
+    xai_pool_patch.install(named_by(name, monkeypatch), on_unsupported="skip")
+    [record] = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert record.xai_pool_reason.startswith(f"{name} ")  # type: ignore[attr-defined]
+    assert "secret" not in str(vars(record))
+    async with line_to() as line:
+        tts = line.tts()
+        await hear_whole(line, tts, "Hello.")
+        assert xai_pool_patch.stats()["lean"] == 1
+        await line.server.wait_for(lambda server: server.open_count == 0)
+        await hear_whole(line, tts, "Hello again.")
+        await tts.aclose()
+    xai_pool_patch.uninstall()
+    assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the variable, and what to install."""
+    monkeypatch.setitem(sys.modules, "redis", None)
+    monkeypatch.setenv("XAI_POOL_PATCH_REDIS_URL", "redis://:secret@host")
+    with pytest.raises(InvalidOptionError, match=r"^XAI_POOL_PATCH_REDIS_URL .*pip install") as e:
+        xai_pool_patch.install()
+    assert "secret" not in str(e.value)

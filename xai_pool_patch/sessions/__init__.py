@@ -21,8 +21,10 @@ def store_from(redis_url: str | None, named: str = "redis_url") -> Store:
     Raises:
         InvalidOptionError: the URL is wrong, or the package `redis` is missing.
     """
+    if redis_url is None:
+        return MachineStore()
     try:
-        return MachineStore() if redis_url is None else RedisStore(redis_url)
+        return RedisStore(redis_url)
     except ImportError:
         problem = "needs the package redis: pip install 'xai_pool_patch[redis]'"
     except Exception as error:

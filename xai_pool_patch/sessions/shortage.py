@@ -16,8 +16,8 @@ minutes, with 75 and 150 calls on 50 sessions, a length that doubles gains nothi
 SPREAD = 30.0
 """Seconds after the end over which the processes that know of it dial again."""
 STEP = 15.0
-"""Seconds after a refusal in which another changes nothing. Less than `LENGTH` may vary would make
-a thousand refusals a thousand writes."""
+"""Seconds after a refusal in which another changes nothing, more than by which `LENGTH` varies: a
+thousand refusals must not make a thousand writes."""
 LONGEST = LENGTH * (1.0 + JITTER)
 PLAUSIBLE = 2.0 * LENGTH
 """Seconds. An end further ahead is nonsense, or from a clock that is too wrong to be believed."""
@@ -116,24 +116,25 @@ class Shortage:
         """
         if until is not None and until != self._last_read:
             self._last_read = until
-            now, end = self._monotonic(), self._end_of(until)
+            now = self._monotonic()
+            end = self._end_of(until, now)
             if end > max(now, self._known.end + SAME_END):
                 self._extend(now, end, own_end=self._known.own_end)
 
     def news_for(self, until: float | None) -> float | None:
         """The end that a store should have in place of that one; None if it need not change."""
         now, own_end = self._monotonic(), self._known.own_end
-        known_there = -math.inf if until is None else self._end_of(until) + SAME_END
-        return self._wall() + own_end - now if own_end > max(now, known_there) else None
+        end_there = -math.inf if until is None else self._end_of(until, now)
+        is_news = own_end > max(now, end_there + SAME_END)
+        return self._wall() + own_end - now if is_news else None
 
     def _extend(self, now: float, end: float, own_end: float) -> None:
-        known = self._known
-        if not self.is_on:
-            known = _Known(share=self._uniform(0.0, SPREAD), began=now)
+        is_on = now < self.until
+        known = self._known if is_on else _Known(share=self._uniform(0.0, SPREAD), began=now)
         # One assignment of one value: a thread that reads never sees half of it.
         self._known = replace(known, end=end, own_end=own_end)
 
-    def _end_of(self, until: float) -> float:
+    def _end_of(self, until: float, now: float) -> float:
         """The end on the monotonic clock; -inf for one that makes no sense."""
         ahead = until - self._wall()
-        return self._monotonic() + min(ahead, LONGEST) if ahead <= PLAUSIBLE else -math.inf
+        return now + min(ahead, LONGEST) if ahead <= PLAUSIBLE else -math.inf
