@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import redis
 import trustme
 
 from tests.live.redis_kit import RedisServer, redis_server
@@ -444,22 +445,27 @@ async def test_only_writing_misbehaves(
 
 
 @pytest.mark.usefixtures("usual_timeouts")
-async def test_it_is_silent(caplog: pytest.LogCaptureFixture) -> None:
-    """It accepts, and answers nothing: one attempt, and a second until the process is lean."""
+@pytest.mark.parametrize("is_silent", [True, False])
+async def test_one_attempt_within_a_second(is_silent: bool) -> None:
+    """The client gives up by itself, and leaves the next attempt to the backoff."""
     attempts = 0
     ended = asyncio.Event()
 
     async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal attempts
         attempts += 1
-        await ended.wait()
+        if is_silent:
+            await ended.wait()
         writer.close()
 
     listener = await asyncio.start_server(serve, "127.0.0.1", 0)
     port = listener.sockets[0].getsockname()[1]
     async with listener:
-        assert await is_lean_at_once(f"redis://127.0.0.1:{port}/0", caplog) == "read"
+        store = RedisStore(f"redis://127.0.0.1:{port}/0")
+        with pytest.raises((redis.TimeoutError, redis.ConnectionError)):
+            await asyncio.wait_for(store.read(HOST), 30)
         assert attempts == 1
+        await store.aclose()
         ended.set()
 
 

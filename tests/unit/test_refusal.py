@@ -71,6 +71,7 @@ def test_any_other_close(code: int | None) -> None:
         "RESOURCE_EXHAUSTED: no capacity for new sessions",
         "Too many text-to-speech sessions for this token",
         "The team's limit of sessions is reached; it's full",
+        "The team's sessions' limit is reached",
     ],
 )
 def test_an_error_that_names_the_limit(message: str) -> None:

@@ -156,7 +156,9 @@ async def test_a_refusal_goes_from_one_process_to_another(
     await other.go_on(5.0)
     process.watch.refused(429)
     assert (process.watch.is_lean, process.changes) == (True, [(True, True)])
-    await asyncio.sleep(1.5)
+    await asyncio.sleep(0.05)
+    assert len(shelf.writes) == 1
+    await asyncio.sleep(1.45)
     assert (other.watch.is_lean, other.changes) == (True, [(True, True)])
     assert len(shelf.writes) == 1, "what was heard is not passed on"
     assert logged() == [
@@ -263,6 +265,20 @@ async def test_a_store_that_hangs(hangs: str, named: str, logged: Callable[[], l
     await process.go_on(0.1)
     assert process.watch.is_lean
     assert logged() == [f"session store failed shelf {named}"]
+    await process.end()
+
+
+@in_virtual_time
+async def test_one_look_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it takes, and whatever happens meanwhile."""
+    monkeypatch.setattr("xai_pool_patch.sessions.watch.TIMEOUT", 60.0)
+    shelf = Shelf()
+    shelf.hangs.add("read")
+    process = Process(shelf)
+    await process.go_on(10.0)
+    process.watch.refused(429)
+    await process.go_on(10.0)
+    assert len(shelf.reads) == 1
     await process.end()
 
 
