@@ -110,10 +110,10 @@ async def test_a_later_end_replaces_an_earlier_one(store: MachineStore, folder: 
 async def test_a_probe_leaves_nothing(store: MachineStore, folder: Path) -> None:
     """But the folder, and no file open."""
     await store.probe(HOST)
-    open_files = len(os.listdir("/dev/fd"))
+    open_files = len(list(Path("/dev/fd").iterdir()))
     for _ in range(10):
         await store.probe(HOST)
-    assert len(os.listdir("/dev/fd")) == open_files
+    assert len(list(Path("/dev/fd").iterdir())) == open_files
     assert list(folder.iterdir()) == []
     wanted = in_seconds()
     await store.write(HOST, wanted)

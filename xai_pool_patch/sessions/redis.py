@@ -38,12 +38,9 @@ class RedisStore(Store):
     def __init__(self, url: str) -> None:
         super().__init__()
         import redis
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
 
-        retry = Retry(NoBackoff(), 0)
         self._client = redis.Redis.from_url(
-            url, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT, retry=retry
+            url, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT
         )
         # Finds the mistakes in the URL that can be found without connecting.
         self._client.connection_pool.make_connection()
