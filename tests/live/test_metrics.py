@@ -1,11 +1,13 @@
-"""T3: OpenTelemetry metrics and span events, through the SDK's own readers and exporters."""
+"""T3: Prometheus metrics, as LiveKit's own page shows them, and events on LiveKit's spans."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
+import os
 import re
-import weakref
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,44 +15,300 @@ from typing import Any
 import aiohttp
 import pytest
 from livekit.agents import telemetry
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
 
 import xai_pool_patch
-from tests.kit import API_KEY, line_to, quick, registry, speak
-from tests.otel import empty_reader
+from tests.kit import API_KEY, event_of, line_to, quick, speak
 from xai_pool_patch import PoolOptions
+from xai_pool_patch.telemetry import metrics
+from xai_pool_patch.telemetry.usage import Totals
 from xai_pool_patch.testing import Ending
 
-Points = dict[tuple[str, str], Any]
-"""By instrument, without its prefix, and the values of its attributes."""
+DOCS = Path(__file__).parents[2] / "docs/observability.md"
+
+Samples = dict[tuple[str, str], float]
+"""By name without its prefix, and the value of the label."""
 
 
-@pytest.fixture
-def reader() -> InMemoryMetricReader:
-    return empty_reader()
+def samples() -> Samples:
+    return {
+        (sample.name.removeprefix(metrics.PREFIX), ",".join(sample.labels.values())): sample.value
+        for family in REGISTRY.collect()
+        for sample in family.samples
+        if sample.name.startswith(metrics.PREFIX)
+    }
 
 
-def instruments(reader: InMemoryMetricReader) -> Iterator[Any]:
-    data = reader.get_metrics_data()
-    for resource in data.resource_metrics if data is not None else ():
-        for scope in resource.scope_metrics:
-            if scope.scope.name == "xai_pool_patch":
-                assert scope.scope.version == xai_pool_patch.__version__
-                yield from scope.metrics
+class Increase:
+    """What has happened since it was made."""
+
+    def __init__(self) -> None:
+        self._before = samples()
+
+    def __getitem__(self, key: tuple[str, str]) -> float:
+        return samples()[key] - self._before[key]
 
 
-def points(reader: InMemoryMetricReader) -> Points:
-    found: Points = {}
-    for instrument in instruments(reader):
-        name = instrument.name.removeprefix("xai_pool_patch.")
-        for point in instrument.data.data_points:
-            values = ",".join(str(value) for value in point.attributes.values())
-            assert (name, values) not in found, "observed twice"
-            found[name, values] = point
-    return found
+async def test_waits_and_handshakes_are_histograms_in_seconds(patched: None) -> None:
+    """The buckets are cumulative, and the count is that of the last one."""
+    since = Increase()
+    async with line_to(round_trip=0.1) as line:
+        tts = line.tts()
+        for number in range(3):
+            await speak(tts, f"Turn {number}.")
+        assert since["connections_reused_total", ""] == 2
+        for name in ("connection_wait_seconds", "connect_seconds"):
+            assert since[f"{name}_count", ""] == since[f"{name}_bucket", "+Inf"] == 1
+            assert 0.3 <= since[f"{name}_sum", ""] < 5.0
+            assert since[f"{name}_bucket", "0.25"] == 0
+            assert since[f"{name}_bucket", "10.0"] == 1
+        await tts.aclose()
+
+
+async def test_each_statistic_is_a_metric(patched: None) -> None:
+    """Of the table's column. A longest time is none: it cannot be added up."""
+    told = {name for metric in metrics.METRICS for name in metric.statistic.split(", ") if name}
+    told |= {f"closed_{reason}" for reason in metrics.CLOSED.values if reason != metrics.OTHER}
+    longest = {"acquire_wait_ms_max", "connect_ms_max"}
+    assert told - {"closed_<reason>"} == Totals.__annotations__.keys() - longest
+
+
+async def test_closes_and_failures_are_counted_by_reason() -> None:
+    """Few values each, and none is a voice, a key or a URL."""
+    since = Increase()
+    xai_pool_patch.install(PoolOptions(warm="always"))
+    async with line_to(quick()) as line:
+        tts = line.tts(voice="a voice of somebody's own")
+        await speak(tts, "First.")
+        line.server.behaviour.refuse_next = [503]
+        line.server.reset_all()
+        await line.server.wait_for(lambda s: len(s.connections) == 2)
+        while not xai_pool_patch.stats()["idle"]:
+            await asyncio.sleep(0)
+        line.server.behaviour.end_before_audio = Ending.CLOSE
+        turn = asyncio.create_task(speak(tts, "Second."))
+        await line.server.wait_for(lambda s: not s.connections[1].is_open)
+        line.server.behaviour.end_before_audio = None
+        assert (await turn).error is None
+        await tts.aclose()
+    assert since["connections_closed_total", "lost"] == 2
+    assert since["standby_failures_total", "5xx"] == 1
+    assert since["replays_total", "ended by the peer"] == 1
+    text = str(samples())
+    for secret in (API_KEY, "somebody", "api.x.ai"):
+        assert secret not in text
+    xai_pool_patch.uninstall()
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "kind"),
+    [
+        (401, OSError(), "401"),
+        (429, OSError(), "429"),
+        (404, OSError(), "4xx"),
+        (503, OSError(), "5xx"),
+        (301, OSError(), "4xx"),
+        (None, asyncio.TimeoutError(), "timeout"),
+        (None, type("Made_up", (Exception,), {})(), "connection"),
+    ],
+)
+def test_an_error_is_one_of_few_kinds(status: int | None, error: Exception, kind: str) -> None:
+    """A label with the names of exceptions would have any number of values."""
+    assert metrics.kind_of(status, error) == kind
+    metrics.STANDBY_FAILURES.count(kind)
+
+
+def test_a_reason_that_nobody_has_listed_is_other(patched: None) -> None:
+    """It is counted, and adds no series."""
+    since = Increase()
+    metrics.REPLAYS.count("something new")
+    assert since["replays_total", metrics.OTHER] == 1
+
+
+def test_everything_is_there_at_0_before_anything_happens() -> None:
+    """`increase()` sees no first event that comes with its series. What is installed is told."""
+    page = run(
+        """
+        import xai_pool_patch, prometheus_client
+        from livekit.plugins import xai
+        xai_pool_patch.install()
+        print(prometheus_client.generate_latest().decode())
+        """
+    )
+    shown = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.name.startswith(metrics.PREFIX)
+    }
+    [(info, one)] = [(key, value) for key, value in shown.items() if value]
+    assert (info[0], one) == ("xai_pool_patch_info", 1.0)
+    assert xai_pool_patch.__version__ in info
+    for metric in metrics.METRICS:
+        if metric.kind == "counter":
+            for value in metric.values:
+                assert (metric.name, *([value] if value else [])) in shown
+
+
+async def test_the_info_is_0_once_uninstalled() -> None:
+    """And 1 again, without a second series, once it is installed again."""
+    for _ in range(2):
+        xai_pool_patch.install()
+        assert [v for (name, _), v in samples().items() if name == "info"] == [1.0]
+        xai_pool_patch.uninstall()
+        assert [v for (name, _), v in samples().items() if name == "info"] == [0.0]
+
+
+async def test_a_fault_is_counted(patched: None) -> None:
+    """After it the plugin connects by itself."""
+    from tests.kit import registry
+
+    since = Increase()
+    registry().fail("test", RuntimeError())
+    assert since["failed_open_total", ""] == 1
+
+
+def run(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_registry_that_has_our_names_is_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The application's stay, and ours are counted all the same."""
+    from prometheus_client import Counter
+
+    registry = CollectorRegistry()
+    Counter("xai_pool_patch_replays", "the application's own", registry=registry)
+    monkeypatch.setattr(metrics, "_is_registered", False)
+    monkeypatch.setattr(metrics, "_has_warned", False)
+    for _ in range(2):
+        metrics.install({"version": "", "plugin": "", "agents": ""}, registry)
+    metrics.uninstall()
+    metrics.INFO.numbers.pop()
+    assert [event_of(record) for record in caplog.records] == ["metrics missing"]
+
+
+IN_A_DIRECTORY = """
+import asyncio, os, sys
+import logging; logging.basicConfig()
+import xai_pool_patch
+xai_pool_patch.install()
+from tests.kit import line_to, speak
+
+async def main():
+    async with line_to() as line:
+        tts = line.tts()
+        assert (await speak(tts, "Hello.")).error is None
+        assert (await speak(tts, "Hello.")).error is None
+        await tts.aclose()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("kind", ["missing", "a file", "not writable"])
+def test_a_directory_that_cannot_be_used_is_one_warning(kind: str, tmp_path: Path) -> None:
+    """No turn is lost."""
+    directory = tmp_path / "metrics"
+    if kind == "a file":
+        directory.write_text("")
+    elif kind == "not writable":
+        if os.geteuid() == 0:
+            pytest.skip("root may write anywhere")
+        directory.mkdir(mode=0o500)
+    said = run(IN_A_DIRECTORY, PROMETHEUS_MULTIPROC_DIR=str(directory))
+    [warning] = [line for line in said.splitlines() if "WARNING" in line]
+    assert "PROMETHEUS_MULTIPROC_DIR cannot be used" in warning
+
+
+def test_what_was_counted_before_the_files_were_opened_is_in_them(tmp_path: Path) -> None:
+    """The files are opened beside the first turn, in a thread."""
+    code = """
+    from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+    from xai_pool_patch.telemetry import metrics
+    metrics.share()
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)
+    print(generate_latest(registry).decode())
+    """
+    page = run(IN_A_DIRECTORY + textwrap.dedent(code), PROMETHEUS_MULTIPROC_DIR=str(tmp_path))
+    assert "xai_pool_patch_connections_reused_total 1.0" in page
+    assert "xai_pool_patch_connection_wait_seconds_count 1.0" in page
+    assert 'xai_pool_patch_connections_closed_total{reason="shutdown"} 1.0' in page
+    assert 'xai_pool_patch_replays_total{reason="no sign of life"} 0.0' in page
+
+
+def test_a_directory_that_is_emptied_gets_its_files_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As `AgentServer.run` does it, with what had been counted."""
+    from prometheus_client import multiprocess
+
+    def shown() -> float:
+        registry = CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry, str(tmp_path))  # type: ignore[no-untyped-call]
+        value = registry.get_sample_value("xai_pool_patch_dials_refused_total")
+        assert value is not None
+        return value
+
+    monkeypatch.setenv(metrics.DIRECTORY, str(tmp_path))
+    before = {id(number): number.value for metric in metrics.METRICS for number in metric.numbers}
+    try:
+        metrics.share()
+        first = shown()
+        metrics.REFUSED.count()
+        assert shown() == first + 1
+        for file in tmp_path.iterdir():
+            file.unlink()
+        metrics.share()
+        assert shown() == first + 1
+        metrics.share()
+        assert shown() == first + 1, "counted twice"
+    finally:
+        for metric in metrics.METRICS:
+            for number in metric.numbers:
+                number.value = before[id(number)]
+        monkeypatch.setattr(metrics, "_file", None)
+
+
+async def test_a_workers_metrics_page_shows_them(patched: None) -> None:
+    """LiveKit's own, with nothing else done."""
+    async with line_to() as line:
+        tts = line.tts()
+        for number in range(3):
+            await speak(tts, f"Turn {number}.")
+        server = telemetry.http_server.HttpServer("127.0.0.1", 0)
+        await server.start()
+        url = f"http://127.0.0.1:{server.port}/metrics"
+        async with aiohttp.ClientSession() as http, http.get(url) as response:
+            page = await response.text()
+        await server.aclose()
+        await tts.aclose()
+    for metric in metrics.METRICS:
+        assert f"\n{metric.name}" in page
+    assert re.search(r"\nxai_pool_patch_connections_reused_total [1-9]", page)
+
+
+@pytest.mark.parametrize("metric", metrics.METRICS, ids=lambda metric: metric.name)
+def test_every_metric_is_documented(metric: metrics.Metric) -> None:
+    """With its kind, its label and its statistic, as the table in the code has them."""
+    label = ", ".join(f"`{name}`" for name in metric.label.split(", ") if name)
+    statistics = ", ".join(f"`{name}`" for name in metric.statistic.split(", ") if name)
+    row = f"| `{metric.name}` | {metric.kind} | {label} | {statistics} | {metric.text} |"
+    assert re.sub(" +", " ", row) in DOCS.read_text(), row
 
 
 @pytest.fixture
@@ -71,142 +329,6 @@ def span_events(spans: InMemorySpanExporter) -> list[tuple[str, str, dict[str, A
         for event in span.events
         if event.name.startswith("xai_pool_patch")
     ]
-
-
-async def test_waits_and_handshakes_are_histograms_in_seconds(
-    patched: None, reader: InMemoryMetricReader
-) -> None:
-    """The waits show the share of utterances that found a connection, too."""
-    async with line_to(round_trip=0.02) as line:
-        tts = line.tts()
-        for number in range(3):
-            await speak(tts, f"Turn {number}.")
-        found = points(reader)
-        assert found["connection.wait_time", "True"].count == 2
-        assert found["connection.wait_time", "True"].sum == 0.0
-        waited = found["connection.wait_time", "False"]
-        assert waited.count == found["connection.create_time", ""].count == 1
-        assert 0.06 <= found["connection.create_time", ""].sum <= waited.sum < 5.0
-        assert any(0 < bound < 0.1 for bound in waited.explicit_bounds), "made for milliseconds"
-        await tts.aclose()
-
-
-async def test_connections_are_observed_by_state(
-    patched: None, reader: InMemoryMetricReader
-) -> None:
-    """All states, always, whenever a reader asks."""
-
-    def counts() -> list[int]:
-        found = points(reader)
-        states = ("idle", "leased", "clearing", "connecting")
-        assert len([name for name, _ in found if name == "connection.count"]) == len(states)
-        return [found["connection.count", state].value for state in states]
-
-    assert counts() == [0, 0, 0, 0]
-    behaviour = quick(pace=5.0, speech_per_character=0.02)
-    async with line_to(behaviour) as line:
-        tts = line.tts()
-        async with tts.stream() as stream:
-            stream.push_text("This takes a moment.")
-            stream.end_input()
-            await stream.__anext__()
-            assert counts() == [0, 1, 0, 0]
-            async for _ in stream:
-                pass
-        assert counts() == [1, 0, 0, 0]
-        await tts.aclose()
-        assert counts() == [0, 0, 0, 0]
-
-
-async def test_closes_and_failures_are_counted_by_reason(reader: InMemoryMetricReader) -> None:
-    """Few values each, and none is a voice, a key or a URL."""
-    xai_pool_patch.install(PoolOptions(first_audio_timeout=0.2))
-    async with line_to(quick()) as line:
-        tts = line.tts(voice="a voice of somebody's own")
-        await speak(tts, "First.")
-        line.server.behaviour.refuse_next = [503]
-        line.server.reset_all()
-        await line.server.wait_for(lambda s: len(s.connections) == 2)
-        while not xai_pool_patch.stats()["idle"]:
-            await asyncio.sleep(0)
-        line.server.behaviour.mute = True
-        turn = asyncio.create_task(speak(tts, "Second."))
-        await line.server.wait_for(lambda s: len(s.utterances) == 2)
-        line.server.behaviour.mute = False
-        assert (await turn).error is None
-        await tts.aclose()
-        found = points(reader)
-        assert found["connection.closed", "lost"].value == 2
-        assert found["connection.standby_failures", "503"].value == 1
-        assert found["utterance.replays", "no answer"].value == 1
-        text = str(found)
-        for secret in (API_KEY, "somebody", "api.x.ai"):
-            assert secret not in text
-    xai_pool_patch.uninstall()
-
-
-async def test_a_new_installation_is_observed_once_and_an_old_one_not(
-    reader: InMemoryMetricReader,
-) -> None:
-    """What was uninstalled is not kept alive, and reading does not fail."""
-    for _ in range(3):
-        xai_pool_patch.install()
-        xai_pool_patch.install()
-        async with line_to() as line:
-            tts = line.tts()
-            await speak(tts, "Hello.")
-            assert points(reader)["connection.count", "idle"].value == 1
-            installed = weakref.ref(registry())
-            xai_pool_patch.uninstall()
-            await line.server.wait_for(lambda s: s.open_count == 0)
-            del tts
-        gc.collect()
-        assert installed() is None
-        assert points(reader)["connection.count", "idle"].value == 0
-
-
-async def test_units_follow_the_semantic_conventions(
-    patched: None, reader: InMemoryMetricReader
-) -> None:
-    """Those for connection pools."""
-    async with line_to(quick(max_sessions=1)) as line:
-        tts = line.tts()
-        await speak(tts, "Hello.")
-        other = line.tts(voice="eve")
-        await speak(other, "Hello.")
-        await tts.aclose()
-        await other.aclose()
-    units = {i.name.removeprefix("xai_pool_patch."): i.unit for i in instruments(reader)}
-    assert units == {
-        "connection.count": "{connection}",
-        "connection.create_time": "s",
-        "connection.wait_time": "s",
-        "connection.closed": "{connection}",
-        "connection.rate_limited": "{dial}",
-        "pool.lean": "{pool}",
-    }
-
-
-async def test_a_workers_metrics_page_shows_them(
-    patched: None, reader: InMemoryMetricReader
-) -> None:
-    """With a Prometheus reader in the process, LiveKit's own /metrics does."""
-    async with line_to() as line:
-        tts = line.tts()
-        for number in range(3):
-            await speak(tts, f"Turn {number}.")
-        server = telemetry.http_server.HttpServer("127.0.0.1", 0)
-        await server.start()
-        url = f"http://127.0.0.1:{server.port}/metrics"
-        async with aiohttp.ClientSession() as http, http.get(url) as response:
-            page = await response.text()
-        await server.aclose()
-        await tts.aclose()
-    readme = Path(__file__).parents[2].joinpath("README.md").read_text()
-    promised = set(re.findall(r"xai_pool_patch_\w+", readme))
-    assert "xai_pool_patch_connection_wait_time_seconds_count" in promised
-    assert {name for name in promised if f"\n{name}{{" not in page} == set()
-    assert re.search(r'\nxai_pool_patch_connection_wait_time_seconds_count{.*reused="true"', page)
 
 
 async def test_a_wait_is_an_event_of_the_request_span(

@@ -1,7 +1,6 @@
-"""What one pool reports: one call an event, for the log, the statistics and the instruments.
+"""What one pool reports: one call an event, for the log, the statistics and the metrics.
 
-No call raises. Each counts, logs and measures in this order: a meter that raises costs no log
-record.
+No call raises.
 """
 
 from __future__ import annotations
@@ -10,12 +9,15 @@ import functools
 import math
 from typing import Any
 
-from . import instruments
+from . import metrics
 from .log import LogEvent, harmless, in_ms, log_event, status_of
 from .usage import Counters
 
-REUSED = {"reused": True}
-NOT_REUSED = {"reused": False}
+
+@harmless
+def failed_open() -> None:
+    """The package has a fault, and the plugin connects by itself from now on."""
+    metrics.FAILED_OPEN.count()
 
 
 class PoolMetrics:
@@ -35,20 +37,20 @@ class PoolMetrics:
     def reused(self) -> None:
         self.counters.count("connections_reused")
         self._log(LogEvent.REUSED)
-        instruments.wait_time.record(0.0, REUSED)
+        metrics.REUSED.count()
 
     @harmless
     def waited(self, seconds: float) -> None:
         self.counters.time("acquire_wait", seconds)
         self._log(LogEvent.WAITED, wait_ms=in_ms(seconds))
-        instruments.wait_time.record(seconds, NOT_REUSED)
+        metrics.WAITED.observe(seconds)
 
     @harmless
     def connected(self, handshake: float) -> None:
         self.counters.count("connections_made")
         self.counters.time("connect", handshake)
         self._log(LogEvent.CONNECTED, connect_ms=in_ms(handshake))
-        instruments.create_time.record(handshake)
+        metrics.CONNECTED.observe(handshake)
 
     @harmless
     def standby_failed(self, error: Exception, retry_in: float) -> None:
@@ -56,8 +58,7 @@ class PoolMetrics:
         self.counters.count("standby_failures")
         retry_in_s = None if retry_in == math.inf else round(retry_in, 1)
         self._log(LogEvent.STANDBY_FAILED, error=error, retry_in_s=retry_in_s)
-        kind = str(status_of(error) or type(error).__name__)
-        instruments.standby_failures.add(1, {"error.type": kind})
+        metrics.STANDBY_FAILURES.count(metrics.kind_of(status_of(error), error))
 
     @harmless
     def closed(self, reason: str, age: float, idle_for: float | None) -> None:
@@ -65,27 +66,34 @@ class PoolMetrics:
         self.counters.count(f"closed_{reason}")
         idle: dict[str, Any] = {} if idle_for is None else {"idle_s": round(idle_for, 1)}
         self._log(LogEvent.CLOSED, reason=reason, age_s=round(age, 1), **idle)
-        instruments.closed.add(1, {"reason": reason})
+        metrics.CLOSED.count(reason)
 
     @harmless
     def sign_used(self) -> None:
         """A caller that was expected has asked for a connection."""
         self.counters.count("signs_used")
+        metrics.EXPECTED.count("used")
 
     @harmless
     def sign_unused(self) -> None:
         """A caller that was expected has not asked for a connection."""
         self.counters.count("signs_unused")
+        metrics.EXPECTED.count("unused")
 
     @harmless
     def rate_limited(self) -> None:
         """The server refused a dial because it has too many sessions or requests."""
         self.counters.count("rate_limited")
-        instruments.rate_limited.add(1)
+        metrics.REFUSED.count()
+
+    @harmless
+    def on_demand(self, seconds: float, reason: str) -> None:
+        self._log(LogEvent.ON_DEMAND, for_s=round(seconds, 1), reason=reason)
 
     @harmless
     def cleared(self) -> None:
         self.counters.count("connections_cleared")
+        metrics.CLEARED.count()
         self._log(LogEvent.CLEARED)
 
     @harmless
@@ -93,14 +101,10 @@ class PoolMetrics:
         self._log(LogEvent.CLEARING_STOPPED, reason=reason)
 
     @harmless
-    def verifying_stopped(self, reason: str) -> None:
-        self._log(LogEvent.VERIFYING_STOPPED, reason=reason)
-
-    @harmless
     def replayed(self, waited: float, reason: str) -> None:
         self.counters.count("replays")
         self._log(LogEvent.REPLAYED, reason=reason, wait_ms=in_ms(waited))
-        instruments.replays.add(1, {"reason": reason})
+        metrics.REPLAYS.count(reason)
 
     @harmless
     def replay_failed(self, error: Exception, reason: str) -> None:

@@ -1,0 +1,323 @@
+"""Prometheus metrics, on the page that LiveKit's server shows at /metrics.
+
+`METRICS` is the table of them all. Each is at 0 for every value of its label from the start, so
+that `increase()` sees the first event.
+
+The numbers lie in memory, until the process may write them into `PROMETHEUS_MULTIPROC_DIR`. From
+there LiveKit's page collects those of all job processes. The files are this package's own:
+
+- `AgentServer.run` empties the directory after `install()`. What had been opened before would be
+  written into deleted files, and a file of prometheus_client may be shared with an application that
+  has opened it that early.
+- Without files of its own this package would depend on whether prometheus_client was imported
+  before the directory was named, which `AgentServer` may do by an argument.
+
+No gauge tells a momentary state: on that page it would stay for ever if its job was killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import multiprocessing.process
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client import values as stores
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
+
+from .log import LogEvent, harmless, log_event
+
+PREFIX = "xai_pool_patch_"
+DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+OTHER = "other"
+
+SECONDS = (0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
+"""Histogram buckets. A handshake takes about half a second, and at most ten."""
+
+
+class Number:
+    """One series, and where its value lies."""
+
+    __slots__ = ("labels", "name", "value")
+
+    def __init__(self, name: str, labels: dict[str, str]) -> None:
+        self.name = name
+        self.labels = labels
+        self.value: Any = stores.MutexValue(  # type: ignore[no-untyped-call]
+            None, None, name, None, None, None
+        )
+
+
+class Metric:
+    """One metric.
+
+    Args:
+        name: without `PREFIX`.
+        text: what the page says about it.
+        statistic: the keys of `stats()` that say the same; "" if there are none.
+        label: the name of its label; "" for none.
+        values: all values that the label may have. If `OTHER` is among them, it stands for any
+            other.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(
+        self, name: str, text: str, statistic: str, label: str = "", values: Sequence[str] = ("",)
+    ) -> None:
+        self.name = PREFIX + name
+        self.text = text
+        self.statistic = statistic
+        self.label = label
+        self.values = values
+        self.numbers: list[Number] = []
+
+    @property
+    def family(self) -> str:
+        """The name by which prometheus_client knows the metric."""
+        return self.name.removesuffix("_total")
+
+    def _labels(self, value: str) -> dict[str, str]:
+        return {self.label: value} if self.label else {}
+
+
+class Counter(Metric):
+    kind = "counter"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._by_value = {value: Number(self.name, self._labels(value)) for value in self.values}
+        self.numbers = list(self._by_value.values())
+
+    def count(self, value: str = "") -> None:
+        by_value = self._by_value
+        (by_value[value] if value in by_value else by_value[OTHER]).value.inc(1.0)
+
+
+class Histogram(Metric):
+    """A distribution of seconds. It has no label."""
+
+    kind = "histogram"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        bounds = [*map(str, SECONDS), "+Inf"]
+        self._sum = Number(f"{self.name}_sum", {})
+        self._buckets = [Number(f"{self.name}_bucket", {"le": bound}) for bound in bounds]
+        self.numbers = [self._sum, *self._buckets]
+
+    def observe(self, seconds: float) -> None:
+        self._sum.value.inc(seconds)
+        self._buckets[bisect.bisect_left(SECONDS, seconds)].value.inc(1.0)
+
+
+class Info(Metric):
+    """What is installed: 1 for what is, 0 for what was before."""
+
+    kind = "gauge"
+
+    def tell(self, labels: dict[str, str]) -> None:
+        self.withdraw()
+        number = next((each for each in self.numbers if each.labels == labels), None)
+        if number is None:
+            number = Number(self.name, labels)
+            self.numbers = [*self.numbers, number]
+        number.value.set(1.0)
+
+    def withdraw(self) -> None:
+        for number in self.numbers:
+            number.value.set(0.0)
+
+
+INFO = Info(
+    "info",
+    "1 if the plugin is patched, with the versions of this package, the plugin and livekit-agents",
+    "",
+    "version, plugin, agents",
+)
+REUSED = Counter(
+    "connections_reused_total",
+    "Utterances that found a connection ready",
+    "connections_reused",
+)
+WAITED = Histogram(
+    "connection_wait_seconds",
+    "Time that utterances waited for a connection, also to be replayed",
+    "acquire_wait_ms_total",
+)
+CONNECTED = Histogram(
+    "connect_seconds",
+    "Time that handshakes took; their count is that of the connections made",
+    "connections_made, connect_ms_total",
+)
+CLOSED = Counter(
+    "connections_closed_total",
+    "Connections taken out of the pool",
+    "closed_<reason>",
+    "reason",
+    ("interrupted", "lost", "failed", "expired", "surplus", "shutdown", OTHER),
+)
+CLEARED = Counter(
+    "connections_cleared_total",
+    "Interrupted connections that text.clear made clean",
+    "connections_cleared",
+)
+REFUSED = Counter(
+    "dials_refused_total",
+    "Dials that the server refused because it has too many sessions or requests",
+    "rate_limited",
+)
+STANDBY_FAILURES = Counter(
+    "standby_failures_total",
+    "Dials in the background that failed, by HTTP status or kind of error",
+    "standby_failures",
+    "error",
+    ("401", "403", "429", "4xx", "5xx", "timeout", "connection"),
+)
+EXPECTED = Counter(
+    "replies_expected_total",
+    "Replies for which a connection was made ready in advance, by whether they used one",
+    "signs_used, signs_unused",
+    "connection",
+    ("used", "unused"),
+)
+REPLAYS = Counter(
+    "replays_total",
+    "Utterances sent again over another connection, by what was wrong with the first",
+    "replays",
+    "reason",
+    ("ended by the peer", "no sign of life", OTHER),
+)
+FAILED_OPEN = Counter(
+    "failed_open_total",
+    "Faults of this package, after which the plugin connects by itself",
+    "",
+)
+
+METRICS: tuple[Metric, ...] = (
+    *(INFO, REUSED, WAITED, CONNECTED, CLOSED, CLEARED),
+    *(REFUSED, STANDBY_FAILURES, EXPECTED, REPLAYS, FAILED_OPEN),
+)
+
+
+def kind_of(status: int | None, error: Exception) -> str:
+    """The value of the label `error`: few, whatever an exception is called."""
+    if status is not None:
+        return str(status) if status in (401, 403, 429) else f"{min(max(status // 100, 4), 5)}xx"
+    is_timeout = isinstance(error, (TimeoutError, asyncio.TimeoutError))
+    return "timeout" if is_timeout else "connection"
+
+
+class _Collector(Collector):
+    """For a page that shows this process alone."""
+
+    def describe(self) -> Iterable[Family]:
+        return [Family(metric.family, metric.text, metric.kind) for metric in METRICS]
+
+    def collect(self) -> Iterable[Family]:
+        for metric, family in zip(METRICS, self.describe(), strict=True):
+            count = 0.0
+            for number in metric.numbers:
+                value = number.value.get()
+                if "le" in number.labels:
+                    value = count = count + value
+                family.add_sample(number.name, number.labels, value)
+            if metric.kind == "histogram":
+                family.add_sample(f"{metric.name}_count", {}, count)
+            yield family
+
+
+def _process() -> str:
+    """What the names of this process's files end in."""
+    return f"{os.getpid()}-xai"
+
+
+_lock = threading.Lock()
+_is_registered = False
+_file: Path | None = None
+"""One of the files that the numbers lie in."""
+_has_warned = False
+
+
+@harmless
+def install(versions: dict[str, str], registry: CollectorRegistry = REGISTRY) -> None:
+    """Show the metrics from now on. In a job process of LiveKit's, open its files."""
+    global _is_registered
+    INFO.tell(versions)
+    if not _is_registered:
+        _is_registered = True
+        try:
+            registry.register(_Collector())
+        except ValueError:
+            _warn("the application has registered metrics of the same names")
+    if multiprocessing.process.parent_process() is not None:
+        share()
+
+
+@harmless
+def uninstall() -> None:
+    INFO.withdraw()
+
+
+@harmless
+def share() -> None:
+    """Write the numbers into the directory that all processes share, if there is one.
+
+    Opening the files takes a thread of its own where an event loop runs.
+    """
+    if DIRECTORY not in os.environ:
+        return
+    if asyncio._get_running_loop() is None:
+        _share()
+    else:
+        threading.Thread(target=_share, name="xai_pool_patch.metrics", daemon=True).start()
+
+
+@harmless
+def _share() -> None:
+    global _file
+    with _lock:
+        file = Path(os.environ[DIRECTORY], f"counter_{_process()}.db")
+        if file == _file and file.exists():
+            return
+        try:
+            moves = _moves()
+        except OSError as error:
+            _warn(f"{DIRECTORY} cannot be used: {error.strerror}")
+            return
+        for number, value in moves:
+            # In this order, since other threads go on to count.
+            before, number.value = number.value, value
+            value.inc(before.get())
+        _file = file
+
+
+def _moves() -> list[tuple[Number, Any]]:
+    """Each number, and its new place in a file."""
+    place = stores.MultiProcessValue(_process)  # type: ignore[no-untyped-call]
+    return [
+        (
+            number,
+            place(
+                *(metric.kind, metric.family, number.name),
+                *(tuple(number.labels), tuple(number.labels.values())),
+                metric.text,
+                multiprocess_mode="max",
+            ),
+        )
+        for metric in METRICS
+        for number in metric.numbers
+    ]
+
+
+def _warn(reason: str) -> None:
+    global _has_warned
+    if not _has_warned:
+        _has_warned = True
+        log_event(LogEvent.METRICS_MISSING, reason=reason)
