@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import xai_pool_patch
-from tests.autojump import AutojumpLoop, real_time_loop
+from tests.clock import VirtualLoop, real_time_loop
+from xai_pool_patch.telemetry import log
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_asyncio_loop_factories(
     item: pytest.Item,
 ) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    return {"loop": real_time_loop if item.get_closest_marker("real_time") else AutojumpLoop}
+    return {"loop": real_time_loop if item.get_closest_marker("real_time") else VirtualLoop}
 
 
 def pytest_collection_finish() -> None:
@@ -68,6 +69,25 @@ def not_installed_afterwards() -> Iterator[None]:
 def a_machine_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No mark of another test, whose API key is the same, nor of whatever else runs here."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+
+
+class _CapLog(pytest.LogCaptureFixture):
+    """With what the running loop has yet to emit."""
+
+    @property
+    def records(self) -> list[logging.LogRecord]:
+        log.flush()
+        return super().records
+
+    def clear(self) -> None:
+        log.flush()
+        super().clear()
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.__class__ = _CapLog
+    return caplog
 
 
 class _Complaints(logging.Handler):
