@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class XaiPoolPatchError(Exception):
-    """Base of every error that `xai_pool_patch` raises on its own rate_limit.
+    """Base of every error that `xai_pool_patch` itself raises.
 
     Errors of the network are not among them: those reach the application as they would
     without the patch, as LiveKit's `APIConnectionError`, `APIStatusError` and so on.
@@ -16,11 +16,11 @@ class InvalidOptionError(XaiPoolPatchError, ValueError):
 
 
 class AlreadyInstalledError(XaiPoolPatchError, RuntimeError):
-    """`install()` was called again with other options. The message says how to change them."""
+    """`install()` was called again with other options. The message names those that differ."""
 
 
 class UnsupportedPluginError(XaiPoolPatchError, RuntimeError):
-    """The installed livekit-plugins-xai, or the Python, is not one this package can patch safely.
+    """The installed livekit-plugins-xai, its livekit-agents, or the Python is not supported.
 
     The message says what was found and what is supported.
     """

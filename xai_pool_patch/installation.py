@@ -7,11 +7,12 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
+from ._version import __version__
 from .errors import (
     AlreadyInstalledError,
     InvalidOptionError,
@@ -20,17 +21,20 @@ from .errors import (
 )
 from .options import PoolOptions
 from .python import check_python
-from .telemetry.log import LogEvent, log_event
+from .telemetry import announce
+from .telemetry.log import LogEvent, log_event, prepare
 from .telemetry.usage import Counters, PoolStats, Stats, stats_of
 
 if TYPE_CHECKING:
-    from .manager import Registry
     from .plugin.patching import Patch
+    from .registry import Registry
     from .sessions import Store
 
 OFF_SWITCH = "XAI_POOL_PATCH"
 REDIS_URL = "XAI_POOL_PATCH_REDIS_URL"
 """The variable with the URL of a Redis, if the option `redis_url` has none."""
+OFF = ("off", "0", "false", "no")
+"""The values that switch the patch off, in either case."""
 
 
 @dataclass(eq=False)
@@ -40,6 +44,7 @@ class Installation:
     options: PoolOptions
     version: str
     allow_unverified: bool
+    on_unsupported: str
     store: Store | None
     registry: Registry | None = None
     patches: list[Patch] = field(default_factory=list)
@@ -50,26 +55,39 @@ class Installation:
         Raises:
             UnsupportedPluginError: this plugin may not be patched.
         """
-        from .manager import Registry
-        from .plugin.releases import detect
+        from .plugin.releases import FRAMEWORK, detect, installed_version
         from .plugin.wrappers import patches_for
+        from .registry import Registry
+        from .telemetry import metrics
 
         shape = detect(module, self.version, allow_unverified=self.allow_unverified)
         self.registry = Registry(self.options, self.store)
         try:
-            for patch in patches_for(module, shape, self.registry):
+            patches, asking = patches_for(module, shape, self.registry)
+            for patch in patches:
                 patch.apply()
                 self.patches.append(patch)
+            asking.patched()
         except BaseException:
             self.undo()
             raise
-        log_event(LogEvent.INSTALLED, plugin=self.version, shape=shape.value)
+        agents = installed_version(FRAMEWORK)
+        metrics.install({"version": __version__, "plugin": self.version, "agents": agents})
+        announce.announce(
+            LogEvent.INSTALLED,
+            plugin=self.version,
+            agents=agents,
+            shape=shape.value,
+            options=announce.changed(self.options),
+        )
 
     def on_import(self, module: ModuleType) -> None:
         """Patch the plugin when it has been imported.
 
-        An exception from here would make the plugin's import fail, and the application would lose
-        its agent over a speed-up. So a problem is logged, and the plugin stays as it is.
+        `install()` has checked the files, so only a plugin that was changed while it was imported,
+        or whose files cannot be read, is refused here. An exception would make the plugin's import
+        fail, and the application would lose its agent over a speed-up. So a problem is logged, and
+        the plugin stays as it is.
         """
         global _installation
         with _lock:
@@ -79,14 +97,19 @@ class Installation:
                 self.apply(module)
             except XaiPoolPatchError as error:
                 _installation = None
-                log_event(LogEvent.REFUSED, level=logging.ERROR, reason=str(error))
+                is_expected = self.on_unsupported == "skip"
+                level = LogEvent.REFUSED.level if is_expected else logging.ERROR
+                announce.announce(LogEvent.REFUSED, level=level, reason=str(error))
             except Exception as fault:
                 _installation = None
                 log_event(LogEvent.FAULT, operation="install", error=fault)
 
     def undo(self) -> None:
         """Undo everything, in reverse order. An exception of one step comes after the last step."""
+        from .telemetry import metrics
+
         with contextlib.ExitStack() as steps:
+            steps.callback(metrics.uninstall)
             if self.registry is not None:
                 steps.callback(self.registry.close)
             for patch in self.patches:
@@ -107,19 +130,22 @@ def install(
     """Make every TTS of livekit-plugins-xai in this process take its connections from a pool.
 
     Call it before or after the plugin is imported; it does not import the plugin. A second call
-    with the same options does nothing. With `XAI_POOL_PATCH=off` in the environment, `install()`
-    only logs that it is switched off.
+    with the same options does nothing. With `XAI_POOL_PATCH=off` in the environment (or `0`,
+    `false`, `no`), `install()` only logs that it is switched off; if a parent process has installed
+    the patch, it uninstalls it.
 
     Args:
         options: how the pool behaves; the defaults suit one conversation per TTS.
-        allow_unverified: accept a version of the plugin or of livekit-agents that is not among the
-            verified ones, if everything that is wrapped or relied on looks the same.
-        on_unsupported: what to do if the plugin or the Python is not supported: `"raise"`, or
-            `"skip"` to log a warning and leave the plugin as it is. With `"skip"`, a Redis URL that
-            cannot be used is a warning, too, and the pools keep nothing between replies.
+        allow_unverified: accept a version of the plugin that is not among the verified ones, if
+            everything that is wrapped or relied on looks the same.
+        on_unsupported: what to do if the plugin, livekit-agents or the Python is not supported:
+            `"raise"`, or `"skip"` to log a warning and leave the plugin as it is. With `"skip"`, a
+            Redis URL that cannot be used is a warning, too, and the pools keep nothing between
+            replies.
 
     Raises:
-        UnsupportedPluginError: the plugin is missing, or it or the Python is not supported.
+        UnsupportedPluginError: the plugin is missing, or it, livekit-agents or the Python is not
+            supported. What the files of a plugin do not show before its import is logged instead.
         AlreadyInstalledError: the patch is installed with other options.
         InvalidOptionError: an argument has a wrong type or value.
     """
@@ -135,8 +161,10 @@ def install(
 def _install(options: PoolOptions | None, allow_unverified: bool, on_unsupported: str) -> None:
     global _installation
     options = _checked(options, allow_unverified, on_unsupported)
+    prepare()
     if is_switched_off():
-        log_event(LogEvent.SWITCHED_OFF, variable=OFF_SWITCH)
+        uninstall()  # a parent process, or a preload, may have installed it
+        announce.announce(LogEvent.SWITCHED_OFF, variable=OFF_SWITCH)
         return
     with _lock:
         if _installation is not None:
@@ -144,11 +172,11 @@ def _install(options: PoolOptions | None, allow_unverified: bool, on_unsupported
             return
         try:
             store = _store(options, on_unsupported)
-            _installation = _prepare(options, allow_unverified, store)
+            _installation = _prepare(options, allow_unverified, on_unsupported, store)
         except UnsupportedPluginError as error:
             if on_unsupported == "raise":
                 raise
-            log_event(LogEvent.REFUSED, reason=str(error))
+            announce.announce(LogEvent.REFUSED, reason=str(error))
 
 
 def uninstall() -> None:
@@ -170,12 +198,36 @@ def uninstall() -> None:
             installation.undo()
         except Exception as fault:
             log_event(LogEvent.FAULT, operation="uninstall", error=fault)
+    announce.withdraw()
     log_event(LogEvent.UNINSTALLED)
+
+
+@contextlib.contextmanager
+def renewed(**changes: Any) -> Iterator[None]:
+    """Install what is installed anew with changed options; at the end, with those it had before.
+
+    For tests. Without an installation this does nothing at the beginning. What is installed
+    meanwhile is renewed at the end, too.
+    """
+    before = _installation
+    if before is not None:
+        _reinstall(before, replace(before.options, **changes))
+    try:
+        yield
+    finally:
+        after = _installation
+        if after is not None:
+            _reinstall(after, (before or after).options)
+
+
+def _reinstall(installation: Installation, options: PoolOptions) -> None:
+    uninstall()
+    _install(options, installation.allow_unverified, installation.on_unsupported)
 
 
 def is_switched_off() -> bool:
     """Whether the environment switches the patch off."""
-    return os.environ.get(OFF_SWITCH, "").strip().lower() == "off"
+    return os.environ.get(OFF_SWITCH, "").strip().lower() in OFF
 
 
 def is_installed() -> bool:
@@ -227,19 +279,32 @@ def _checked(
 def _check_same(installed: PoolOptions, wanted: PoolOptions) -> None:
     if wanted != installed:
         raise AlreadyInstalledError(
-            f"already installed with {installed}; to change that to {wanted},"
-            " call uninstall() first, or install() only once"
+            f"already installed with {_differences(installed, wanted)}; to change that, call"
+            " uninstall() first, or install() only once"
         )
 
 
-def _prepare(options: PoolOptions, allow_unverified: bool, store: Store | None) -> Installation:
-    from .plugin.releases import check_version, imported_plugin, installed_version
+def _differences(installed: PoolOptions, wanted: PoolOptions) -> str:
+    found = []
+    for option in fields(PoolOptions):
+        one, other = getattr(installed, option.name), getattr(wanted, option.name)
+        if one != other and option.repr:
+            found.append(f"{option.name}={one!r}, not {other!r}")
+        elif one != other:  # a URL may contain a password
+            found.append(f"another {option.name}")
+    return "; ".join(found)
+
+
+def _prepare(
+    options: PoolOptions, allow_unverified: bool, on_unsupported: str, store: Store | None
+) -> Installation:
+    from .plugin.releases import check_files, imported_plugin, installed_version
 
     check_python()
     version = installed_version()
-    installation = Installation(options, version, allow_unverified, store)
+    installation = Installation(options, version, allow_unverified, on_unsupported, store)
     if imported_plugin() is None:
-        check_version(version, allow_unverified=allow_unverified)
+        check_files(version, allow_unverified=allow_unverified)
         _hook_import(installation.on_import)
     # Again, since another thread's import may have ended after the first look and before the hook
     # was in place. Nothing would patch that plugin.

@@ -7,6 +7,7 @@ import importlib.metadata
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from tests.kit import (
     VERSION,
     Heard,
     all_closed,
+    event_of,
     line_to,
     quick,
     registry,
@@ -38,14 +40,14 @@ from xai_pool_patch import (
     PoolOptions,
     UnsupportedPluginError,
     installation,
-    manager,
 )
-from xai_pool_patch.plugin import patching, releases
-from xai_pool_patch.plugin.connector import key_of
+from xai_pool_patch import registry as registry_of
+from xai_pool_patch.plugin import looks, patching, releases, wrappers
+from xai_pool_patch.protocol.request import Request
 from xai_pool_patch.testing import End
 
 CLASSES = (plugin_module.TTS, plugin_module.SynthesizeStream, AgentSession)
-STEPS = 6 if HAS_NATIVE_POOL else 9
+STEPS = 6 if HAS_NATIVE_POOL else 8
 """Of uninstall(): so many attributes are patched, and then there are the pools."""
 
 
@@ -78,10 +80,21 @@ def test_a_second_install_with_the_same_options_changes_nothing() -> None:
 
 
 def test_a_second_install_with_other_options_raises(patched: None) -> None:
-    """The error says what to do, and the first installation stays."""
-    with pytest.raises(AlreadyInstalledError, match=r"max_age=600.*call uninstall\(\) first"):
-        xai_pool_patch.install(PoolOptions(max_age=600))
+    """The error names what differs and says what to do, and the first installation stays."""
+    with pytest.raises(AlreadyInstalledError) as refusal:
+        xai_pool_patch.install(PoolOptions(max_age=600, heartbeat=5))
+    assert str(refusal.value) == (
+        f"already installed with max_age={PoolOptions().max_age}, not 600; heartbeat=20.0, not 5;"
+        " to change that, call uninstall() first, or install() only once"
+    )
     assert xai_pool_patch.is_installed()
+
+
+def test_what_differs_is_named_without_a_password(patched: None) -> None:
+    """A URL may contain one."""
+    with pytest.raises(AlreadyInstalledError, match="with another redis_url;") as refusal:
+        xai_pool_patch.install(PoolOptions(redis_url="redis://user:secret@localhost"))
+    assert "secret" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +111,7 @@ def test_wrong_arguments_are_named(kwargs: dict[str, Any], message: str) -> None
         xai_pool_patch.install(**kwargs)
 
 
-@pytest.mark.parametrize("value", ["off", "OFF", " off "])
+@pytest.mark.parametrize("value", ["off", "OFF", " off ", "0", "false", "False", "no"])
 def test_the_environment_variable_switches_the_patch_off(
     value: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -109,13 +122,48 @@ def test_the_environment_variable_switches_the_patch_off(
     assert plugin_as_it_is() == before
     assert not xai_pool_patch.is_installed()
     [record] = caplog.records
-    assert record.getMessage() == "switched off by XAI_POOL_PATCH"
+    assert event_of(record) == "switched off by XAI_POOL_PATCH"
+
+
+@pytest.mark.parametrize("value", ["", "on", "1", "true", "offline"])
+def test_no_other_value_switches_it_off(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody may use the variable for what he believes it to be."""
+    monkeypatch.setenv("XAI_POOL_PATCH", value)
+    xai_pool_patch.install()
+    assert xai_pool_patch.is_installed()
+    xai_pool_patch.uninstall()
+
+
+def test_a_patch_that_a_parent_process_installed_is_switched_off(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the next install(). The log, is_installed() and the plugin agree."""
+    before = plugin_as_it_is()
+    xai_pool_patch.install()
+    monkeypatch.setenv("XAI_POOL_PATCH", "off")
+    xai_pool_patch.install()
+    assert event_of(caplog.records[-1]) == "switched off by XAI_POOL_PATCH"
+    assert not xai_pool_patch.is_installed()
+    assert plugin_as_it_is() == before
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
+    """Let the metadata say other versions, by the distribution's last word. None: no metadata."""
+    version_of = importlib.metadata.version
+
+    def pretended(name: str) -> str:
+        version = versions.get(name.rpartition("-")[2], version_of(name))
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", pretended)
 
 
 @pytest.fixture(params=["1.5.1", "1.8.10", "1.9.0", "2.0.0", f"{VERSION}+local"])
 def unverified(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A version that is not in the table, with the look of one that is."""
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: request.param)
+    pretend(monkeypatch, xai=request.param)
     return str(request.param)
 
 
@@ -149,43 +197,145 @@ def test_on_unsupported_skip_logs_and_leaves_the_plugin_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A5: for agents that must start with whatever plugin there is."""
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9.9")
+    pretend(monkeypatch, xai="9.9.9")
     before = plugin_as_it_is()
     xai_pool_patch.install(on_unsupported="skip")
     assert plugin_as_it_is() == before
     assert not xai_pool_patch.is_installed()
     [record] = caplog.records
-    assert (record.getMessage(), record.levelno) == ("refused", logging.WARNING)
+    assert (event_of(record), record.levelno) == ("plugin not supported", logging.WARNING)
     assert "9.9.9" in record.xai_pool_reason  # type: ignore[attr-defined]
 
 
-def test_an_unverified_version_of_livekit_agents_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("version", ["1.5.0", "1.8.10", "1.9.0rc1", "1.99.0"])
+def test_any_version_of_livekit_agents_that_looks_the_same_is_accepted(
+    version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A5: pip installs it beside any plugin."""
-    version_of = importlib.metadata.version
-    newer = {"livekit-agents": "1.9.0"}
-    monkeypatch.setattr(importlib.metadata, "version", lambda n: newer.get(n) or version_of(n))
-    before = plugin_as_it_is()
-    refused = re.escape("found livekit-agents 1.9.0; verified are 1.5.2 to 1.8.9.")
-    with pytest.raises(UnsupportedPluginError, match=refused):
-        xai_pool_patch.install()
-    with pytest.raises(UnsupportedPluginError, match=refused):
-        releases.check_version(VERSION, allow_unverified=False)  # the plugin is not imported yet
-    assert plugin_as_it_is() == before
-    xai_pool_patch.install(allow_unverified=True)
-    assert plugin_as_it_is() != before
+    """A5: pip installs the newest one beside a plugin that is pinned."""
+    pretend(monkeypatch, agents=version)
+    xai_pool_patch.install()
+    assert hasattr(xai.TTS.aclose, "__wrapped__")
     xai_pool_patch.uninstall()
+    releases.check_files(VERSION, allow_unverified=False)  # as before the import
+
+
+@pytest.mark.parametrize("allow_unverified", [False, True])
+def test_the_next_major_version_of_livekit_agents_is_refused(
+    allow_unverified: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A5: whatever it looks like."""
+    pretend(monkeypatch, agents="2.0.0b1")
+    before = plugin_as_it_is()
+    with pytest.raises(UnsupportedPluginError, match=r"livekit-agents 2\.0\.0b1.*not below 2"):
+        xai_pool_patch.install(allow_unverified=allow_unverified)
+    assert plugin_as_it_is() == before
+
+
+class _OtherStream:
+    """A `ChunkedStream` that knows no such metrics."""
+
+    def __init__(self) -> None: ...
+
+    def _run(self, output_emitter: Any) -> None: ...
+
+
+@pytest.mark.parametrize("allow_unverified", [False, True])
+def test_livekit_agents_that_look_different_are_refused(
+    allow_unverified: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A5: one error names all that differs; allow_unverified is for the plugin."""
+    before = plugin_as_it_is()
+    monkeypatch.setattr("livekit.agents.tts.ChunkedStream", _OtherStream)
+    monkeypatch.delattr("livekit.agents.get_job_context")
+    with pytest.raises(UnsupportedPluginError) as refusal:
+        xai_pool_patch.install(allow_unverified=allow_unverified)
+    for named in (
+        f"found livekit-agents {importlib.metadata.version('livekit-agents')}, which differs",
+        "ChunkedStream.__init__ does not use _acquire_time, _connection_reused;",
+        "ChunkedStream._run is not a coroutine function",
+        "get_job_context is missing",
+    ):
+        assert named in str(refusal.value)
+    assert plugin_as_it_is() == before
+
+
+@pytest.mark.skipif(not HAS_NATIVE_POOL, reason="this plugin does not use it")
+def test_another_native_pool_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A5: the plugin's pool is a class of livekit-agents."""
+    monkeypatch.delattr("livekit.agents.utils.ConnectionPool._drain_to_close")
+    with pytest.raises(UnsupportedPluginError, match=r"ConnectionPool\._drain_to_close is missing"):
+        xai_pool_patch.install()
 
 
 def test_a_missing_plugin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A5: the error says that it is not installed."""
-
-    def missing(name: str) -> str:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", missing)
+    pretend(monkeypatch, xai=None)
+    monkeypatch.setitem(releases.PACKAGES, releases.DISTRIBUTION, "livekit.plugins.absent")
     with pytest.raises(UnsupportedPluginError, match="livekit-plugins-xai is not installed"):
+        xai_pool_patch.install()
+
+
+@pytest.mark.parametrize("said_by", ["the package", "its module"])
+def test_a_plugin_without_metadata_says_its_version(
+    said_by: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a frozen application. It is no reason to refuse it, nor livekit-agents."""
+    caplog.set_level("INFO")
+    pretend(monkeypatch, xai=None, agents=None)
+    if said_by == "its module":
+        monkeypatch.delattr(xai, "__version__")
+    xai_pool_patch.install()
+    assert vars(caplog.records[-1])["xai_pool_plugin"] == VERSION
+    xai_pool_patch.uninstall()
+
+
+def test_install_before_the_import_without_metadata() -> None:
+    """The version is in the files, too."""
+    done = python(
+        "import importlib.metadata as metadata\n"
+        "version_of = metadata.version\n"
+        "def version(name):\n"
+        "    if name.startswith('livekit-'):\n"
+        "        raise metadata.PackageNotFoundError(name)\n"
+        "    return version_of(name)\n"
+        "metadata.version = version\n"
+        "import xai_pool_patch\n"
+        "xai_pool_patch.install()\n"
+        "from livekit.plugins import xai\n"
+        "assert hasattr(xai.TTS.aclose, '__wrapped__'), 'not patched'\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+class _Broken:
+    """A finder that raises, as those of some frozen applications do for what they do not know."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        raise OSError(name)
+
+
+def test_files_that_cannot_be_read_are_checked_at_the_import(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only the version is known before it."""
+    for name in [name for name in sys.modules if name.startswith("livekit.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [_Broken()])
+    assert looks.code_of(releases.MODULE) is None
+    releases.check_files(VERSION, allow_unverified=False)
+    releases.check_files("1.8.99", allow_unverified=True)
+    with pytest.raises(UnsupportedPluginError, match=r"found livekit-plugins-xai 1\.8\.99;"):
+        releases.check_files("1.8.99", allow_unverified=False)
+
+
+def test_a_plugin_that_does_not_say_its_version_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The error says that it is the metadata that are missing, and what to do."""
+    pretend(monkeypatch, xai=None)
+    monkeypatch.delattr(xai, "__version__")
+    monkeypatch.setattr(releases, "code_of", lambda name: None)
+    with pytest.raises(UnsupportedPluginError, match=r"metadata are missing.*--copy-metadata"):
         xai_pool_patch.install()
 
 
@@ -202,7 +352,7 @@ def test_an_unsupported_python_is_refused(
         xai_pool_patch.install(allow_unverified=allow_unverified)
     xai_pool_patch.install(allow_unverified=allow_unverified, on_unsupported="skip")
     [record] = caplog.records
-    assert (record.getMessage(), record.levelno) == ("refused", logging.WARNING)
+    assert (event_of(record), record.levelno) == ("plugin not supported", logging.WARNING)
     assert vars(record)["xai_pool_reason"] == reason
     assert plugin_as_it_is() == before
 
@@ -256,10 +406,14 @@ def test_an_edited_plugin_is_refused(owner: str, name: str, function: Any, named
 
 
 @pytest.mark.parametrize("shape", [shape for shape in releases.Shape if shape is not SHAPE])
-def test_no_shape_passes_for_another(shape: releases.Shape) -> None:
-    """However much they have in common."""
-    assert releases.differences(plugin_module, SHAPE) == []
-    assert releases.differences(plugin_module, shape) != []
+@pytest.mark.parametrize("seen", ["imported", "in its file"])
+def test_no_shape_passes_for_another(shape: releases.Shape, seen: str) -> None:
+    """However much they have in common, before the import as after it."""
+    code = looks.code_of(releases.MODULE)
+    assert code is not None
+    view = looks.Imported(plugin_module) if seen == "imported" else looks.InFile(code)
+    assert releases.differences(view, SHAPE) == []
+    assert releases.differences(view, shape) != []
 
 
 def test_an_empty_module_is_refused() -> None:
@@ -278,7 +432,7 @@ def test_an_install_that_fails_half_way_is_rolled_back(
 ) -> None:
     """A1, A4: all of the plugin is patched or nothing, and the agent starts in any case."""
     before = plugin_as_it_is()
-    wrap, calls = wrapt.FunctionWrapper, []
+    wrap, calls = wrappers.Wrapper, []
 
     def fail_at_the_second(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
@@ -286,7 +440,7 @@ def test_an_install_that_fails_half_way_is_rolled_back(
             raise RuntimeError("no")
         return wrap(*args, **kwargs)
 
-    monkeypatch.setattr(wrapt, "FunctionWrapper", fail_at_the_second)
+    monkeypatch.setattr(wrappers, "Wrapper", fail_at_the_second)
     xai_pool_patch.install()
     assert faults(caplog) == ["install"]
     assert plugin_as_it_is() == before
@@ -299,7 +453,7 @@ async def test_an_uninstall_that_fails_half_way_finishes(
 ) -> None:
     """A1: each step runs, whatever another raises, and the fault is logged after the last one."""
     before = plugin_as_it_is()
-    undo, close, steps = patching.Patch.undo, manager.Registry.close, []
+    undo, close, steps = patching.Patch.undo, registry_of.Registry.close, []
 
     def counted(step: Any) -> Any:
         def take(of: Any) -> None:
@@ -315,7 +469,7 @@ async def test_an_uninstall_that_fails_half_way_finishes(
         tts = line.tts()
         await speak(tts, "Hello.")
         monkeypatch.setattr(patching.Patch, "undo", counted(undo))
-        monkeypatch.setattr(manager.Registry, "close", counted(close))
+        monkeypatch.setattr(registry_of.Registry, "close", counted(close))
         xai_pool_patch.uninstall()
         assert faults(caplog) == ["uninstall"]
         assert len(steps) == STEPS
@@ -419,7 +573,8 @@ async def test_a_foreign_wrapper_of_connect_is_called_for_every_dial(when: str) 
         wrapped = xai.TTS._connect_ws
         xai.TTS._connect_ws = theirs  # type: ignore[method-assign]
         xai_pool_patch.install()
-        assert await connections_of_two_turns() == 1
+        is_pooled = HAS_NATIVE_POOL or when == "after"
+        assert await connections_of_two_turns() == (1 if is_pooled else 2)
         assert len(calls) >= 1
         xai_pool_patch.uninstall()
         assert vars(xai.TTS)["_connect_ws"] is theirs
@@ -494,20 +649,17 @@ async def test_a_dial_under_way_serves_its_turn_after_uninstall() -> None:
 
 
 async def test_a_pool_made_during_an_uninstall_closes_by_itself() -> None:
-    """A1: uninstall() has not seen its loop, so nobody else would close it."""
-
-    async def dial(timeout: float) -> Any:
-        raise AssertionError("a connection that nobody would close")
-
+    """A1: uninstall() has not seen its loop, so nothing else would close it."""
     async with line_to() as line:
         xai_pool_patch.install()
         late = registry()
         xai_pool_patch.uninstall()
-        tts = line.tts()
-        pool = late.here().register(tts, key_of(tts, tts._opts), lambda: dial)
+        request = Request(line.http, ("wss://api.x.ai/v1/tts",), {}, max_age=540.0)
+        pool = late.here().register(line.tts(), request)
         assert not pool.is_closed
         await asyncio.sleep(0)
         assert pool.is_closed
+        assert line.server.handshakes == []
 
 
 def test_prewarm_without_an_event_loop_does_nothing(patched: None) -> None:
@@ -521,7 +673,7 @@ async def test_prewarm_outside_of_a_job_is_logged_and_skipped(
     """There is no HTTP session to dial with."""
     caplog.set_level("DEBUG")
     xai.TTS(api_key="key").prewarm()
-    [record] = [r for r in caplog.records if r.getMessage() == "prewarm skipped"]
+    [record] = [r for r in caplog.records if event_of(r) == "prewarm skipped"]
     assert record.xai_pool_reason == "there is no HTTP session outside a job"  # type: ignore[attr-defined]
 
 
@@ -547,7 +699,7 @@ def test_install_before_the_import_patches_the_plugin_when_it_is_imported() -> N
     done = python(
         "import sys, xai_pool_patch\n"
         "xai_pool_patch.install()\n"
-        "heavy = ('livekit', 'aiohttp', 'opentelemetry', 'structlog')\n"
+        "heavy = ('livekit.agents', 'livekit.plugins.', 'aiohttp', 'opentelemetry')\n"
         "assert not [name for name in sys.modules if name.startswith(heavy)], 'imported'\n"
         "from livekit.plugins import xai\n"
         "assert hasattr(xai.TTS.aclose, '__wrapped__'), 'not patched'\n"
@@ -637,20 +789,115 @@ def test_uninstall_before_the_import_leaves_the_plugin_alone() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_an_unsupported_plugin_can_still_be_imported() -> None:
-    """The agent runs; the log says why the patch does not."""
+ORDERS = {
+    "install() first": "xai_pool_patch.install({arguments})\nfrom livekit.plugins import xai",
+    "the import first": "from livekit.plugins import xai\nxai_pool_patch.install({arguments})",
+}
+IN_THIS_ORDER = """
+import logging, xai_pool_patch
+logging.basicConfig(format='%(name)s %(levelname)s %(message)s %(xai_pool_reason)s')
+{order}
+print(hasattr(xai.TTS.aclose, '__wrapped__'), xai_pool_patch.is_installed())
+"""
+
+
+def copy_of(package: str, folder: Path, *, version: str | None = None) -> Path:
+    """A copy of a package of LiveKit's that is found before the installed one."""
+    copy = folder / package.replace(".", "/")
+    [source] = __import__(package, fromlist=["__path__"]).__path__
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__", "resources"))
+    distribution = {"livekit.agents": "livekit_agents"}.get(package, "livekit_plugins_xai")
+    if version is not None:
+        info = folder / f"{distribution}-{version}.dist-info"
+        info.mkdir()
+        metadata = f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
+        (info / "METADATA").write_text(metadata)
+    return copy
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+
+
+def in_order(order: str, arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    code = IN_THIS_ORDER.format(order=ORDERS[order].format(arguments=arguments))
+    paths = [str(folder), *filter(None, sys.path)]
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.fixture(params=["edited plugin", "unverified plugin", "other livekit-agents"])
+def unsupported(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str]:
+    """Files that the patch refuses, and what it says of them."""
+    if request.param == "edited plugin":
+        copy = copy_of("livekit.plugins.xai", tmp_path)
+        edit(copy / "tts.py", "def _close_ws(self", "def _close_it(self")
+        return tmp_path, "TTS._close_ws is missing"
+    if request.param == "unverified plugin":
+        copy_of("livekit.plugins.xai", tmp_path, version="1.8.99")
+        return tmp_path, f"found livekit-plugins-xai 1.8.99; verified are {releases.SUPPORTED}"
+    copy = copy_of("livekit.agents", tmp_path, version="1.8.99")
+    edit(copy / "tts/tts.py", "self._acquire_time: float = 0.0", "pass")
+    return tmp_path, "ChunkedStream.__init__ does not use _acquire_time"
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_is_refused_is_refused_in_either_order(
+    order: str, unsupported: tuple[Path, str]
+) -> None:
+    """A5: install() raises the same error, whether or not the plugin is imported yet."""
+    folder, reason = unsupported
+    done = in_order(order, "", folder)
+    assert done.returncode == 1
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("xai_pool_patch.errors.UnsupportedPluginError: ")
+    assert reason in error
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_is_skipped_is_skipped_in_either_order(
+    order: str, unsupported: tuple[Path, str]
+) -> None:
+    """A5: one warning, and the plugin can be imported."""
+    folder, reason = unsupported
+    done = in_order(order, "on_unsupported='skip'", folder)
+    assert done.stdout == "False False\n", done.stderr
+    [line] = done.stderr.splitlines()
+    assert line.startswith("xai_pool_patch WARNING plugin not supported")
+    assert reason in line
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_newer_livekit_agents_beside_a_pinned_plugin(order: str, tmp_path: Path) -> None:
+    """A5: the patch is installed in either order."""
+    copy_of("livekit.agents", tmp_path, version="1.99.0")
+    done = in_order(order, "", tmp_path)
+    assert done.stdout == "True True\n", done.stderr
+
+
+@pytest.mark.parametrize(("on_unsupported", "level"), [("raise", "ERROR"), ("skip", "WARNING")])
+def test_a_plugin_that_changes_at_its_import_can_still_be_imported(
+    on_unsupported: str, level: str
+) -> None:
+    """What no file shows. The agent runs; the log says why the patch does not."""
     done = python(
         "import logging, xai_pool_patch, xai_pool_patch.plugin.releases as plugin\n"
         "logging.basicConfig(format='%(name)s %(levelname)s %(message)s %(xai_pool_reason)s')\n"
-        "xai_pool_patch.install()\n"
-        "missing = plugin._Method('TTS', 'missing')\n"
+        f"xai_pool_patch.install(on_unsupported={on_unsupported!r})\n"
+        "missing = plugin.Method('TTS', 'missing')\n"
         "plugin._METHODS.update(dict.fromkeys(plugin.Shape, [missing]))\n"
         "from livekit.plugins import xai\n"
         "assert not hasattr(xai.TTS.aclose, '__wrapped__')\n"
         "assert not xai_pool_patch.is_installed()\n"
     )
     assert done.returncode == 0, done.stderr
-    assert "xai_pool_patch ERROR refused" in done.stderr
+    assert f"xai_pool_patch {level} plugin not supported" in done.stderr
     assert "TTS.missing is missing" in done.stderr
 
 

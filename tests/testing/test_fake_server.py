@@ -9,7 +9,8 @@ import gc
 import json
 import socket
 import sys
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import aiohttp
@@ -909,7 +910,58 @@ class TestWaiting:
                 await client.server.wait_for(lambda server: server.open_count == 2, timeout=0.05)
 
 
+class TestLoop:
+    """A server whose loop does not run answers nobody; who uses it hears so at once."""
+
+    @pytest.fixture
+    def elsewhere(self) -> Iterator[tuple[FakeServer, asyncio.AbstractEventLoop]]:
+        """A server that a fixture of another scope has started, and its loop."""
+        loop, server = asyncio.new_event_loop(), FakeServer()
+        starting = threading.Thread(target=loop.run_until_complete, args=(server.__aenter__(),))
+        starting.start()
+        starting.join()
+        yield server, loop
+        stopping = server.__aexit__(None, None, None)
+        ending = threading.Thread(target=loop.run_until_complete, args=(stopping,))
+        ending.start()
+        ending.join()
+        loop.close()
+
+    async def test_a_session_of_another_loop(self, elsewhere: Any) -> None:
+        """Is not made. The error says what to do."""
+        server, _ = elsewhere
+        with pytest.raises(RuntimeError, match=r"started in another event loop.*loop_scope"):
+            server.client_session()
+        with pytest.raises(RuntimeError, match="started in another event loop"):
+            await server.wait_for(lambda server: server.handshakes)
+
+    async def test_a_dial_in_another_loop(self, elsewhere: Any) -> None:
+        """A session that was made while the loop ran, as in the same fixture, dials in vain."""
+        server, loop = elsewhere
+        loop.is_running = lambda: True
+        async with server.client_session() as http:
+            del loop.is_running
+            with pytest.raises(RuntimeError, match="started in another event loop"):
+                await asyncio.wait_for(http.ws_connect(server.url), timeout=5.0)
+
+    async def test_before_its_start(self) -> None:
+        """It has no port yet."""
+        with pytest.raises(RuntimeError, match="does not run: async with FakeServer"):
+            FakeServer().client_session()
+
+
 class TestExit:
+    @pytest.mark.parametrize("steps", range(8))
+    @pytest.mark.parametrize("round_trip", [0.0, 0.02])
+    async def test_a_moment_after_the_client(self, round_trip: float, steps: int) -> None:
+        """The client's session has closed, as at the end of a test that fails."""
+        async with FakeServer(round_trip=round_trip) as server:
+            async with server.client_session() as http:
+                await http.ws_connect(server.url, headers={"Authorization": f"Bearer {KEY}"})
+            for _ in range(steps):
+                await asyncio.sleep(0)
+        assert server.open_count == 0
+
     @pytest.mark.parametrize("round_trip", [0.0, 0.02])
     async def test_leaves_nothing(self, round_trip: float) -> None:
         """No task and no socket, whatever the clients were doing, and without delay."""

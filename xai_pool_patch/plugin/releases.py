@@ -1,6 +1,8 @@
 """Detects the shape of the installed plugin from its version and its code, or refuses it.
 
-This module patches nothing and imports nothing of the plugin.
+The plugin is accepted by its version and its shape, livekit-agents by its shape alone: pip installs
+any release of it beside a plugin that is pinned. This module patches nothing and imports nothing of
+the two.
 """
 
 from __future__ import annotations
@@ -8,18 +10,22 @@ from __future__ import annotations
 import enum
 import hashlib
 import importlib.metadata
-import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 from ..errors import UnsupportedPluginError
+from .looks import Imported, InFile, Method, View, code_of, find
 
 DISTRIBUTION = "livekit-plugins-xai"
 FRAMEWORK = "livekit-agents"
-"""LiveKit releases it together with the plugin, under the same numbers."""
 MODULE = "livekit.plugins.xai.tts"
+PACKAGES = {DISTRIBUTION: "livekit.plugins.xai", FRAMEWORK: "livekit.agents"}
+"""The package of each distribution. It has a `__version__`, and a module `version` that sets it."""
+NEXT_MAJOR = 2
+"""Of livekit-agents: xai_pool_patch requires a version below it."""
 SESSION_MODULE = "livekit.agents.voice.agent_session"
 
 
@@ -89,33 +95,6 @@ def release_of(version: str) -> Release | None:
     return next((release for release in RELEASES if version in release.versions), None)
 
 
-@dataclass(frozen=True)
-class _Method:
-    """What a method must look like that the patch wraps or relies on."""
-
-    owner: str
-    name: str
-    parameters: tuple[str, ...] | None = None
-    """None if they do not matter."""
-    is_coroutine: bool = True
-    uses: frozenset[str] = frozenset()
-
-    def difference(self, module: ModuleType) -> str | None:
-        where = f"{self.owner}.{self.name}"
-        function = vars(getattr(module, self.owner, object)).get(self.name)
-        if function is None:
-            return f"{where} is missing"
-        parameters = tuple(inspect.signature(function).parameters)
-        if self.parameters is not None and parameters != self.parameters:
-            return f"{where} takes {parameters}, not {self.parameters}"
-        unwrapped = inspect.unwrap(function)  # others may have wrapped it
-        if inspect.iscoroutinefunction(unwrapped) != self.is_coroutine:
-            return f"{where} is {'not ' if self.is_coroutine else ''}a coroutine function"
-        code = getattr(unwrapped, "__code__", None)
-        unused = self.uses - set(getattr(code, "co_names", ()))
-        return f"{where} does not use {', '.join(sorted(unused))}" if unused else None
-
-
 def _uses(*names: str) -> frozenset[str]:
     return frozenset(names)
 
@@ -124,17 +103,17 @@ _DIAL_USES = _uses("_ensure_session", "ws_connect", "_api_key")
 _RUN_WS = ("self", "input_stream", "output_emitter")
 
 _IN_EVERY_SHAPE = (
-    _Method("TTS", "_close_ws", ("self", "ws"), uses=_uses("close")),
-    _Method("TTS", "_ensure_session", ("self",), is_coroutine=False),
-    _Method("TTS", "synthesize", is_coroutine=False, uses=_uses("_synthesize_with_stream")),
-    _Method("SynthesizeStream", "__init__", is_coroutine=False, uses=_uses("_tts", "_opts")),
-    _Method("SynthesizeStream", "_run", uses=_uses("ClientResponseError", "APIStatusError")),
+    Method("TTS", "_close_ws", ("self", "ws"), uses=_uses("close")),
+    Method("TTS", "_ensure_session", ("self",), is_coroutine=False),
+    Method("TTS", "synthesize", is_coroutine=False, uses=_uses("_synthesize_with_stream")),
+    Method("SynthesizeStream", "__init__", is_coroutine=False, uses=_uses("_tts", "_opts")),
+    Method("SynthesizeStream", "_run", uses=_uses("ClientResponseError", "APIStatusError")),
 )
 _WITHOUT_POOL = (
     *_IN_EVERY_SHAPE,
-    _Method("TTS", "update_options", is_coroutine=False, uses=_uses("_opts")),
-    _Method("TTS", "aclose", ("self",)),
-    _Method(
+    Method("TTS", "update_options", is_coroutine=False, uses=_uses("_opts")),
+    Method("TTS", "aclose", ("self",)),
+    Method(
         "SynthesizeStream",
         "_run_ws",
         _RUN_WS,
@@ -144,22 +123,22 @@ _WITHOUT_POOL = (
 _METHODS = {
     Shape.READS_OPTIONS: (
         *_WITHOUT_POOL,
-        _Method("TTS", "_connect_ws", ("self", "timeout"), uses=_DIAL_USES | {"_opts"}),
+        Method("TTS", "_connect_ws", ("self", "timeout"), uses=_DIAL_USES | {"_opts"}),
     ),
     Shape.TAKES_OPTIONS: (
         *_WITHOUT_POOL,
-        _Method("TTS", "_connect_ws", ("self", "timeout", "opts"), uses=_DIAL_USES),
+        Method("TTS", "_connect_ws", ("self", "timeout", "opts"), uses=_DIAL_USES),
     ),
     Shape.NATIVE_POOL: (
         *_IN_EVERY_SHAPE,
-        _Method("TTS", "__init__", is_coroutine=False, uses=_uses("ConnectionPool", "_pool")),
-        _Method("TTS", "_connect_ws", ("self", "timeout", "opts"), uses=_DIAL_USES),
-        _Method("TTS", "_connect_pooled_ws", ("self", "timeout"), uses=_uses("_connect_ws")),
-        _Method("TTS", "_close_pooled_ws", ("self", "ws"), uses=_uses("_close_ws")),
-        _Method("TTS", "update_options", is_coroutine=False, uses=_uses("_pool", "invalidate")),
-        _Method("TTS", "prewarm", ("self",), is_coroutine=False, uses=_uses("_pool", "prewarm")),
-        _Method("TTS", "aclose", ("self",), uses=_uses("_pool", "aclose")),
-        _Method(
+        Method("TTS", "__init__", is_coroutine=False, uses=_uses("ConnectionPool", "_pool")),
+        Method("TTS", "_connect_ws", ("self", "timeout", "opts"), uses=_DIAL_USES),
+        Method("TTS", "_connect_pooled_ws", ("self", "timeout"), uses=_uses("_connect_ws")),
+        Method("TTS", "_close_pooled_ws", ("self", "ws"), uses=_uses("_close_ws")),
+        Method("TTS", "update_options", is_coroutine=False, uses=_uses("_pool", "invalidate")),
+        Method("TTS", "prewarm", ("self",), is_coroutine=False, uses=_uses("_pool", "prewarm")),
+        Method("TTS", "aclose", ("self",), uses=_uses("_pool", "aclose")),
+        Method(
             "SynthesizeStream",
             "_run_ws",
             _RUN_WS,
@@ -170,21 +149,99 @@ _METHODS = {
 }
 
 
-def differences(module: ModuleType, shape: Shape) -> list[str]:
-    """The differences between the imported plugin and a shape, in words."""
-    found = [d for method in _METHODS[shape] if (d := method.difference(module))]
-    if shape is not Shape.NATIVE_POOL and _has_own_prewarm(getattr(module, "TTS", object)):
+@dataclass(frozen=True)
+class _Part:
+    """Names of livekit-agents that the patch uses.
+
+    Attributes:
+        module: where the patch imports them from.
+        defined_in: the module whose file has them, in every release that was read.
+    """
+
+    module: str
+    defined_in: str
+    methods: tuple[Method, ...]
+
+
+_METRICS = _uses("_acquire_time", "_connection_reused")
+_FRAMEWORK = (
+    _Part(
+        "livekit.agents",
+        "livekit.agents._exceptions",
+        (
+            Method("APIError", "__init__", is_coroutine=False, uses=_uses("message", "retryable")),
+            Method("APIConnectionError", "__init__", is_coroutine=False),
+            Method("APIStatusError", "__init__", is_coroutine=False, uses=_uses("status_code")),
+        ),
+    ),
+    _Part(
+        "livekit.agents",
+        "livekit.agents.job",
+        (
+            Method("", "get_job_context", is_coroutine=False),
+            Method("JobContext", "add_shutdown_callback", is_coroutine=False),
+        ),
+    ),
+    _Part(
+        "livekit.agents.tts",
+        "livekit.agents.tts.tts",
+        (
+            Method("ChunkedStream", "__init__", is_coroutine=False, uses=_METRICS),
+            Method("ChunkedStream", "_run"),
+            Method("SynthesizeStream", "__init__", is_coroutine=False, uses=_METRICS),
+            Method("TTS", "prewarm", ("self",), is_coroutine=False),
+        ),
+    ),
+    _Part(
+        "livekit.agents.llm",
+        "livekit.agents.llm.realtime",
+        (Method("RealtimeModel", "__init__", is_coroutine=False),),
+    ),
+    _Part(
+        "livekit.agents.utils",
+        "livekit.agents.utils.misc",
+        (Method("", "is_given", is_coroutine=False),),
+    ),
+)
+_NATIVE_POOL = _Part(
+    "livekit.agents.utils",
+    "livekit.agents.utils.connection_pool",
+    (
+        Method(
+            "ConnectionPool",
+            "__init__",
+            is_coroutine=False,
+            uses=_uses("_available", "_connect_cb", "_max_session_duration", "_prewarm_task")
+            | _uses("last_acquire_time", "last_connection_reused"),
+        ),
+        Method(
+            "ConnectionPool",
+            "connection",
+            ("self", "timeout"),
+            is_coroutine=False,
+            uses=_uses("get", "put", "remove"),
+        ),
+        Method("ConnectionPool", "get", ("self", "timeout")),
+        Method("ConnectionPool", "put", ("self", "conn"), is_coroutine=False),
+        Method("ConnectionPool", "remove", ("self", "conn"), is_coroutine=False),
+        Method("ConnectionPool", "invalidate", ("self",), is_coroutine=False),
+        Method("ConnectionPool", "prewarm", ("self",), is_coroutine=False),
+        Method("ConnectionPool", "aclose", ("self",)),
+        Method("ConnectionPool", "_drain_to_close", ("self",)),
+    ),
+)
+"""Used beside a plugin with a native pool. The last method closes what that pool has open."""
+
+
+def differences(view: View, shape: Shape) -> list[str]:
+    """The differences between the plugin and a shape, in words."""
+    found = [d for method in _METHODS[shape] if (d := method.difference(view))]
+    if shape is not Shape.NATIVE_POOL and view.overrides("TTS", "prewarm"):
         found.append("TTS has a prewarm of its own")
     return found
 
 
-def _has_own_prewarm(tts_type: type) -> bool:
-    """Whether the TTS overrides `prewarm`. A wrapper around the inherited one does not count."""
-    owners = [vars(owner)["prewarm"] for owner in tts_type.__mro__ if "prewarm" in vars(owner)]
-    return "prewarm" in vars(tts_type) and len({inspect.unwrap(each) for each in owners}) > 1
-
-
-_EMIT = _Method("AgentSession", "emit", ("self", "event", "arg"), is_coroutine=False)
+_EMIT = Method("AgentSession", "emit", ("self", "event", "arg"), is_coroutine=False)
 
 
 def session_type() -> tuple[type | None, str | None]:
@@ -192,7 +249,7 @@ def session_type() -> tuple[type | None, str | None]:
     module = sys.modules.get(SESSION_MODULE)
     if module is None:
         return None, f"{SESSION_MODULE} is not imported"
-    difference = _EMIT.difference(module)
+    difference = _EMIT.difference(Imported(module))
     return (None, difference) if difference else (module.AgentSession, None)
 
 
@@ -205,40 +262,56 @@ def imported_plugin() -> ModuleType | None:
 
 
 def installed_version(distribution: str = DISTRIBUTION) -> str:
-    """The installed version of a distribution.
+    """The installed version of a distribution, as its metadata say it, else as its package does.
 
     Raises:
-        UnsupportedPluginError: the distribution is not installed.
+        UnsupportedPluginError: the distribution is not installed, or nothing says its version.
     """
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        raise UnsupportedPluginError(
-            f"{distribution} is not installed; xai_pool_patch supports {SUPPORTED}"
-        ) from None
+        pass
+    version = _said_version(PACKAGES[distribution])
+    if version is None:
+        raise UnsupportedPluginError(_why_no_version(distribution))
+    return version
 
 
-def check_version(version: str, *, allow_unverified: bool) -> None:
-    """Check the version alone, before the plugin is imported.
+def _said_version(package: str) -> str | None:
+    """The version in the code of a package. A frozen application may have no other."""
+    said = getattr(sys.modules.get(package), "__version__", None)
+    if said is None and (code := code_of(f"{package}.version")) is not None:
+        scope: dict[str, object] = {}
+        exec(code, scope)  # one assignment; an import would run the package above it
+        said = scope.get("__version__")
+    return said if isinstance(said, str) else None
+
+
+def _why_no_version(distribution: str) -> str:
+    if find(PACKAGES[distribution]) is None:
+        return f"{distribution} is not installed; xai_pool_patch supports {SUPPORTED}"
+    return (
+        f"{distribution} is there, but nothing says its version: its metadata are missing, as in a"
+        f" frozen application. Add them (PyInstaller: --copy-metadata {distribution})"
+    )
+
+
+def check_files(version: str, *, allow_unverified: bool) -> None:
+    """Check the plugin before it is imported, as far as its files show what `detect` will find.
 
     Raises:
-        UnsupportedPluginError: the version is not verified, and no other is allowed.
+        UnsupportedPluginError: as from `detect`.
     """
-    if release_of(version) is None and not allow_unverified:
-        raise UnsupportedPluginError(
-            f"found {DISTRIBUTION} {version}; verified are {SUPPORTED}. If `xai-pool-patch check`"
-            " finds that it looks like one of them, install(allow_unverified=True) takes it"
-        )
-    _check_framework(allow_unverified)
-
-
-def _check_framework(allow_unverified: bool) -> None:
-    version = installed_version(FRAMEWORK)
-    if release_of(version) is None and not allow_unverified:
-        raise UnsupportedPluginError(
-            f"found {FRAMEWORK} {version}; verified are {SUPPORTED}."
-            " install(allow_unverified=True) takes it"
-        )
+    code = code_of(MODULE)
+    if code is not None:
+        shape = _shape_of(InFile(code), version, allow_unverified)
+    elif (release := release_of(version)) is not None:
+        shape = release.shape
+    elif allow_unverified:
+        return
+    else:
+        raise UnsupportedPluginError(f"{_found(version)}. install(allow_unverified=True) takes it")
+    _check_framework(shape, _view_of_file)
 
 
 def detect(module: ModuleType, version: str, *, allow_unverified: bool) -> Shape:
@@ -246,39 +319,92 @@ def detect(module: ModuleType, version: str, *, allow_unverified: bool) -> Shape
 
     Raises:
         UnsupportedPluginError: the plugin is not what its version says, or has no known shape, or
-            its version is neither verified nor allowed. The message names what differs.
+            its version is neither verified nor allowed; or livekit-agents has another shape than
+            the patch relies on. The message names what differs.
     """
+    shape = _shape_of(Imported(module), version, allow_unverified)
+    _check_framework(shape, _view_of_import)
+    return shape
+
+
+def _shape_of(view: View, version: str, allow_unverified: bool) -> Shape:
     release = release_of(version)
     if release is None:
-        return _shape_of_unverified(module, version, allow_unverified)
-    found = differences(module, release.shape)
+        return _shape_of_unverified(view, version, allow_unverified)
+    found = differences(view, release.shape)
     if found:
         raise UnsupportedPluginError(
             f"{DISTRIBUTION} {version} is not what its version says (edited or vendored?):"
             f" {'; '.join(found)}. xai_pool_patch supports {SUPPORTED}, as published"
         )
-    _check_framework(allow_unverified)
     return release.shape
 
 
-def _shape_of_unverified(module: ModuleType, version: str, allow_unverified: bool) -> Shape:
-    by_shape = {shape: differences(module, shape) for shape in Shape}
+def _shape_of_unverified(view: View, version: str, allow_unverified: bool) -> Shape:
+    by_shape = {shape: differences(view, shape) for shape in Shape}
     nearest = min(by_shape, key=lambda shape: len(by_shape[shape]))
     if by_shape[nearest]:
         raise UnsupportedPluginError(
-            f"found {DISTRIBUTION} {version}; verified are {SUPPORTED}, and it differs from them:"
-            f" {'; '.join(by_shape[nearest])}"
+            f"{_found(version)}, and it differs from them: {'; '.join(by_shape[nearest])}"
         )
     if not allow_unverified:
         raise UnsupportedPluginError(
-            f"found {DISTRIBUTION} {version}; verified are {SUPPORTED}. It looks the same"
-            f" ({nearest.value}): install(allow_unverified=True) takes it"
+            f"{_found(version)}. It looks the same ({nearest.value}):"
+            " install(allow_unverified=True) takes it"
         )
     return nearest
+
+
+def _found(version: str) -> str:
+    return f"found {DISTRIBUTION} {version}; verified are {SUPPORTED}"
+
+
+def _check_framework(shape: Shape, view_of: Callable[[_Part], View | None]) -> None:
+    parts = (*_FRAMEWORK, _NATIVE_POOL) if shape is Shape.NATIVE_POOL else _FRAMEWORK
+    found = [d for part in parts for d in _differences_of_part(part, view_of(part))]
+    version = _framework_version()
+    major = version.partition(".")[0]
+    if major.isdigit() and int(major) >= NEXT_MAJOR:
+        found.insert(0, f"it is not below {NEXT_MAJOR}")
+    if found:
+        raise UnsupportedPluginError(
+            f"found {FRAMEWORK} {version}, which differs from what xai_pool_patch relies on"
+            f" beside this plugin: {'; '.join(found)}. Releases up to"
+            f" {RELEASES[-1].versions[-1]} do not"
+        )
+
+
+def _differences_of_part(part: _Part, view: View | None) -> list[str]:
+    if view is None:
+        return []
+    return [d for method in part.methods if (d := method.difference(view))]
+
+
+def _view_of_import(part: _Part) -> View | None:
+    module = sys.modules.get(part.module)
+    return None if module is None else Imported(module)
+
+
+def _view_of_file(part: _Part) -> View | None:
+    """None if that file has not what it had: another may. The import shows it."""
+    code = code_of(part.defined_in)
+    view = None if code is None else InFile(code)
+    moved = view is None or not all(view.has(method.owner) for method in part.methods)
+    return None if moved else view
+
+
+def _framework_version() -> str:
+    try:
+        return installed_version(FRAMEWORK)
+    except UnsupportedPluginError:
+        return "of unknown version"
 
 
 def is_as_published(module: ModuleType, version: str) -> bool:
     """Whether the plugin's file is the one in the wheel of that version, byte for byte."""
     release = release_of(version)
-    content = Path(module.__file__ or "").read_bytes()
+    try:
+        content = Path(module.__file__ or "").read_bytes()
+    except OSError:  # a frozen application has no such file
+        return False
     return release is not None and hashlib.sha256(content).hexdigest() == release.sha256

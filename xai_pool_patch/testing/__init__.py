@@ -21,6 +21,10 @@ What can be asked of it:
   of it, and `server.session_count` what counts against it.
 - `server.handshakes`, `server.connections` and `server.utterances` are what has happened so far.
   `await server.wait_for(...)` waits until something has.
+- `await pool_is_ready()`, if the plugin is patched, waits until the next turn needs no dial: after
+  `tts.prewarm()`, `AgentSession.start()` or a turn.
+- `with isolated():` keeps what the server refuses from other processes, and theirs from the test.
+  The pytest fixture does so by itself.
 
 Every sample of an utterance's audio has the value `utterance.number`. Audio of one utterance in
 the turn of another is seen by its samples.
@@ -32,6 +36,7 @@ test. The tests of this package use the same server.
 """
 
 from .network import Route, SlowNetwork
+from .patch import isolated, pool_is_ready
 from .server import (
     SAMPLE_RATE,
     Behaviour,
@@ -62,4 +67,6 @@ __all__ = [
     "SlowNetwork",
     "Utterance",
     "Wordless",
+    "isolated",
+    "pool_is_ready",
 ]

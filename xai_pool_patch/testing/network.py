@@ -21,9 +21,13 @@ class _Signal(enum.Enum):
     FREEZE = "freeze"
 
 
-def reset_transport(transport: asyncio.Transport) -> None:
-    """Closes a TCP connection at once, with RST instead of FIN."""
-    sock = transport.get_extra_info("socket")
+def reset_transport(transport: asyncio.Transport, sock: socket.socket | None) -> None:
+    """Closes a TCP connection at once, with RST instead of FIN.
+
+    Args:
+        sock: the transport's. A TLS transport that was closed twice does not know it any more, and
+            aiohttp does close it twice.
+    """
     if sock is not None and sock.fileno() >= 0:  # else closed already
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     transport.abort()
@@ -61,7 +65,7 @@ class _End(asyncio.Protocol):
 
     def reset(self) -> None:
         if self.transport is not None:
-            reset_transport(self.transport)
+            reset_transport(self.transport, self.transport.get_extra_info("socket"))
 
 
 class _Lane:

@@ -233,6 +233,7 @@ class Utterance:
         first_audio_at: when its first audio.delta was sent, in loop time.
         outcome: what became of it.
         audio_bytes: how much audio was sent.
+        replace: the pronunciations of its connection when it began; see `ServedConnection`.
     """
 
     number: int
@@ -243,6 +244,7 @@ class Utterance:
     first_audio_at: float | None = None
     outcome: Outcome = Outcome.UNDER_WAY
     audio_bytes: int = 0
+    replace: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def finished(self) -> bool:
@@ -290,6 +292,8 @@ class ServedConnection:
     """text.clear messages that have come."""
     leaks: int = 0
     """Times that audio came after the acknowledgement of one; see `Clearing.LEAKING`."""
+    replace: dict[str, str] = field(default_factory=dict, repr=False)
+    """The pronunciations that the last session.update asked for."""
 
     @property
     def is_open(self) -> bool:
@@ -309,7 +313,8 @@ class ServedConnection:
 class FakeServer:
     """A fake xAI server, with a slow network in front; an async context manager.
 
-    Use it and its client sessions in one event loop, that of the test.
+    Use it and its client sessions in one event loop, that of the test: it answers only while its
+    loop runs.
 
     Args:
         round_trip: seconds of the network; `network.round_trip` changes it later.
@@ -335,6 +340,7 @@ class FakeServer:
         self.peak_open = 0
         self.peak_sessions = 0
         self._round_trip = round_trip
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._sessions: set[_Session] = set()
         self._handlers: set[asyncio.Task[Any]] = set()
 
@@ -345,7 +351,8 @@ class FakeServer:
         return "\n  ".join([summary, *map(repr, records)])
 
     async def __aenter__(self) -> FakeServer:
-        self._next_change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._next_change: asyncio.Future[None] = self._loop.create_future()
         self.behaviour._on_change = self.note_change
         app = web.Application()
         app.router.add_get(PATH, self._handle)
@@ -410,10 +417,13 @@ class FakeServer:
 
         Give it to the plugin: `xai.TTS(http_session=...)`. `kwargs` are those of aiohttp's
         `ClientSession`.
+
+        Raises:
+            RuntimeError: the server is not running, or only in a loop that is not.
         """
-        connector = aiohttp.TCPConnector(
-            resolver=_Resolver(self.network.port), ssl=self.ssl_context
-        )
+        self._check_answers()
+        resolver = _Resolver(self.network.port, self._check_answers)
+        connector = aiohttp.TCPConnector(resolver=resolver, ssl=self.ssl_context)
         return aiohttp.ClientSession(connector=connector, **kwargs)
 
     def utterance_for(self, text: str) -> Utterance:
@@ -435,7 +445,9 @@ class FakeServer:
 
         Raises:
             TimeoutError: it was not true within `timeout` seconds. The message has all records.
+            RuntimeError: the server is not running, or only in a loop that is not.
         """
+        self._check_answers()
         give_up_at = _now() + timeout
         while not predicate(self):
             if _now() >= give_up_at:
@@ -461,8 +473,8 @@ class FakeServer:
         """Makes every connection half-open: neither side receives anything from the other."""
         self.network.freeze()
 
-    async def broadcast(self, frame: str) -> None:
-        """Sends a text frame on every open connection."""
+    async def broadcast(self, frame: str | bytes) -> None:
+        """Sends a text or binary frame on every open connection."""
         for session in list(self._sessions):
             await session.send(frame)
 
@@ -476,6 +488,20 @@ class FakeServer:
         """Waits for the next change, at the longest until the loop time `until`."""
         timeout = None if until is None else until - _now()
         await asyncio.wait([self._next_change], timeout=timeout)
+
+    def _check_answers(self) -> None:
+        """
+        Raises:
+            RuntimeError: no client would be answered. Otherwise each handshake would time out.
+        """
+        if self._loop is None:
+            raise RuntimeError("this FakeServer does not run: async with FakeServer() as server")
+        if asyncio.get_running_loop() is not self._loop and not self._loop.is_running():
+            raise RuntimeError(
+                "this FakeServer was started in another event loop, which does not run now, so it"
+                " cannot answer. Start it in the loop of the test: in the test itself, or in a"
+                " fixture of the same scope (pytest-asyncio: the same loop_scope)"
+            )
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         handler = asyncio.current_task()
@@ -562,6 +588,7 @@ class _Session:
         self._server = server
         self._ws = ws
         self._transport = transport
+        self._socket = transport.get_extra_info("socket")
         self._connection = connection
         self._tasks: set[asyncio.Task[None]] = set()
         self._reader = self._start(self._read())
@@ -606,7 +633,7 @@ class _Session:
             return
         if end is End.SERVER_SILENT:
             self._connection.route.half_open_at_end()
-        reset_transport(self._transport)
+        reset_transport(self._transport, self._socket)
 
     async def send(self, frame: str | bytes) -> None:
         """Sends a text or binary frame, if the connection is open."""
@@ -703,6 +730,8 @@ class _Session:
                 await self._on_text("", done=True)
             case {"type": "text.clear"}:
                 await self._on_clear()
+            case {"type": "session.update", "replace": dict(replace)}:
+                await self._on_update(replace)
             case _:
                 await self._object(f"unknown message: {data[:80]}")
 
@@ -717,6 +746,11 @@ class _Session:
         utterance.text_done = done
         if done and utterance.outcome is Outcome.FAILED:
             self._conclude(utterance, Outcome.FAILED)
+
+    async def _on_update(self, replace: dict[str, str]) -> None:
+        self._connection.replace = replace
+        if not self._is_mute:
+            await self._say("session.updated")
 
     async def _on_clear(self) -> None:
         self._connection.clears += 1
@@ -766,6 +800,7 @@ class _Session:
     def _begin(self) -> Utterance:
         count = len(self._server.utterances)
         utterance = Utterance(count % HIGHEST_SAMPLE + 1, self._connection.number, _now())
+        utterance.replace = self._connection.replace
         self._server.utterances.append(utterance)
         self._connection.utterances.append(utterance)
         self._current = utterance
@@ -925,14 +960,20 @@ class _Session:
 
 
 class _Resolver(AbstractResolver):
-    """Sends every host name to one port of this machine."""
+    """Sends every host name to one port of this machine.
 
-    def __init__(self, port: int) -> None:
+    Args:
+        check: raises if no server answers there.
+    """
+
+    def __init__(self, port: int, check: Callable[[], None]) -> None:
         self._port = port
+        self._check = check
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
+        self._check()
         return [
             ResolveResult(
                 hostname=host, host=HOST, port=self._port, family=socket.AF_INET, proto=0, flags=0

@@ -1,0 +1,153 @@
+"""What functions look like, in a module that is imported or in the file of one that is not.
+
+A file is read and not run: importing the plugin registers it, and only the application may do that.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from types import CodeType, ModuleType
+from typing import Any, Protocol
+
+NAMESPACE = "livekit.plugins"
+"""A package, like its parent, without a file of its own: importing it runs nothing."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a function looks like from outside, and which names its code uses."""
+
+    parameters: tuple[str, ...]
+    is_coroutine: bool
+    names: frozenset[str]
+
+
+class View(Protocol):
+    """A module, imported or not. An owner is a class of it, or "" for the module itself."""
+
+    def has(self, owner: str) -> bool: ...
+    def look(self, owner: str, name: str) -> Look | None: ...
+    def overrides(self, owner: str, name: str) -> bool:
+        """Whether a class defines a method that its base class has too."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a function must look like that the patch wraps or relies on."""
+
+    owner: str
+    name: str
+    parameters: tuple[str, ...] | None = None
+    """None if they do not matter."""
+    is_coroutine: bool = True
+    uses: frozenset[str] = frozenset()
+
+    def difference(self, view: View) -> str | None:
+        where = f"{self.owner}.{self.name}".lstrip(".")
+        found = view.look(self.owner, self.name)
+        if found is None:
+            return f"{where} is missing"
+        if self.parameters is not None and found.parameters != self.parameters:
+            return f"{where} takes {found.parameters}, not {self.parameters}"
+        if found.is_coroutine != self.is_coroutine:
+            return f"{where} is {'not ' if self.is_coroutine else ''}a coroutine function"
+        unused = self.uses - found.names
+        return f"{where} does not use {', '.join(sorted(unused))}" if unused else None
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A module as it is now, whoever has changed it since its import."""
+
+    module: ModuleType
+
+    def has(self, owner: str) -> bool:
+        return not owner or hasattr(self.module, owner)
+
+    def look(self, owner: str, name: str) -> Look | None:
+        scope = getattr(self.module, owner, object) if owner else self.module
+        function: Any = vars(scope).get(name)
+        if function is None:
+            return None
+        unwrapped = inspect.unwrap(function)  # others may have wrapped it
+        code = getattr(unwrapped, "__code__", None)
+        return Look(
+            tuple(inspect.signature(function).parameters),
+            inspect.iscoroutinefunction(unwrapped),
+            frozenset(getattr(code, "co_names", ())),
+        )
+
+    def overrides(self, owner: str, name: str) -> bool:
+        """A wrapper around the inherited method does not count."""
+        type_ = getattr(self.module, owner, object)
+        defined = [vars(base)[name] for base in type_.__mro__ if name in vars(base)]
+        return name in vars(type_) and len({inspect.unwrap(each) for each in defined}) > 1
+
+
+@dataclass(frozen=True)
+class InFile:
+    """A module as its file has it."""
+
+    code: CodeType
+
+    def has(self, owner: str) -> bool:
+        return not owner or _inner(self.code, owner) is not None
+
+    def look(self, owner: str, name: str) -> Look | None:
+        scope = _inner(self.code, owner) if owner else self.code
+        code = _inner(scope, name) if scope is not None else None
+        if code is None:
+            return None
+        parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        is_coroutine = bool(code.co_flags & inspect.CO_COROUTINE)
+        return Look(parameters, is_coroutine, frozenset(code.co_names))
+
+    def overrides(self, owner: str, name: str) -> bool:
+        return self.look(owner, name) is not None
+
+
+def _inner(code: CodeType, name: str) -> CodeType | None:
+    """The code of a class or function that other code defines. The last one counts."""
+    inner = [each for each in code.co_consts if isinstance(each, CodeType)]
+    return next((each for each in reversed(inner) if each.co_name == name), None)
+
+
+def code_of(name: str) -> CodeType | None:
+    """The code of a module, which is not imported for that; None if it cannot be read."""
+    try:
+        loader: Any = getattr(find(name), "loader", None)
+        code = loader.get_code(name)
+    except Exception:  # of a loader of the application's own, or of a file with an error
+        return None
+    return code if isinstance(code, CodeType) else None
+
+
+def find(name: str) -> ModuleSpec | None:
+    """Find a module as an import would. None if there is none.
+
+    `importlib.util.find_spec` would import the packages above it.
+    """
+    try:
+        return _find(name)
+    except Exception:  # of a finder of the application's own, as frozen ones have
+        return None
+
+
+def _find(name: str) -> ModuleSpec | None:
+    module = sys.modules.get(name)
+    if module is not None and module.__spec__ is not None:
+        return module.__spec__
+    path = None
+    if parent := name.rpartition(".")[0]:
+        above = _find(parent)
+        if above is None or above.submodule_search_locations is None:
+            return None
+        if above.origin is None and NAMESPACE.startswith(parent):
+            importlib.import_module(parent)  # the path of one inside another needs it
+        path = list(above.submodule_search_locations)
+    found = (finder.find_spec(name, path) for finder in sys.meta_path)
+    return next((spec for spec in found if spec is not None), None)
