@@ -1,6 +1,7 @@
 # The commands of the README. Everything that they need goes into a virtual environment. The checks
 # are in noxfile.py.
 PYTHON ?= python3
+DEMO_PLUGIN := $(PLUGIN)
 PLUGIN ?= 1.6.0
 CONSTRAINTS := constraints/plugin-$(PLUGIN).txt
 VENV := .venv$(PLUGIN:1.6.0=)
@@ -9,9 +10,17 @@ NATIVE_POOL := 1.8.9
 PEERS := .venv-peers
 PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: demo test matrix sessions newest bench bench-peers lint clean
+.PHONY: demo demo-of test matrix sessions newest bench bench-peers lint clean
 
-demo: $(VENV)/ready
+# With the newest plugin that is supported, or with PLUGIN.
+NEWEST = $(shell $(PYTHON) -c \
+	'from xai_pool_patch.plugin.releases import RELEASES; print(RELEASES[-1].versions[-1])' 2>/dev/null)
+
+demo:
+	@$(PYTHON) xai_pool_patch/python.py
+	@$(MAKE) --no-print-directory demo-of PLUGIN=$(or $(DEMO_PLUGIN),$(NEWEST))
+
+demo-of: $(VENV)/ready
 	$(BIN)/xai-pool-patch demo
 
 test: $(VENV)/ready

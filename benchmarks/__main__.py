@@ -17,7 +17,9 @@ from . import report
 from .cases import CASES
 from .fleet_command import fleet
 from .helpers import HelperFailedError
+from .need import need
 from .peers.command import peers
+from .profile import profile
 from .runs import COSTS, FLEET, Bench, CostResult, crew_at_work, measure_case, measure_fleet
 from .simulation.command import sessions
 
@@ -27,7 +29,9 @@ app = typer.Typer(pretty_exceptions_enable=False)
 
 
 app.command()(fleet)
+app.command()(need)
 app.command()(peers)
+app.command()(profile)
 app.command()(sessions)
 
 

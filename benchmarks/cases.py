@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-from livekit.agents import APIConnectOptions
+from livekit.agents import DEFAULT_API_CONNECT_OPTIONS, APIConnectOptions
 from livekit.plugins import xai
 
 import xai_pool_patch
@@ -28,7 +28,7 @@ from xai_pool_patch.installation import OFF_SWITCH
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool.pool import ROTATION_LEAD
 from xai_pool_patch.telemetry.log import describe
-from xai_pool_patch.testing import Behaviour
+from xai_pool_patch.testing import Behaviour, Ending
 
 from .calls import Call
 from .servers import Address, client_session, connect
@@ -56,6 +56,15 @@ LEAST_PAUSE_OVER_HANDSHAKE = 0.1
 
 ONCE = APIConnectOptions(max_retry=0)
 """A turn that fails is to be counted, not spoken again."""
+
+LONGEST_WAIT = 10.0
+"""After which a caller hangs up. A turn that nothing is heard of until then counts as this long."""
+
+IDLE_LIMIT = 6.0
+"""Seconds of idleness after which the server of two cases ends a connection."""
+
+GAP_OVER_IDLE_LIMIT = 1.0
+"""Time from that end to the next turn, in which a handshake fits."""
 
 
 class Talk:
@@ -95,6 +104,15 @@ class Talk:
                 self._silent_since = _now()
             self.times.append(heard_at - asked_at)
 
+    async def patient_turn(self) -> None:
+        """A turn that LiveKit may try again, as it does by default. The caller waits for it."""
+        with self._failure_noted():
+            async with self._asked(DEFAULT_API_CONNECT_OPTIONS) as stream:
+                asked_at = _now()
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(stream.__anext__(), LONGEST_WAIT)
+                self.times.append(min(_now() - asked_at, LONGEST_WAIT))
+
     async def interrupted_turn(self) -> None:
         """A turn that is interrupted while its audio comes."""
         with self._failure_noted():
@@ -119,8 +137,8 @@ class Talk:
                 await call.session.aclose()
 
     @contextlib.asynccontextmanager
-    async def _asked(self) -> AsyncIterator[Any]:
-        async with self.tts.stream(conn_options=ONCE) as stream:
+    async def _asked(self, conn_options: APIConnectOptions = ONCE) -> AsyncIterator[Any]:
+        async with self.tts.stream(conn_options=conn_options) as stream:
             stream.push_text(SENTENCE)
             stream.end_input()
             yield stream
@@ -164,6 +182,20 @@ async def _cut_early(talk: Talk) -> None:
         await talk.turn()
 
 
+async def _after_interruption(talk: Talk) -> None:
+    for _ in talk.numbers:
+        await talk.pause()
+        await talk.interrupted_turn()
+        await talk.pause()
+        await talk.turn()
+
+
+async def _after_idleness(talk: Talk) -> None:
+    for _ in talk.numbers:
+        await talk.pause()
+        await talk.patient_turn()
+
+
 async def _first_words(talk: Talk) -> None:
     await talk.greeting()
 
@@ -184,9 +216,13 @@ class Case:
     stagger: float = 0.2
     """Time from the start of one conversation to that of the next."""
     options: PoolOptions = field(default_factory=PoolOptions)
+    behaviour: Behaviour | None = None
+    """Of the servers; None for the usual one."""
 
     def has_goal(self, round_trip: float) -> bool:
         """Whether a connection can be ready for every turn."""
+        if self.behaviour is not None and self.behaviour.ending is Ending.SILENT:
+            return False
         return self.gap > HANDSHAKE_ROUND_TRIPS * round_trip + LEAST_PAUSE_OVER_HANDSHAKE
 
     def split(self, turns: int) -> list[int]:
@@ -241,6 +277,29 @@ CASES = (
         shows="before every turn another is interrupted before its first audio",
         play=_cut_early,
         turns_each=3,
+    ),
+    Case(
+        name="after-interrupt",
+        shows="each follows an interrupted one, 0.8 s later",
+        play=_after_interruption,
+    ),
+    Case(
+        name="closed",
+        shows="the server has closed the idle connection a second before; LiveKit may retry",
+        play=_after_idleness,
+        gap=IDLE_LIMIT + GAP_OVER_IDLE_LIMIT,
+        most_turns=10,
+        turns_each=1,
+        behaviour=Behaviour(idle_limit=IDLE_LIMIT),
+    ),
+    Case(
+        name="half-open",
+        shows=f"the same, but no Close arrives; nothing within {LONGEST_WAIT:.0f} s counts as that",
+        play=_after_idleness,
+        gap=IDLE_LIMIT + GAP_OVER_IDLE_LIMIT,
+        most_turns=10,
+        turns_each=1,
+        behaviour=Behaviour(idle_limit=IDLE_LIMIT, ending=Ending.SILENT),
     ),
     Case(
         name="first-words",

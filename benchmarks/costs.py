@@ -19,18 +19,19 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import aiohttp
 from livekit.agents import APIConnectOptions
 from livekit.plugins import xai
 
 import xai_pool_patch
-from xai_pool_patch.manager import Registry
 from xai_pool_patch.options import PoolOptions
+from xai_pool_patch.plugin.asking import Asking
 from xai_pool_patch.plugin.provider import ConnectionProvider
 from xai_pool_patch.plugin.releases import MODULE, Shape, detect, installed_version
-from xai_pool_patch.plugin.wrappers import connect_of
+from xai_pool_patch.plugin.turn import Turn
+from xai_pool_patch.pool.entries import Outcome
+from xai_pool_patch.registry import Registry
 from xai_pool_patch.testing import Behaviour
 
 from .servers import Address, client_session, connect
@@ -95,28 +96,26 @@ class _Pooled:
         self._tts = xai.TTS(api_key=Behaviour().api_key, http_session=http)
         module = sys.modules[MODULE]
         shape = detect(module, installed_version(), allow_unverified=True)
-        self._provider = ConnectionProvider(
-            Registry(PoolOptions(warm="always"), None), shape, connect_of(xai.TTS, shape)
-        )
+        registry = Registry(PoolOptions(warm="always"), None)
+        self._provider = ConnectionProvider(registry, Asking(module, shape))
         self._opts = None if shape is Shape.READS_OPTIONS else self._tts._opts
 
     async def turn(self, text: str) -> int:
         """The number of messages received."""
-        async with self._provider.turn(SimpleNamespace()) as turn:
-            lease = await self._provider.connect(
-                turn, self._tts, CONN_OPTIONS.timeout, self._opts, _no_other_way
-            )
-            return await _speak_bare(lease, text)
+        turn = Turn()
+        lease = await self._provider.lease(turn, self._tts, CONN_OPTIONS.timeout, self._opts)
+        assert lease is not None
+        received = await _speak_bare(lease, text)
+        await lease.close()
+        self._provider.end_turn(turn, self._tts, Outcome.FINISHED)
+        await self._provider.close_if_over(turn)
+        return received
 
     async def __aenter__(self) -> _Pooled:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self._provider.close(self._tts, self._tts.aclose)
-
-
-async def _no_other_way() -> None:
-    raise AssertionError("the pool has failed")
 
 
 def compare(address: Address, load: Load) -> PairedCosts:
@@ -187,12 +186,12 @@ async def _speak_turns(address: Address) -> float:
     async with client_session(address) as http:
         tts = xai.TTS(api_key=Behaviour().api_key, http_session=http)
         for _ in range(SPOKEN_TURNS):
-            await _speak(tts)
+            await speak(tts)
         await tts.aclose()
     return (time.process_time() - began_at) / SPOKEN_TURNS
 
 
-async def _speak(tts: xai.TTS) -> None:
+async def speak(tts: xai.TTS) -> None:
     async with tts.stream(conn_options=CONN_OPTIONS) as stream:
         stream.push_text(SPOKEN_TEXT)
         stream.end_input()

@@ -76,7 +76,9 @@ def _begin_case(
 ) -> Callable[[], Figures]:
     """Begins it with one subject; returns what waits for its figures."""
     conversations = len(case.split(turns))
-    addresses = crew.server.run(servers.open_distant_servers, conversations + 1, round_trip)
+    addresses = crew.server.run(
+        servers.open_distant_servers, conversations + 1, round_trip, case.behaviour
+    )
     subject.begin(run_case, case.name, patched=patched, turns=turns, addresses=addresses)
 
     def result() -> Figures:

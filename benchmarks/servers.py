@@ -9,7 +9,7 @@ import queue
 import socket
 import ssl
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -41,9 +41,16 @@ def open_servers(count: int, *, messages_per_second: float = 50.0) -> Address:
     return _start([FakeServer(behaviour=behaviour) for _ in range(count)])
 
 
-def open_distant_servers(count: int, round_trip: float) -> list[Address]:
+def open_distant_servers(
+    count: int, round_trip: float, behaviour: Behaviour | None = None
+) -> list[Address]:
     """Starts some as far away as xAI's, which take as long to generate."""
-    address = _start([FakeServer(round_trip=round_trip) for _ in range(count)])
+    address = _start(
+        [
+            FakeServer(round_trip=round_trip, behaviour=behaviour and replace(behaviour))
+            for _ in range(count)
+        ]
+    )
     return [Address((port,), address.authorities) for port in address.ports]
 
 

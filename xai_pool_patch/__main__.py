@@ -8,6 +8,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -19,7 +20,14 @@ import xai_pool_patch
 from .demo import arguments
 from .errors import UnsupportedPluginError
 from .installation import OFF_SWITCH, is_switched_off
-from .plugin.releases import DISTRIBUTION, MODULE, detect, installed_version, is_as_published
+from .plugin.releases import (
+    DISTRIBUTION,
+    FRAMEWORK,
+    MODULE,
+    detect,
+    installed_version,
+    is_as_published,
+)
 from .python import check_python
 from .telemetry.log import FIELD_PREFIX, describe
 
@@ -38,7 +46,10 @@ KEY_VARIABLE = "XAI_API_KEY"
 FAILED, MISUSED, OTHERWISE, INTERRUPTED = 1, 2, 3, 130
 """Exit codes."""
 
-PROBE_HINT = f"with a key, {NAME} probe asks xAI what the patch supposes of its service"
+REQUIRES_OPENAI_3 = (1, 8, 7)
+"""The first livekit-agents that does. Older plugins import httpx, which openai 2 brought."""
+
+PROBE_HINT = f"with a key, {NAME} probe asks xAI what the patch assumes of its service"
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """click's class. Some versions of typer have a copy of it, without a public name."""
@@ -58,15 +69,39 @@ def run(app: typer.Typer, name: str) -> NoReturn:
     """Run a command line to its end. Every error is one line on stderr."""
     logging.getLogger().addHandler(_OneLine(logging.WARNING))
     try:
-        code = app(prog_name=name, standalone_mode=False)
-    except UsageError as error:
-        code = complain(name, error.format_message(), MISUSED)  # type: ignore[attr-defined]
-    except ModuleNotFoundError as error:
-        reason = f'{error.name} is missing: pip install "xai_pool_patch[demo]"'
-        code = complain(name, reason, MISUSED)
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
+        code = _code_of(app, name)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has left
+        # Python would flush what is left at its exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = FAILED  # as typer does if it sees that error first
     sys.exit(code)
+
+
+def _code_of(app: typer.Typer, name: str) -> int:
+    try:
+        return int(app(prog_name=name, standalone_mode=False) or 0)
+    except UsageError as error:
+        return complain(name, error.format_message(), MISUSED)  # type: ignore[attr-defined]
+    except ModuleNotFoundError as error:
+        return complain(name, f"{error.name} is missing{_remedy_for(error)}", MISUSED)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+
+
+def _remedy_for(error: Exception) -> str:
+    """What to install, if it is known."""
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if missing in ("rich", "trustme"):
+        return ': pip install "xai_pool_patch[demo]"'
+    if missing == "httpx":
+        return ": pip install httpx" if _has_openai_3() else ': pip install "openai<3"'
+    return ""
+
+
+def _has_openai_3() -> bool:
+    version = installed_version(FRAMEWORK)
+    return tuple(map(int, re.findall(r"\d+", version)[:3])) >= REQUIRES_OPENAI_3
 
 
 def complain(name: str, message: str, code: int) -> int:
@@ -102,7 +137,7 @@ def _share(value: float) -> float:
 def demo(
     turns: Annotated[
         int, typer.Option(metavar="N", help="Turns of the conversation.", callback=arguments.turns)
-    ] = 12,
+    ] = 10,
     rtt: Annotated[
         float,
         typer.Option(
@@ -121,8 +156,12 @@ def demo(
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
     live: Annotated[
-        bool, typer.Option("--live", help=f"Speak to api.x.ai, with the key in {KEY_VARIABLE}.")
+        bool,
+        typer.Option(
+            "--live", help=f"Speak to api.x.ai, with the key in {KEY_VARIABLE}. Asks first."
+        ),
     ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Begin --live without asking.")] = False,
     svg: Annotated[
         Path | None,
         typer.Option(
@@ -135,17 +174,23 @@ def demo(
     The agent and the plugin are real. The server is a fake one, unless you give --live.
     """
     api_key = _api_key("--live") if live else None
-    _check_plugin()
-    from .demo import conversation
+    from .testing import isolated
 
-    pause = conversation.sufficient_pause(rtt / 1e3)
-    plan = conversation.Plan(turns=turns, interrupted_share=interrupt, pause=pause)
-    if api_key is None:
-        endpoint = functools.partial(conversation.fake_endpoint, rtt / 1e3)
-        _compare(conversation.Setting(plan, rtt / 1e3), endpoint, as_json=as_json, svg=svg)
-    else:
-        endpoint = functools.partial(conversation.xai_endpoint, api_key)
-        _compare(conversation.Setting(plan, round_trip=None), endpoint, as_json=as_json, svg=svg)
+    with isolated():
+        _check_plugin()
+        from .demo import conversation
+
+        pause = conversation.sufficient_pause(rtt / 1e3)
+        plan = conversation.Plan(
+            turns=turns, interrupted_share=interrupt, pause=pause, connections_die=not live
+        )
+        if api_key is None:
+            setting = conversation.Setting(plan, rtt / 1e3)
+            endpoint = functools.partial(conversation.fake_endpoint, rtt / 1e3)
+        else:
+            setting = conversation.Setting(plan, round_trip=None)
+            endpoint = functools.partial(conversation.xai_endpoint, api_key)
+        _compare(setting, endpoint, as_json=as_json, svg=svg, yes=yes)
 
 
 def _api_key(purpose: str) -> str:
@@ -163,18 +208,24 @@ def _check_plugin() -> None:
     except UnsupportedPluginError as error:
         _fail(str(error))
     if not xai_pool_patch.is_installed():
-        _fail(f"nothing to compare with: {OFF_SWITCH}=off keeps the patch out; unset it")
+        _fail(f"nothing to compare with: {_off_switch()} keeps the patch out; unset it")
     xai_pool_patch.uninstall()
 
 
+def _off_switch() -> str:
+    return f"{OFF_SWITCH}={os.environ.get(OFF_SWITCH, '')}"
+
+
 def _compare(
-    setting: Setting, open_endpoint: OpenEndpoint, *, as_json: bool, svg: Path | None
+    setting: Setting, open_endpoint: OpenEndpoint, *, as_json: bool, svg: Path | None, yes: bool
 ) -> None:
     from rich.console import Console
 
     from .demo import conversation, report
 
     console = Console(quiet=as_json, highlight=False)
+    if setting.round_trip is None:
+        _confirm(_bill(setting), yes=yes, console=console)
     report.announce(console, setting)
     try:
         with report.Progress(console, setting) as progress:
@@ -188,7 +239,25 @@ def _compare(
         if setting.round_trip is None:
             console.print(PROBE_HINT)
     if svg is not None:
-        svg.write_text(report.picture(comparison, setting), encoding="utf-8")
+        _write(svg, report.picture(comparison, setting))
+
+
+def _bill(setting: Setting) -> str:
+    """What a conversation with xAI will cost. Both hold the same turns."""
+    plan = setting.plan
+    characters = sum(len(plan.sentence(number)) for number in range(1, plan.turns + 1))
+    return (
+        f"2 conversations of {plan.turns} turn{'s' * (plan.turns > 1)} with api.x.ai.\n"
+        f"About {setting.expected_duration:.0f} s, up to {2 * characters:,} characters to be spoken"
+        " and billed."
+    )
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        _fail(f"cannot write {file}: {error.strerror}")
 
 
 @app.command()
@@ -197,17 +266,21 @@ def check() -> None:
     try:
         check_python()
         version = installed_version()
-        print(f"found: {DISTRIBUTION} {version}")
+    except UnsupportedPluginError as error:
+        _fail(f"cannot be patched: {error}")
+    print(f"found: {DISTRIBUTION} {version}")
+    try:
         module = importlib.import_module(MODULE)
         shape = detect(module, version, allow_unverified=False)
     except UnsupportedPluginError as error:
         _fail(f"cannot be patched: {error}")
     except Exception as error:
-        _fail(f"cannot be patched, since it cannot be imported: {type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}{_remedy_for(error)}"
+        _fail(f"cannot be patched, since it cannot be imported: {reason}")
     print(f"shape: {shape.value}")
     print(f"file: {'as' if is_as_published(module, version) else 'not as'} published")
     if is_switched_off():
-        _fail(f"can be patched, but {OFF_SWITCH}=off keeps the patch out")
+        _fail(f"can be patched, but {_off_switch()} keeps the patch out")
     print("can be patched: everything that is wrapped or relied on is as expected")
     print(PROBE_HINT)
 
@@ -219,18 +292,18 @@ def probe(
         float | None,
         typer.Option(
             metavar="SECONDS",
-            help="Ask too whether a connection can be used after this time.",
+            help="Also ask whether a connection can be used after this time.",
             callback=arguments.idle_time,
         ),
     ] = None,
     deadline: Annotated[
-        bool, typer.Option("--deadline", help="Ask too when a connection is ended. 40 minutes.")
+        bool, typer.Option("--deadline", help="Also ask when a connection is ended. 40 minutes.")
     ] = False,
     sessions: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="Ask too whether idle connections count, with up to N of them. Takes sessions"
+            help="Also ask whether idle connections count, with up to N of them. Takes sessions"
             " from your team's calls.",
             callback=arguments.sessions,
         ),
@@ -251,15 +324,17 @@ def probe(
         bool, typer.Option("--fake", help="Ask a fake server on this machine. Needs no key.")
     ] = False,
 ) -> None:
-    """Ask xAI's live service what the patch supposes of it, and advise options.
+    """Ask xAI's live service what the patch assumes of it, and advise options.
 
-    Needs a key in XAI_API_KEY. Exit code 3: something is not as supposed.
+    Needs a key in XAI_API_KEY. Exit code 3: something is not as assumed.
     """
     api_key = "" if fake else _api_key("probe")
     from rich.console import Console
 
     from .probe import report, run
 
+    if fake:
+        from . import testing  # noqa: F401 - what is missing for it is found before anybody is asked
     console = Console(quiet=as_json, highlight=False)
     questions = run.chosen(idle=idle, deadline=deadline, sessions=sessions)
     _confirm(report.announcement(questions, fake=fake), yes=yes, console=console)
@@ -281,7 +356,7 @@ def _conclude(
     elif outcome.findings:
         report.show(console, outcome)
     if file is not None and outcome.findings:
-        file.write_text(report.as_markdown(outcome), encoding="utf-8")
+        _write(file, report.as_markdown(outcome))
     if trouble is not None:
         _fail(trouble)
     if outcome.deviations:
@@ -289,7 +364,7 @@ def _conclude(
 
 
 def _confirm(announcement: str, *, yes: bool, console: Console) -> None:
-    """Says what follows, and ends the command if nobody wants it."""
+    """Says what follows, and ends the command if the user declines."""
     if yes:
         console.print(announcement)
         return

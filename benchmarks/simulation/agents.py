@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import math
 import random
 from typing import Any, Protocol
 
-from xai_pool_patch.manager import PoolKey, PoolManager
+from xai_pool_patch.manager import PoolManager
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.plugin.conversation import Conversation
-from xai_pool_patch.plugin.provider import _acquire  # what a caller does that is refused
+from xai_pool_patch.plugin.provider import ask_or_make_room
+from xai_pool_patch.pool.entries import Outcome
+from xai_pool_patch.pool.pool import DialFailedError
 from xai_pool_patch.protocol.connection import Connection
+from xai_pool_patch.protocol.request import Request
 from xai_pool_patch.sessions import Store
 from xai_pool_patch.sessions.shortage import Shortage
 
 from .server import Server, Socket
 
-API_KEY = "key"
 HOST = "api.x.ai"
+URL = f"wss://{HOST}/v1/tts"
 CONNECT_TIMEOUT = 10.0
 """Seconds. LiveKit's `APIConnectOptions`."""
 
@@ -80,13 +85,28 @@ class UnpatchedAgent:
 
 
 class _Session:
-    """What `PoolKey` needs of an HTTP session."""
+    """What a request needs of an HTTP session."""
 
     closed = False
+    connector = None
+
+    def __init__(self, server: Server, sockets: set[Socket]) -> None:
+        self._server = server
+        self._sockets = sockets
+
+    async def ws_connect(self, *args: object, **kwargs: object) -> Socket:
+        socket = await self._server.connect()
+        self._sockets.difference_update([each for each in self._sockets if each.closed])
+        self._sockets.add(socket)
+        return socket
 
 
 class _TTS:
-    """What `_acquire` and `PoolManager` need of the plugin's TTS: that it can be referred to."""
+    """What `PoolManager` needs of the plugin's TTS: that it can be referred to."""
+
+
+class _AgentSession:
+    """What a `Conversation` needs of LiveKit's: the same."""
 
 
 class PatchedAgent:
@@ -110,18 +130,24 @@ class PatchedAgent:
         jitter: random.Random,
     ) -> None:
         loop = asyncio.get_running_loop()
-        self._server = server
         self._sockets: set[Socket] = set()
         self._dials_at_speech = dials_at_speech
         shortage = Shortage(HOST, loop.time, loop.time, jitter.uniform)
-        self._pools = PoolManager(options, _no_fault, shortage, store)
+        self._pools = PoolManager(
+            options,
+            _no_fault,
+            shortage_at=lambda host: shortage,
+            store=store,
+            make_room=lambda: self._pools.let_go(),
+        )
         self._pools._jitter.seed(jitter.random())
         self._tts = _TTS()
-        session: Any = _Session()
-        key = PoolKey(API_KEY, session, ())
-        self._pool = self._pools.register(self._tts, key, lambda: self._connect)
+        session: Any = _Session(server, self._sockets)
+        request = Request(session, (URL,), {}, max_age=math.inf)
+        self._pool = self._pools.register(self._tts, request)
         self._pool.prewarm()  # as an AgentSession does when it starts
-        self._conversation = Conversation()
+        self._session = _AgentSession()
+        self._conversation = Conversation(self._session)
         self._connection: Connection | None = None
 
     def user_begins_to_speak(self) -> None:
@@ -132,14 +158,11 @@ class PatchedAgent:
         self._conversation.expect_at(self._pool)
 
     async def acquire(self) -> None:
-        acquired = await _acquire(
-            self._pools,
-            self._pool,
-            API_KEY,
-            CONNECT_TIMEOUT,
-            fresh=False,
-            caller=self._conversation,
-        )
+        ask = functools.partial(self._pool.acquire, caller=self._conversation)
+        try:
+            acquired = await ask_or_make_room(ask, CONNECT_TIMEOUT, self._pools.let_go)
+        except DialFailedError as failure:
+            raise failure.error from None
         self._connection = acquired.connection
         self._conversation.speaks(self._tts, self._pool)
 
@@ -149,9 +172,7 @@ class PatchedAgent:
             return
         if cut_off:
             connection.utterance.sent(_TEXT)  # so that the server owes an answer
-            self._pool.release_cut_off(connection)
-        else:
-            self._pool.release(connection)
+        self._pool.give_back(connection, Outcome.INTERRUPTED if cut_off else Outcome.FINISHED)
 
     def reply_ends(self) -> None:
         self._conversation.withdraw()
@@ -163,11 +184,6 @@ class PatchedAgent:
     def kill(self) -> None:
         for socket in self._sockets:
             socket.kill()
-
-    async def _connect(self, timeout: float) -> Any:
-        socket = await self._server.connect()
-        self._sockets = {each for each in self._sockets if not each.closed} | {socket}
-        return socket
 
 
 class Board(Store):

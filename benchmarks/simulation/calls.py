@@ -19,6 +19,10 @@ RETRY_PAUSES = (0.1, 2.0, 2.0)
 """LiveKit's, after an utterance that was refused. Then the reply stays silent."""
 
 
+AT_ONCE = 1e-6
+"""Seconds that are no wait: reading the clock takes them."""
+
+
 class Outcome(enum.Enum):
     """What became of a reply."""
 
@@ -140,7 +144,7 @@ class Call:
             wait = _now() - asked
             if not is_first:
                 return Reply(Outcome.RETRIED, wait)
-            return Reply(Outcome.FLOOR if wait == 0.0 else Outcome.WAITED, wait)
+            return Reply(Outcome.FLOOR if wait < AT_ONCE else Outcome.WAITED, wait)
         return Reply(Outcome.FAILED, _now() - asked)
 
     async def _speak(self) -> None:

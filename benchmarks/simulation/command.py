@@ -85,7 +85,7 @@ def sessions(
 ) -> None:
     """Simulate many calls, a process each, that share the sessions of one team.
 
-    In virtual time, with the package's real pools. docs/sessions.md describes the calls.
+    In virtual time, with the package's real pools. benchmarks/README.md describes the calls.
     """
     subjects = _chosen(only or [], speech=speech)
     scenario = Scenario(

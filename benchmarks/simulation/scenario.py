@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from tests.virtual import VirtualLoop
+from tests.clock import VirtualLoop
 from xai_pool_patch.demo.report import percentile
 from xai_pool_patch.options import PoolOptions, Warm
 

@@ -6,20 +6,25 @@ import asyncio
 from dataclasses import dataclass, field
 
 import aiohttp
+import yarl
 from aiohttp import WSMsgType
+from multidict import CIMultiDict, CIMultiDictProxy
 
 HANDSHAKE = 0.45
 ROUND_TRIP = 0.15
 PERMIT_TTL = 600.0
 """How long the server counts a session that ended without a Close frame."""
 
+_URL = yarl.URL("wss://api.x.ai/v1/tts")
+_REQUEST = aiohttp.RequestInfo(_URL, "GET", CIMultiDictProxy(CIMultiDict()), _URL)
 _CLOSING = aiohttp.WSMessage(WSMsgType.CLOSING, None, None)
 
 
-class RefusedError(Exception):
+class RefusedError(aiohttp.WSServerHandshakeError):
     """The team has no session left."""
 
-    status = 429
+    def __init__(self) -> None:
+        super().__init__(_REQUEST, (), status=429)
 
 
 @dataclass(eq=False)
@@ -41,7 +46,10 @@ class Server:
     @property
     def used(self) -> float:
         """Seconds of sessions so far."""
-        return self._used + self.sessions * (_now() - self._changed_at)
+        return self._used_at(_now())
+
+    def _used_at(self, now: float) -> float:
+        return self._used + self.sessions * (now - self._changed_at)
 
     async def connect(self) -> Socket:
         """Make a connection.
@@ -62,7 +70,8 @@ class Server:
         asyncio.get_running_loop().call_later(after, self._change, -1)
 
     def _change(self, by: int) -> None:
-        self._used, self._changed_at = self.used, _now()
+        now = _now()
+        self._used, self._changed_at = self._used_at(now), now
         self.sessions += by
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cases, goals, runs
+from benchmarks import cases, goals, need, runs
 from tests.demo.test_demo import TIMEOUT, command, environment, refused
-from tests.kit import HAS_NATIVE_POOL
+from tests.kit import HAS_NATIVE_POOL, VERSION
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "benchmarks"]
@@ -27,12 +27,17 @@ CASES = [
     "voices",
     "ten-cold",
     "cut-early",
+    "after-interrupt",
+    "closed",
+    "half-open",
     "first-words",
     "first-words-late",
 ]
 UNPATCHED = "native pool" if HAS_NATIVE_POOL else "as it is"
 ALWAYS_DIALS = (
-    {"voices", "ten-cold", "cut-early", "first-words-late"} if HAS_NATIVE_POOL else {*CASES}
+    {"voices", "ten-cold", "cut-early", "after-interrupt", "closed", "first-words-late"}
+    if HAS_NATIVE_POOL
+    else {*CASES}
 )
 """The cases in which the unpatched plugin makes a handshake for every turn."""
 QUICK = ["--turns", "2", "--rtt", "20"]
@@ -44,6 +49,10 @@ from benchmarks import costs
 costs.ROUNDS = costs.SPOKEN_TURNS = 2
 costs.HIT = dataclasses.replace(costs.HIT, turns=2)
 costs.STREAMS = dataclasses.replace(costs.STREAMS, connections=20)
+"""
+SHORT_NEED = """
+from benchmarks import need
+need.SITUATIONS = {"steady": need.SITUATIONS["steady"]}
 """
 REFUSING_VOICES = """
 import functools
@@ -116,6 +125,9 @@ def test_json_counts_turns_and_connections(report: Any) -> None:
     assert counts["voices"][4:] == [2, 2]
     assert counts["ten-cold"] == [2, 2, 2, 2, 2, 2]
     assert counts["cut-early"][0::3] == [2, 2]
+    assert counts["after-interrupt"][0::3] == [2, 2]
+    assert counts["closed"][0::3] == [2, 2]
+    assert counts["half-open"][0::3] == [2, 2]
     assert counts["first-words"] == [2, 2, 1, 2, 2, 1]
     assert counts["first-words-late"] == [2, 2, 1, 2, 2, 1]
 
@@ -123,7 +135,9 @@ def test_json_counts_turns_and_connections(report: Any) -> None:
 def test_goals_are_for_gaps_that_a_handshake_fits_into(report: Any) -> None:
     """Of the others it is not asked."""
     without = {case["name"] for case in report["cases"] if case["missed_goals"] is None}
-    assert without == {"interrupted-0.1s", "cleared-0.1s", "ten-cold", "first-words-late"}
+    assert without == {
+        *("interrupted-0.1s", "cleared-0.1s", "ten-cold", "half-open", "first-words-late")
+    }
 
 
 def test_shows_a_line_per_case_and_a_table() -> None:
@@ -137,6 +151,48 @@ def test_shows_a_line_per_case_and_a_table() -> None:
         assert part in done.stdout
     for case in ("steady", "voices"):
         assert f"{case:<18}{UNPATCHED} " in done.stdout
+
+
+def test_a_caller_hangs_up_on_a_half_open_connection(report: Any) -> None:
+    """Ten seconds are counted, not more; only a native pool hands out such a connection."""
+    (half_open,) = (case for case in report["cases"] if case["name"] == "half-open")
+    waits = {name: half_open[name]["time_to_first_audio_ms"] for name in ("unpatched", "patched")}
+    assert (waits["unpatched"]["max"] == 10_000.0) is HAS_NATIVE_POOL
+    assert waits["patched"]["max"] < 10_000.0
+
+
+def needed(*options: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    return bench("need", *options, **changes)
+
+
+def test_prints_who_needs_it_as_markdown() -> None:
+    """A row for each situation with the case that it is measured by, which `--case` knows too."""
+    done = needed("--turns", "1", "--rtt", "20")
+    assert (done.returncode, done.stderr) == (0, "")
+    head, line, *rows = [row.strip("| ").split(" | ") for row in done.stdout.splitlines()]
+    assert head == [f"livekit-plugins-xai {VERSION}", "unpatched", "patched", "case"]
+    assert line == ["---|---|---|---"]
+    waits = {case.strip("`"): (unpatched, patched) for _, unpatched, patched, case in rows}
+    assert list(waits) == list(need.SITUATIONS)
+    assert set(waits) <= {case.name for case in cases.CASES}
+    assert (waits["half-open"][0] == "over 10,000") is HAS_NATIVE_POOL
+    numbers = [float(cell.replace(",", "")) for pair in waits.values() for cell in pair[-1:]]
+    assert min(numbers) >= 330.0
+
+
+def test_who_needs_it_cannot_be_said_without_the_patch() -> None:
+    """A column would be missing."""
+    line = refused(needed(XAI_POOL_PATCH="off"), 1)
+    assert "XAI_POOL_PATCH=off" in line
+
+
+def test_a_failed_turn_is_no_cell_of_the_table(tmp_path: Path) -> None:
+    """It is said, and the exit code says so too."""
+    path = everywhere(tmp_path, REFUSING_VOICES + SHORT_NEED)
+    done = needed("--turns", "1", "--rtt", "20", PYTHONPATH=path)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "| steady conversation | - | - | `steady` |"
+    assert done.stderr.startswith("benchmarks need: a turn failed: API")
 
 
 def verdict(times: list[float], case: str = "steady") -> goals.Verdict:

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,11 +18,23 @@ import pytest
 from livekit import rtc
 from rich.console import Console
 
-from tests.kit import HAS_NATIVE_POOL
-from tests.virtual import in_virtual_time
-from xai_pool_patch.demo.conversation import Comparison, Loudspeaker, Plan, Run, Setting, Turn
-from xai_pool_patch.demo.report import show
+from tests.clock import in_virtual_time
+from tests.kit import HAS_NATIVE_POOL, VERSION
+from xai_pool_patch.demo.conversation import (
+    SENTENCES,
+    Comparison,
+    Loudspeaker,
+    Plan,
+    Run,
+    Setting,
+    Situation,
+    Turn,
+)
+from xai_pool_patch.demo.report import Progress, show
+from xai_pool_patch.plugin import releases
 
+PLUGIN = f"livekit-plugins-xai {VERSION}"
+WITHOUT_BARS = str.maketrans("", "", "█░")
 COMMAND = [sys.executable, "-m", "xai_pool_patch"]
 TIMEOUT = 180.0
 SAMPLE_RATE = 24_000
@@ -90,6 +103,7 @@ def test_json_has_the_turns_of_both_runs(report: Any) -> None:
     assert patched["turns"][1]["connection_reused"] is True
     assert patched["turns"][1]["acquire_time_ms"] == 0.0
     assert (unpatched["turns_reused"], patched["turns_reused"]) == (0, 1)
+    assert [turn["situation"] for turn in patched["turns"]] == ["steady", "after interruption"]
 
 
 def test_json_counts_connections(report: Any) -> None:
@@ -116,37 +130,100 @@ def test_every_line_is_coloured_and_equally_wide(report: Any, svg: Path) -> None
         line = element.get("clip-path", "")
         lines[line] = lines.get(line, "") + (element.text or "").replace("\xa0", " ")
     shown = "\n".join(lines.values())
-    for part in ("turn  1 of 2", "turns reused", "connections made", "floor, 330 ms", "█", "░"):
+    assert PLUGIN in shown
+    for part in ("after interruption", "turns reused", "most open", "floor, 330 ms", "█", "░"):
         assert part in shown
     times = [turn["time_to_first_audio_ms"] for turn in report["unpatched"]["turns"]]
     for time in times:  # rounded to a tenth already
         assert f"{time - 0.05:,.0f} ms" in shown or f"{time + 0.05:,.0f} ms" in shown
-    assert 80 < max(len(line) for line in shown.splitlines()) <= 88
+    assert 80 < max(len(line.rstrip()) for line in shown.splitlines()) <= 88
     assert len(set(re.findall(r"fill: (#\w+)", svg.read_text()))) > 3
 
 
-def test_without_a_terminal_it_prints_plain_lines() -> None:
-    """Into a pipe: a line for each turn, no colour and no cursor movement."""
-    done = command("demo", "--turns", "1", "--interrupt", "0", "--rtt", "20", COLUMNS="80")
+@pytest.fixture(scope="module")
+def plain() -> str:
+    """What one turn of each situation prints into a narrow pipe."""
+    options = ["--turns", "5", "--interrupt", "0.25", "--rtt", "20"]
+    done = command("demo", *options, COLUMNS="40")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "\x1b" not in done.stdout
-    assert max(len(line) for line in done.stdout.splitlines()) <= 80
-    for part in ("turn  1 of 1", "floor, 330 ms", "turns reused", "connections made"):
-        assert part in done.stdout
-    assert ("however long its handshake took" in done.stdout) is not HAS_NATIVE_POOL
+    return done.stdout
 
 
-def run(*turns: tuple[float, bool, float]) -> Run:
-    """Turns spoken to their end: time to first audio, whether reused, acquire time."""
-    numbered = enumerate(turns, 1)
-    return Run([Turn(number, False, *turn) for number, turn in numbered], len(turns), 1)
+def test_without_a_terminal_it_prints_plain_lines(plain: str) -> None:
+    """A line for each turn, no colour and no cursor movement; the installed plugin is named."""
+    assert "\x1b" not in plain
+    for part in ("floor, 330 ms", "turns reused", "connections made"):
+        assert part in plain
+    for run in ("unpatched", "patched"):
+        assert f"{PLUGIN}, {run}\nturn  1 " in plain
 
 
-def shown(unpatched: Run, patched: Run) -> str:
-    console = Console(file=io.StringIO(), width=80)
+def test_each_situation_is_shown_and_summed_up(plain: str) -> None:
+    """Where the server has closed the connection, only a native pool has to try twice."""
+    situations = ["steady", "steady*", "after interruption", "change of voice", "dead connection"]
+    dead = f"dead connection{' !' if HAS_NATIVE_POOL else ''}"
+    turns = re.findall(r"^turn +\d+ +[\d,]+ ms  (.+)$", plain, re.MULTILINE)
+    assert turns == [*situations[:4], dead, *situations]
+    for situation in {name.rstrip("*") for name in situations}:
+        assert re.search(rf"^{situation} +[\d,]+ ms +[\d,]+ ms$", plain, re.MULTILINE)
+
+
+def seconds_of_each(*, steady: float, dead: float) -> Run:
+    """A conversation whose turns took so long."""
+    times = [
+        (Situation.STEADY, steady),
+        (Situation.INTERRUPTED, 1.2),
+        (Situation.NEW_VOICE, 1.2),
+        (Situation.DEAD, dead),
+    ]
+    return Run([turn(number, *each) for number, each in enumerate(times, 1)], 9, 2)
+
+
+def turn(number: int, situation: Situation, seconds: float) -> Turn:
+    return Turn(
+        number,
+        situation,
+        interrupted=number == 1,
+        retried=situation is Situation.DEAD,
+        time_to_first_audio=seconds,
+        connection_reused=False,
+        acquire_time=0.0,
+    )
+
+
+def run_of(seconds: float) -> Run:
+    """One steady turn."""
+    return Run([turn(1, Situation.STEADY, seconds)], 1, 1)
+
+
+def shown(unpatched: Run, patched: Run, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width)
     show(console, Comparison(unpatched, patched), Setting(Plan(turns=len(patched.turns)), 0.02))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_it_fits_the_terminal(width: int) -> None:
+    """Even when LiveKit tried for ten seconds; only the sentences at the end wrap."""
+    slow = seconds_of_each(steady=0.46, dead=10.5)
+    narrow = shown(slow, slow, width).split("A steady turn")[0].splitlines()
+    assert max(len(line.rstrip()) for line in narrow) <= width
+    assert "…" not in "".join(narrow)
+    wide = shown(slow, slow, 200).split("A steady turn")[0].splitlines()
+    assert [line.translate(WITHOUT_BARS).split() for line in narrow] == [
+        line.translate(WITHOUT_BARS).split() for line in wide
+    ]
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_turn_as_it_ends_fits_on_one_line(width: int) -> None:
+    """The longest there is, of as many turns as anybody waits for."""
+    console = Console(file=io.StringIO(), width=width)
+    longest = replace(turn(99, Situation.INTERRUPTED, 9.9), interrupted=True)
+    Progress(console, Setting(Plan(turns=99), 0.02)).turn_ended(longest)
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == "turn 99  9,900 ms  after interruption*\n"
 
 
 @pytest.mark.parametrize(
@@ -155,25 +232,26 @@ def shown(unpatched: Run, patched: Run) -> str:
 )
 def test_it_says_how_the_silence_changed(patched: float, said: str) -> None:
     """Beside a native pool that loses nothing there is none to save."""
-    report = shown(run((0.42, False, 0.0)), run((patched, True, 0.0)))
-    assert f"  {said} silence over 1 turn\n" in report
+    assert f"\n{said} silence over 1 turn\n" in shown(run_of(0.42), run_of(patched))
 
 
 @pytest.mark.parametrize(
-    ("turns", "is_hidden"),
+    ("steady", "dead", "said"),
     [
-        ([(0.42, False, 0.0), (0.42, False, 0.0)], True),
-        ([(0.35, True, 0.0), (0.35, True, 0.0)], False),
-        ([(0.35, True, 0.0), (0.42, False, 0.07)], False),
+        (0.46, 1.2, "A steady turn gains nothing: {} is as fast without the patch. Faster with"),
+        (0.46, 0.46, "the patch. No gain: dead connection. Faster with the patch: after"),
+        (0.92, 0.46, "No gain: dead connection. Faster with the patch: steady, after"),
+        (0.92, 1.2, "Every turn is faster with the patch than with {} as it is."),
     ],
-    ids=["hides it", "makes none", "reports it"],
 )
-def test_it_says_when_the_plugin_hides_its_handshakes(
-    turns: list[tuple[float, bool, float]], is_hidden: bool
-) -> None:
-    """A reused connection did not wait for any, so its 0 ms are true."""
-    report = shown(run(*turns), run(*[(0.35, True, 0.0)] * 2))
-    assert ("0 ms however long its handshake took" in report) is is_hidden
+def test_it_says_in_words_which_turns_gain(steady: float, dead: float, said: str) -> None:
+    """From what was measured, whatever the plugin is."""
+    patched = replace(
+        seconds_of_each(steady=0.46, dead=0.46),
+        turns=[turn(number, each, 0.46) for number, each in enumerate(Situation, 1)],
+    )
+    report = shown(seconds_of_each(steady=steady, dead=dead), patched)
+    assert said.format(PLUGIN) in " ".join(report.split())
 
 
 @pytest.mark.parametrize(
@@ -189,6 +267,8 @@ def test_it_says_when_the_plugin_hides_its_handshakes(
         ("--interrupt", "nan", "from 0 (no turn) to 1 (all)"),
         ("--svg", "/nowhere/at/all.svg", "a file that can be written"),
         ("--svg", "/", "a file that can be written"),
+        ("--svg", "/etc/passwd/demo.svg", "a file that can be written"),
+        ("--svg", f"/tmp/{'x' * 300}.svg", "(File name too long)"),
     ],
 )
 def test_a_wrong_option_gets_one_line(option: str, value: str, right: str) -> None:
@@ -209,9 +289,48 @@ def test_live_without_a_key_is_refused(key: str) -> None:
 def test_live_names_the_probe() -> None:
     """Whoever has a key can find out what else the service does."""
     program = [sys.executable, "-c", LIVE]
-    done = command("demo", "--live", "--turns", "1", program=program, XAI_API_KEY="fake-api-key")
+    options = ["--live", "--yes", "--turns", "1"]
+    done = command("demo", *options, program=program, XAI_API_KEY="fake-api-key")
     assert (done.returncode, done.stderr) == (0, "")
+    assert "2 conversations of 1 turn" in done.stdout
     assert "xai-pool-patch probe asks xAI" in done.stdout.splitlines()[-1]
+
+
+def test_live_asks_before_it_bills() -> None:
+    """And says what it will cost. Nobody answers here, so it does not begin."""
+    program = [sys.executable, "-c", LIVE]
+    done = command("demo", "--live", program=program, XAI_API_KEY="fake-api-key")
+    assert (done.returncode, done.stdout) == (1, "")
+    announced, cost, asked = done.stderr.splitlines()
+    assert announced == "2 conversations of 10 turns with api.x.ai."
+    characters = 2 * sum(map(len, SENTENCES[:10]))
+    assert cost.endswith(f"up to {characters:,} characters to be spoken and billed.")
+    assert asked == "Begin? [y/N] xai-pool-patch: not begun; --yes begins without asking"
+
+
+@pytest.mark.parametrize("name", ["rich", "trustme"])
+def test_live_finds_what_is_missing_before_it_asks(tmp_path: Path, name: str) -> None:
+    """One line, and no question."""
+    (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})")
+    line = refused(command("demo", "--live", PYTHONPATH=str(tmp_path), XAI_API_KEY="fake"), 2)
+    assert line == f'xai-pool-patch: {name} is missing: pip install "xai_pool_patch[demo]"'
+
+
+def test_it_reads_and_writes_nothing_of_other_processes(tmp_path: Path) -> None:
+    """A Redis that the environment names, and the user's folder."""
+    names = {"XAI_POOL_PATCH_REDIS_URL": "nonsense://", "XDG_RUNTIME_DIR": str(tmp_path)}
+    done = command("demo", "--turns", "1", "--rtt", "0", "--json", **names)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_that_cannot_be_written_at_the_end_is_one_line() -> None:
+    """Behind the report: the disk was full."""
+    options = ["--turns", "1", "--interrupt", "0", "--rtt", "0", "--svg", "/dev/full"]
+    done = command("demo", *options)
+    assert done.returncode == 1
+    assert "turns reused" in done.stdout
+    assert done.stderr == "xai-pool-patch: cannot write /dev/full: No space left on device\n"
 
 
 def test_an_unsupported_plugin_is_refused(tmp_path: Path) -> None:
@@ -253,6 +372,26 @@ def test_a_failed_turn_ends_the_demo_with_its_reason(options: list[str]) -> None
     assert "401" in last
 
 
+def made(*arguments: str) -> str:
+    """What `make demo` would run, were no environment there yet."""
+    done = subprocess.run(
+        ["make", "--dry-run", "demo", *arguments, f"PYTHON={sys.executable}"],
+        cwd=Path(__file__).parents[2],
+        env=environment(MAKEFLAGS="", PLUGIN=""),
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_make_demo_shows_the_newest_plugin_unless_another_is_named() -> None:
+    """Each in its own environment, of which the newest has pinned constraints too."""
+    newest = releases.RELEASES[-1].versions[-1]
+    assert f".venv{newest}/bin/xai-pool-patch demo\n" in made()
+    assert "\n.venv/bin/xai-pool-patch demo\n" in made("PLUGIN=1.6.0")
+
+
 def test_ctrl_c_ends_it_cleanly() -> None:
     """In the middle of a conversation."""
     process = subprocess.Popen(
@@ -265,7 +404,7 @@ def test_ctrl_c_ends_it_cleanly() -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
-    while "turn  1 of 3" not in process.stdout.readline():
+    while "turn  1 " not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, complaints = process.communicate(timeout=TIMEOUT)
@@ -315,7 +454,7 @@ async def test_the_loudspeaker_can_be_interrupted() -> None:
     loudspeaker.flush()
     loudspeaker.clear_buffer()
     event = await loudspeaker.wait_for_playout()
-    assert (event.interrupted, event.playback_position) == (True, pytest.approx(0.0))
+    assert (event.interrupted, event.playback_position) == (True, pytest.approx(0.0, abs=1e-6))
     await loudspeaker.capture_frame(silence(1.0))
     loudspeaker.flush()
     event = await loudspeaker.wait_for_playout()

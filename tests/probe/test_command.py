@@ -121,6 +121,22 @@ def test_does_nothing_without_consent(answer: str) -> None:
     assert done.stderr.endswith("xai-pool-patch: not begun; --yes begins without asking\n")
 
 
+@pytest.mark.parametrize("name", ["rich", "trustme"])
+def test_finds_what_is_missing_before_it_asks(name: str, tmp_path: Path) -> None:
+    """One line, and no question."""
+    (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})")
+    line = refused(command("probe", "--fake", PYTHONPATH=str(tmp_path)), 2)
+    assert line == f'xai-pool-patch: {name} is missing: pip install "xai_pool_patch[demo]"'
+
+
+def test_a_report_that_cannot_be_written_at_the_end_is_one_line() -> None:
+    """Behind the table: the disk was full."""
+    done = probe("--fake", "--yes", "--report", "/dev/full")
+    assert done.returncode == 1
+    assert "PoolOptions()" in done.stdout
+    assert done.stderr == "xai-pool-patch: cannot write /dev/full: No space left on device\n"
+
+
 @pytest.mark.parametrize("key", ["", "  "])
 def test_needs_a_key(key: str) -> None:
     """Said before anything else happens."""

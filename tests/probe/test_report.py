@@ -54,9 +54,7 @@ SO, OTHERWISE, UNKNOWN = Verdict.AS_SUPPOSED, Verdict.OTHERWISE, Verdict.UNKNOWN
         ([{"interruption": "clear"}, {"interruption": "discard"}], {}),
         ([{"interruption": "discard"}, {"interruption": "clear"}], {}),
         ([{"interruption": "clear"}, {}], {"interruption": "clear"}),
-        ([{"verify_after": 300.0}, {"verify_after": None}], {}),
-        ([{"verify_after": 300.0}, {"verify_after": 100.0}], {"verify_after": 100.0}),
-        ([{"heartbeat": 10.0}, {"heartbeat": 3600.0}], {"heartbeat": 3600.0}),
+        ([{"heartbeat": 10.0}, {"heartbeat": 15.0}], {"heartbeat": 10.0}),
         ([{"max_age": 900.0}, {"max_age": 500.0}], {"max_age": 500.0}),
         ([{"max_age": PoolOptions.max_age}], {}),
         ([{"warm": "always"}, {"warm": "reply"}], {"warm": "reply"}),
@@ -71,9 +69,9 @@ def test_the_more_cautious_advice_counts(
 
 def test_the_line_to_take() -> None:
     """It is valid Python, and the options take it."""
-    line = options_line({"interruption": "clear", "verify_after": 300.0})
-    assert line == "PoolOptions(interruption='clear', verify_after=300.0)"
-    assert eval(line) == PoolOptions(interruption="clear", verify_after=300.0)
+    line = options_line({"interruption": "clear", "max_age": 300.0})
+    assert line == "PoolOptions(interruption='clear', max_age=300.0)"
+    assert eval(line) == PoolOptions(interruption="clear", max_age=300.0)
 
 
 @pytest.mark.parametrize("question", run.EVERY, ids=lambda question: question.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -46,9 +47,19 @@ def sessions(value: int | None) -> int | None:
 
 
 def writable(value: Path | None) -> Path | None:
+    """Tried before the work begins. A file that is not there is not left behind."""
     if value is None:
         return None
-    touched = value if value.exists() else value.parent
-    if value.is_dir() or not os.access(touched, os.W_OK):
-        raise typer.BadParameter(f"must be a file that can be written, not {value}")
+    try:
+        is_new = not value.exists()
+        if is_new or value.is_file():
+            value.open("ab").close()
+        elif value.is_dir() or not os.access(value, os.W_OK):
+            raise PermissionError(errno.EACCES, "not a file")
+        if is_new:
+            value.unlink()
+    except OSError as error:
+        raise typer.BadParameter(
+            f"must be a file that can be written, not {value} ({error.strerror})"
+        ) from None
     return value

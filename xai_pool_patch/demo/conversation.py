@@ -1,7 +1,8 @@
 """Holds a conversation: a real AgentSession with the real plugin speaks turn after turn.
 
-There is no room and no model. The agent says given sentences, a `Loudspeaker` plays them, and
-some are interrupted. All times are in seconds.
+There is no room and no model. The agent says given sentences, and a `Loudspeaker` plays them. Some
+are interrupted, the voice changes now and then, and the fake server closes connections that are
+idle. All times are in seconds.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import enum
+import itertools
+import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,6 +22,7 @@ from typing import Any, Protocol
 import aiohttp
 from livekit import rtc
 from livekit.agents import Agent, AgentSession, APIConnectionError, APIError, APIStatusError
+from livekit.agents.log import logger
 from livekit.agents.metrics import TTSMetrics
 from livekit.agents.tts import TTSError
 from livekit.agents.voice import SpeechHandle, io
@@ -42,6 +47,9 @@ SENTENCES = (
     "Thanks for calling, and have a good day.",
 )
 
+VOICES = ("ara", "rex")
+"""Two of xAI's; `ara` is the plugin's own choice."""
+
 HANDSHAKE_ROUND_TRIPS = 3
 """TCP, TLS 1.3, and the upgrade to a WebSocket."""
 
@@ -64,6 +72,15 @@ def sufficient_pause(round_trip: float) -> float:
     return max(Plan.pause, (HANDSHAKE_ROUND_TRIPS + 1) * round_trip)
 
 
+class Situation(enum.Enum):
+    """What happened just before a turn."""
+
+    STEADY = "steady"
+    INTERRUPTED = "after interruption"
+    NEW_VOICE = "change of voice"
+    DEAD = "dead connection"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What the agent says, and how."""
@@ -73,12 +90,28 @@ class Plan:
     """Part of the turns that are interrupted, from 0 to 1. They are spread evenly."""
     pause: float = 0.8
     """Silence before every turn, in which the user would speak. Before the first, it is the time
-    in which an agent's session has started and nobody has been greeted yet."""
-    speed: float = 2.0
+    in which an agent's session has started and no greeting has been spoken yet."""
+    speed: float = 3.0
     """How much faster than real time the audio is played."""
+    connections_die: bool = True
+    """Whether the server closes idle connections; only the fake one can be told to."""
 
     def sentence(self, number: int) -> str:
         return SENTENCES[(number - 1) % len(SENTENCES)]
+
+    def situation(self, number: int) -> Situation:
+        """What the turn is to be measured in: one thing at a time, and by turns."""
+        if number > 1 and self.is_interrupted(number - 1):
+            return Situation.INTERRUPTED
+        if number % 4 == 0:
+            return Situation.NEW_VOICE
+        if number % 4 == 1 and number > 1 and self.connections_die:
+            return Situation.DEAD
+        return Situation.STEADY
+
+    def situations(self) -> list[Situation]:
+        """Those of all turns, in order."""
+        return [self.situation(number) for number in range(1, self.turns + 1)]
 
     def is_interrupted(self, number: int) -> bool:
         return self._interruptions_up_to(number) > self._interruptions_up_to(number - 1)
@@ -122,7 +155,10 @@ class Turn:
     """One turn as it was heard."""
 
     number: int
+    situation: Situation
     interrupted: bool
+    retried: bool
+    """Whether it failed at first, and LiveKit tried again."""
     time_to_first_audio: float
     """From `say()` to the first frame that reached the audio output."""
     connection_reused: bool | None
@@ -228,6 +264,7 @@ async def hold(plan: Plan, endpoint: Endpoint, observer: Observer) -> Run:
 async def _session(plan: Plan, endpoint: Endpoint) -> AsyncIterator[_Speaker]:
     asyncio.get_running_loop().set_exception_handler(ignore_reported)
     async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(_retries_unlogged())
         tts = xai.TTS(api_key=endpoint.api_key, http_session=endpoint.http)
         stack.push_async_callback(tts.aclose)
         session: AgentSession[None] = AgentSession(
@@ -238,11 +275,25 @@ async def _session(plan: Plan, endpoint: Endpoint) -> AsyncIterator[_Speaker]:
         stack.push_async_callback(session.aclose)
         loudspeaker = Loudspeaker(speed=plan.speed)
         session.output.audio = loudspeaker
-        speaker = _Speaker(plan, session, loudspeaker)
+        speaker = _Speaker(plan, endpoint, tts, session, loudspeaker)
         tts.on("metrics_collected", speaker.on_metrics)
         tts.on("error", speaker.on_error)
         await session.start(Agent(instructions=""))  # which calls tts.prewarm()
         yield speaker
+
+
+@contextlib.contextmanager
+def _retries_unlogged() -> Iterator[None]:
+    """Keeps LiveKit's warning for each retry, which `Turn.retried` reports, off the terminal."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("failed to synthesize speech")
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def ignore_reported(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -254,24 +305,38 @@ def ignore_reported(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
 class _Speaker:
     """Speaks the turns of one session, and keeps what the plugin reports about them."""
 
-    def __init__(self, plan: Plan, session: AgentSession[None], loudspeaker: Loudspeaker) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        endpoint: Endpoint,
+        tts: xai.TTS,
+        session: AgentSession[None],
+        loudspeaker: Loudspeaker,
+    ) -> None:
         self._plan = plan
+        self._endpoint = endpoint
+        self._tts = tts
         self._session = session
         self._loudspeaker = loudspeaker
+        self._voices = itertools.cycle(VOICES[::-1])
         self._loop = asyncio.get_running_loop()
         self._metrics: TTSMetrics | None = None
         self._error: Exception | None = None
+        self._retried = False
 
     def on_metrics(self, metrics: TTSMetrics) -> None:
         self._metrics = metrics
 
     def on_error(self, event: TTSError) -> None:
-        if not event.recoverable:
+        if event.recoverable:
+            self._retried = True
+        else:
             self._error = event.error
 
     async def speak(self, number: int) -> Turn:
+        await self._bring_about(self._plan.situation(number))
         await asyncio.sleep(self._plan.pause)
-        self._metrics = None
+        self._metrics, self._retried = None, False
         playback = self._loudspeaker.next_playback()
         asked_at = self._loop.time()
         handle = self._session.say(self._plan.sentence(number))
@@ -286,11 +351,20 @@ class _Speaker:
             raise TurnFailedError(f"turn {number} failed: it ended without any audio")
         return Turn(
             number=number,
+            situation=self._plan.situation(number),
             interrupted=handle.interrupted,
+            retried=self._retried,
             time_to_first_audio=playback.result().began_at - asked_at,
             connection_reused=self._metrics.connection_reused if self._metrics else None,
             acquire_time=self._metrics.acquire_time if self._metrics else None,
         )
+
+    async def _bring_about(self, situation: Situation) -> None:
+        """Does what comes before the turn. The turn before has been interrupted by itself."""
+        if situation is Situation.NEW_VOICE:
+            self._tts.update_options(voice=next(self._voices))
+        elif situation is Situation.DEAD and self._endpoint.server is not None:
+            await self._endpoint.server.close_all()
 
     async def _wait_until_over(self, number: int, handle: SpeechHandle) -> None:
         try:

@@ -1,27 +1,33 @@
-"""Shows progress, a table and a bar per turn, and a summary; or prints all of it as JSON."""
+"""Shows progress, two bars for each turn, and a summary; or prints all of it as JSON."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import io
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
 from ..plugin.releases import DISTRIBUTION
-from .conversation import Comparison, Run, Setting, Turn
+from .conversation import Comparison, Plan, Run, Setting, Situation, Turn
 
 UNPATCHED = "unpatched"
 PATCHED = "patched"
 GOOD, BAD, QUIET = "green", "red", "dim"
-NAME_WIDTH = len(UNPATCHED)
+CUT = "*"
+"""Marks a turn that was interrupted."""
+RETRIED = "!"
+"""Marks a turn that failed at first."""
+NOTICEABLE = 0.03
+"""Seconds; a gain that is less may be chance."""
+_LABEL = f"    {{:<{len(UNPATCHED)}}} "
 PICTURE_WIDTH = 88
 """Columns. The same for every terminal."""
 
@@ -39,7 +45,7 @@ class _Yardstick:
         if floor is not None:
             return cls("floor", floor)
         runs = (comparison.unpatched, comparison.patched)
-        return cls("fastest turn", min(min(_times(run)) for run in runs))
+        return cls("fastest turn", min(min(_times(run.turns)) for run in runs))
 
 
 class Progress:
@@ -60,39 +66,56 @@ class Progress:
 
     def run_begins(self, *, patched: bool) -> None:
         self._run = PATCHED if patched else UNPATCHED
-        self._console.print()
+        self._console.print(_heading(self._run))
 
     def turn_begins(self, number: int) -> None:
         self._status.update(f"{self._run}, turn {number} of {self._turns}")
 
     def turn_ended(self, turn: Turn) -> None:
-        self._console.print(_line(self._run, turn, self._turns))
+        self._console.print(_line(turn))
 
 
-def _line(run: str, turn: Turn, turns: int) -> Text:
-    line = Text(f"{run:<{NAME_WIDTH}}  turn {turn.number:>2} of {turns}")
-    line.append(f"  first audio after {_ms(turn.time_to_first_audio):>8}")
-    line.append(_remark(turn), style=QUIET)
-    return line
+def _heading(run: str) -> Text:
+    return Text(f"\n{plugin()}, {run}", style="bold")
 
 
-def _remark(turn: Turn) -> str:
-    if turn.interrupted:
-        return "  interrupted"
-    return "  connection reused" if turn.connection_reused else "  new connection"
+def _line(turn: Turn) -> Text:
+    line = Text(f"turn {turn.number:>2}  {_ms(turn.time_to_first_audio):>8}  ")
+    return line.append(_situation(turn), style=QUIET).append(_retried(turn), style=BAD)
+
+
+def _situation(turn: Turn) -> str:
+    return f"{turn.situation.value}{CUT if turn.interrupted else ''}"
+
+
+def _retried(turn: Turn) -> str:
+    return f" {RETRIED}" if turn.retried else ""
+
+
+def plugin() -> str:
+    """Name and version of what is installed."""
+    return f"{DISTRIBUTION} {importlib.metadata.version(DISTRIBUTION)}"
 
 
 def announce(console: Console, setting: Setting) -> None:
     """Print what the demo will do, and how long it will take."""
     plan = setting.plan
-    interrupted = sum(plan.is_interrupted(number) for number in range(1, plan.turns + 1))
-    plugin = f"{DISTRIBUTION} {importlib.metadata.version(DISTRIBUTION)}"
     console.print(
-        f"An agent says {_plural(plan.turns, 'sentence')}, {interrupted or 'none'} interrupted:"
-        f" first with {plugin} as it is, then patched."
+        f"An agent says {_plural(plan.turns, 'sentence')}, first with {plugin()} as it is, then"
+        f" patched. {_events(plan)}"
     )
     console.print(_server(setting))
     console.print(f"This takes about {setting.expected_duration:.0f} s.", style="bold")
+
+
+def _events(plan: Plan) -> str:
+    interrupted = sum(plan.is_interrupted(number) for number in range(1, plan.turns + 1))
+    happens = plan.situations()
+    return (
+        f"Interruptions: {interrupted},"
+        f" changes of voice: {happens.count(Situation.NEW_VOICE)},"
+        f" connections that the server closes between turns: {happens.count(Situation.DEAD)}."
+    )
 
 
 def _server(setting: Setting) -> str:
@@ -106,79 +129,39 @@ def _server(setting: Setting) -> str:
 
 def show(console: Console, comparison: Comparison, setting: Setting) -> None:
     """Print the whole report."""
-    yardstick = _Yardstick.choose(setting.floor, comparison)
     console.print()
-    console.print(_table(comparison))
-    console.print(_notes(comparison))
+    console.print(_bars(console, comparison, _Yardstick.choose(setting.floor, comparison)))
     console.print()
-    console.print(_bars(console, comparison, yardstick))
+    console.print(_summary(comparison))
     console.print()
-    console.print(_summary(comparison, yardstick))
+    console.print(_verdict(comparison))
     console.print(_saving(comparison))
 
 
 def picture(comparison: Comparison, setting: Setting) -> str:
-    """Everything that a terminal shows at the end, as SVG."""
+    """The announcement and the report, as SVG."""
     console = Console(record=True, file=io.StringIO(), width=PICTURE_WIDTH, highlight=False)
     announce(console, setting)
-    for name, run in ((UNPATCHED, comparison.unpatched), (PATCHED, comparison.patched)):
-        console.print()
-        for turn in run.turns:
-            console.print(_line(name, turn, len(run.turns)))
     show(console, comparison, setting)
     return console.export_svg(title="xai-pool-patch demo")
 
 
-# The table per turn
-
-
-def _table(comparison: Comparison) -> Table:
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("\nturn", justify="right", no_wrap=True)
-    for name in (UNPATCHED, PATCHED):
-        table.add_column(f"{name}\nfirst audio", justify="right", no_wrap=True)
-        table.add_column("\nreused", no_wrap=True)
-        table.add_column("\nacquire", justify="right", no_wrap=True)
-    table.add_column("", style=QUIET, no_wrap=True)
-    for before, after in _pairs(comparison):
-        mark = "cut" if before.interrupted or after.interrupted else ""
-        table.add_row(str(before.number), *_cells(before), *_cells(after), mark)
-    return table
-
-
-def _cells(turn: Turn) -> tuple[str, Text, str]:
-    acquire = "-" if turn.acquire_time is None else _ms(turn.acquire_time)
-    return _ms(turn.time_to_first_audio), _reused(turn), acquire
-
-
-def _reused(turn: Turn) -> Text:
-    if turn.connection_reused is None:
-        return Text("-")
-    return Text("yes", style=GOOD) if turn.connection_reused else Text("no", style=BAD)
-
-
-def _notes(comparison: Comparison) -> Text:
-    notes = ["reused, acquire: from the plugin's TTSMetrics"]
-    runs = (comparison.unpatched, comparison.patched)
-    if any(turn.connection_reused is None for run in runs for turn in run.turns):
-        notes.append("cut: interrupted, so the plugin reports no metrics")
-    made = [turn for turn in comparison.unpatched.turns if turn.connection_reused is False]
-    if made and not any(turn.acquire_time for turn in made):
-        notes.append("unpatched, the plugin says 0 ms however long its handshake took")
-    return Text("\n".join(f"  {note}" for note in notes), style=QUIET)
-
-
-# The bar per turn
+# The bars of a turn
 
 
 def _bars(console: Console, comparison: Comparison, yardstick: _Yardstick) -> RenderableType:
-    longest = max(_times(comparison.unpatched) + _times(comparison.patched))
+    longest = max(_times(comparison.unpatched.turns) + _times(comparison.patched.turns))
     blocks = ("#", ".") if console.options.ascii_only else ("█", "░")
-    scale = _Scale(yardstick, (console.width - NAME_WIDTH - 16) / longest, *blocks)
+    scale = _Scale(
+        yardstick,
+        (console.width - len(_LABEL.format(UNPATCHED)) - len(" 12,345 ms !")) / longest,
+        *blocks,
+    )
     lines = [scale.legend()]
     for before, after in _pairs(comparison):
-        lines.append(Text(f"{before.number:>3} {UNPATCHED:<{NAME_WIDTH}} ") + scale.bar(before))
-        lines.append(Text(f"    {PATCHED:<{NAME_WIDTH}} ") + scale.bar(after))
+        lines.append(Text(f"{before.number:>3} {_situation(before)}", style=QUIET))
+        lines.append(Text(_LABEL.format(UNPATCHED)) + scale.bar(before))
+        lines.append(Text(_LABEL.format(PATCHED)) + scale.bar(after))
     return Group(*lines)
 
 
@@ -192,13 +175,13 @@ class _Scale:
     excess: str
 
     def legend(self) -> Text:
-        yardstick = f" {self.yardstick.name}, {_ms(self.yardstick.seconds)}  "
         return Text.assemble(
-            ("Time to first audio  ", "bold"),
+            ("Time to first audio\n", "bold"),
             (3 * self.due, GOOD),
-            yardstick,
+            f" {self.yardstick.name}, {_ms(self.yardstick.seconds)}\n",
             (3 * self.excess, BAD),
-            " on top of it",
+            f" on top of it\n{CUT} interrupted while it was heard\n",
+            f"{RETRIED} failed, and LiveKit tried again\n",
         )
 
     def bar(self, turn: Turn) -> Text:
@@ -208,6 +191,7 @@ class _Scale:
             (self.due * self._cells(due), GOOD),
             (self.excess * self._cells(seconds - due), BAD),
             f" {_ms(seconds)}",
+            (_retried(turn), BAD),
         )
 
     def _cells(self, seconds: float) -> int:
@@ -217,24 +201,31 @@ class _Scale:
 # The summary
 
 
-def _summary(comparison: Comparison, yardstick: _Yardstick) -> Table:
+def _summary(comparison: Comparison) -> Table:
     runs = (comparison.unpatched, comparison.patched)
-    table = Table(box=box.SIMPLE, padding=(0, 2, 0, 0))
-    table.add_column(f"x: times the {yardstick.name}")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("median wait")
     table.add_column(UNPATCHED, justify="right")
     table.add_column(PATCHED, justify="right")
-    for name, share in (("p50", 0.5), ("p95", 0.95), ("max", 1.0)):
-        cells = [_against(yardstick, percentile(_times(run), share)) for run in runs]
-        table.add_row(f"time to first audio, {name}", *cells)
+    for situation, times in _by_situation(comparison).items():
+        table.add_row(situation.value, *[_ms(statistics.median(each)) for each in times])
+    table.add_row()
     table.add_row("turns reused", *[_reused_of(run) for run in runs])
     if comparison.unpatched.connections_made is not None:
         table.add_row("connections made", *[str(run.connections_made) for run in runs])
-        table.add_row("most open at a time", *[str(run.peak_open) for run in runs])
+        table.add_row("most open", *[str(run.peak_open) for run in runs])
     return table
 
 
-def _against(yardstick: _Yardstick, seconds: float) -> str:
-    return f"{_ms(seconds)}  {seconds / yardstick.seconds:.2f} x"
+def _by_situation(comparison: Comparison) -> dict[Situation, tuple[list[float], list[float]]]:
+    """Times to first audio in each situation that occurred, unpatched and patched."""
+    times: dict[Situation, tuple[list[float], list[float]]] = {}
+    for situation in Situation:
+        pairs = [pair for pair in _pairs(comparison) if pair[0].situation is situation]
+        if pairs:
+            before, after = zip(*pairs, strict=True)
+            times[situation] = (_times(before), _times(after))
+    return times
 
 
 def _reused_of(run: Run) -> str:
@@ -242,10 +233,35 @@ def _reused_of(run: Run) -> str:
     return f"{_count_reused(run)} of {len(reported)}"
 
 
+def _verdict(comparison: Comparison) -> str:
+    """In words, which turns gain something with the installed plugin."""
+    gains = {
+        situation: statistics.median(before) - statistics.median(after)
+        for situation, (before, after) in _by_situation(comparison).items()
+    }
+    faster = [situation for situation, gain in gains.items() if gain >= NOTICEABLE]
+    others = [situation for situation in gains if situation not in faster]
+    if not others:
+        return f"Every turn is faster with the patch than with {plugin()} as it is."
+    sentences = []
+    if Situation.STEADY in others:
+        others.remove(Situation.STEADY)
+        sentences.append(f"A steady turn gains nothing: {plugin()} is as fast without the patch.")
+    if others:
+        sentences.append(f"No gain: {_listed(others)}.")
+    if faster:
+        sentences.append(f"Faster with the patch: {_listed(faster)}.")
+    return " ".join(sentences)
+
+
+def _listed(situations: list[Situation]) -> str:
+    return ", ".join(situation.value for situation in situations)
+
+
 def _saving(comparison: Comparison) -> Text:
     seconds, turns = round(silence_saved(comparison), 1), len(comparison.patched.turns)
     change = f"{abs(seconds)} s {'less' if seconds > 0 else 'more'}" if seconds else "as much"
-    return Text(f"  {change} silence over {_plural(turns, 'turn')}", style="bold")
+    return Text(f"{change} silence over {_plural(turns, 'turn')}", style="bold")
 
 
 # JSON
@@ -265,7 +281,7 @@ def as_json(comparison: Comparison, setting: Setting) -> dict[str, Any]:
 
 
 def _run_as_json(run: Run) -> dict[str, Any]:
-    times = _times(run)
+    times = _times(run.turns)
     return {
         "time_to_first_audio_ms": {
             "p50": _rounded_ms(percentile(times, 0.5)),
@@ -282,7 +298,9 @@ def _run_as_json(run: Run) -> dict[str, Any]:
 def _turn_as_json(turn: Turn) -> dict[str, Any]:
     return {
         "number": turn.number,
+        "situation": turn.situation.value,
         "interrupted": turn.interrupted,
+        "retried": turn.retried,
         "time_to_first_audio_ms": _rounded_ms(turn.time_to_first_audio),
         "connection_reused": turn.connection_reused,
         "acquire_time_ms": _rounded_ms(turn.acquire_time),
@@ -299,11 +317,11 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 def silence_saved(comparison: Comparison) -> float:
     """Seconds by which first audio came earlier, over all turns."""
-    return sum(_times(comparison.unpatched)) - sum(_times(comparison.patched))
+    return sum(_times(comparison.unpatched.turns)) - sum(_times(comparison.patched.turns))
 
 
-def _times(run: Run) -> list[float]:
-    return [turn.time_to_first_audio for turn in run.turns]
+def _times(turns: Sequence[Turn]) -> list[float]:
+    return [turn.time_to_first_audio for turn in turns]
 
 
 def _pairs(comparison: Comparison) -> list[tuple[Turn, Turn]]:

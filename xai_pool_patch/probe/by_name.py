@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from ..options import PoolOptions
 from .question import Answer, Question, Verdict
-from .quick import HELLO, VERIFY_AFTER
+from .quick import HELLO
 from .service import DialError, RefusedError, Service, Socket, Spoken, now
 
 SHARE_OF_LIFE = 0.85
-"""How much of the life of a connection `max_age` uses: 1,785 s of 2,100."""
+"""How much of the life of a connection `max_age` may use: 1,785 s of 2,100."""
 
 SAME_AGE = 0.03
 """Ages that differ by less than this share of them are the same."""
@@ -69,7 +69,8 @@ def _for_idle(seconds: float, left: _Fate, alive: _Fate) -> dict[str, float]:
         is_too_long = not left.usable and left.lived < 2 * PoolOptions.heartbeat
         return {"heartbeat": _rounded(left.lived / 3)} if is_too_long else {}
     if alive.answers_pings:
-        return {"verify_after": min(VERIFY_AFTER, _rounded(seconds / 2))}
+        # When the session died cannot be known: something else answered the PINGs.
+        return {"max_age": min(PoolOptions.max_age, _rounded(seconds / 2))}
     return {"max_age": min(PoolOptions.max_age, _rounded(SHARE_OF_LIFE * alive.lived))}
 
 
@@ -113,9 +114,9 @@ def idle(seconds: float) -> Question:
         supposed="A connection that gets PINGs can be used after any time below `max_age`.",
         if_so="The pool keeps idle connections open, and its heartbeat keeps them alive.",
         if_not="The pool replaces an idle connection that ends. `max_age` below that time replaces"
-        " it earlier, a shorter `heartbeat` keeps it open, and `verify_after` finds a session that"
-        " is dead behind an open socket.",
-        options=("heartbeat", "max_age", "verify_after"),
+        " it earlier, also one whose session is dead behind an open socket. A shorter `heartbeat`"
+        " keeps it open.",
+        options=("heartbeat", "max_age"),
         flag="--idle SECONDS",
         characters=2 * len(HELLO),
         seconds=seconds + 3,
@@ -182,9 +183,9 @@ def _judged(ages: dict[str, float | None], expected: float) -> Answer:
 DEADLINE = Question(
     name="deadline",
     supposed="The service ends a connection about 2,100 s after it was opened, used or not.",
-    if_so="The pool replaces a connection by the age of 1,800 s.",
-    if_not="`max_age` has to be below the shortest life. If there is no deadline, the pool replaces"
-    " connections more often than necessary.",
+    if_so="The pool replaces a connection long before, by the age of 540 s.",
+    if_not="`max_age` has to be below the shortest life. The default is, unless that life is"
+    " shorter than nine minutes.",
     options=("max_age",),
     flag="--deadline",
     characters=(1 + USES + 1) * len(HELLO),

@@ -78,14 +78,9 @@ class Finding:
         return self.question.if_so if so else self.question.if_not
 
 
-_BY_CAUTION: dict[str, list[Any]] = {
+_BY_CAUTION: dict[str, list[str]] = {
     "interruption": ["discard", "clear"],
     "warm": ["reply", "auto", "always"],
-}
-_CAUTIOUS: dict[str, Callable[[Any, Any], Any]] = {
-    "heartbeat": max,  # the longest one means that PINGs are not answered at all
-    "max_age": min,
-    "verify_after": lambda one, other: None if None in (one, other) else min(one, other),
 }
 
 
@@ -106,7 +101,7 @@ def advice(findings: Iterable[Finding]) -> dict[str, Any]:
 def _more_cautious(name: str, one: Any, other: Any) -> Any:
     if name in _BY_CAUTION:
         return min(one, other, key=_BY_CAUTION[name].index)
-    return _CAUTIOUS[name](one, other)
+    return min(one, other)  # a time
 
 
 def options_line(advised: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..options import PoolOptions
 from ..pool.clearing import CLEAR
 from .question import Answer, Question, Verdict
 from .service import PONG, VOICE, RefusedError, Service, Socket, Spoken, described, now
@@ -17,17 +16,6 @@ UNSPOKEN = {"empty": "", "blank": " ", "dots": "…"}
 
 SAMPLES = 3
 """How often a time is measured. The shortest counts: what delays a message is not of interest."""
-
-NO_HEARTBEAT = 3600.0
-"""An interval longer than a connection's life: only a connection's first PING is ever sent."""
-
-VERIFY_AFTER = 300.0
-"""Half of the 600 s after which xAI's speech to text was seen to answer PINGs and do nothing."""
-
-NEARER = 2.0
-"""An answer of the session takes this many times the round trip of a PING, and"""
-NEARER_BY = 0.02
-"""this many seconds more, if something in front of the session answers the PING."""
 
 
 async def _handshake(service: Service) -> Answer:
@@ -86,30 +74,8 @@ async def _ping(service: Service) -> Answer:
     async with service.open() as socket:
         pong = await socket.ping()
         if pong is None:
-            why = socket.why_silent()
-            return Answer(Verdict.OTHERWISE, f"no PONG: {why}", {"heartbeat": NO_HEARTBEAT})
+            return Answer(Verdict.OTHERWISE, f"no PONG: {socket.why_silent()}")
     return Answer(Verdict.AS_SUPPOSED, f"PONG after {_ms(pong)}", measured=_in_ms(pong=pong))
-
-
-async def _ping_origin(service: Service) -> Answer:
-    async with service.open() as socket:
-        pings = [await socket.ping() for _ in range(SAMPLES)]
-        answers = [await socket.clear() for _ in range(SAMPLES)]
-    pong = min((seconds for seconds in pings if seconds is not None), default=None)
-    session = min((seconds for seconds in answers if seconds is not None), default=None)
-    if pong is None or session is None:
-        missing = "PONG" if pong is None else "acknowledgement of text.clear"
-        return Answer(Verdict.UNKNOWN, f"cannot be known without a {missing}")
-    is_nearer = session > NEARER * pong and session - pong > NEARER_BY
-    found = f"PONG after {_ms(pong)}, an answer of the session after {_ms(session)}"
-    if is_nearer:
-        found += ": a nearer server answers PINGs, or the session is slow; which, cannot be known"
-    return Answer(
-        _verdict(not is_nearer),
-        found,
-        {"verify_after": VERIFY_AFTER} if is_nearer else {},
-        _in_ms(pong=pong, session=session),
-    )
 
 
 async def _fence(service: Service) -> Answer:
@@ -135,23 +101,9 @@ async def _fence(service: Service) -> Answer:
     return Answer(Verdict.AS_SUPPOSED, f"the PONG came first, {SAMPLES} times of {SAMPLES}")
 
 
-async def _clear_idle(service: Service) -> Answer:
-    async with service.open() as socket:
-        longest = _longest_clear(await socket.ping())
-        mark, took = socket.mark, await socket.clear()
-        if took is None:
-            return _not_acknowledged(socket, mark, {"verify_after": None})
-    return Answer(
-        _verdict(took <= longest),
-        f"acknowledged after {_ms(took)}, of {_ms(longest)} that the pool waits",
-        {} if took <= longest else {"verify_after": None},
-        _in_ms(acknowledged=took),
-    )
-
-
 def _longest_clear(round_trip: float | None) -> float:
     """How long the pool waits for an acknowledgement."""
-    return min(PoolOptions.clear_timeout, CLEAR.seconds(round_trip))
+    return min(CLEAR.at_most, CLEAR.seconds(round_trip))
 
 
 async def _clear_speaking(service: Service) -> Answer:
@@ -163,7 +115,7 @@ async def _clear_speaking(service: Service) -> Answer:
             return Answer(Verdict.UNKNOWN, f"no audio to cancel: {socket.why_silent()}")
         mark, took = socket.mark, await socket.clear()
         if took is None:
-            return _not_acknowledged(socket, mark, {})
+            return _not_acknowledged(socket, mark)
         acknowledged = socket.mark
         await socket.first("error", since=acknowledged, timeout=service.timing.quiet)
         leaks = socket.count("audio.delta", since=acknowledged)
@@ -185,12 +137,10 @@ def _cleared(took: float, longest: float, leaks: int, spoken: Spoken | None) -> 
     return Answer(_verdict(so), found, advises, _in_ms(acknowledged=took))
 
 
-def _not_acknowledged(socket: Socket, mark: int, advises: dict[str, None]) -> Answer:
+def _not_acknowledged(socket: Socket, mark: int) -> Answer:
     errors = [heard for heard in socket.heard[mark:] if heard.type == "error"]
     why = described(errors[0]) if errors else socket.why_silent()
-    return Answer(
-        Verdict.OTHERWISE, f"not acknowledged: {why}", {"interruption": "discard", **advises}
-    )
+    return Answer(Verdict.OTHERWISE, f"not acknowledged: {why}", {"interruption": "discard"})
 
 
 async def _wordless(service: Service) -> Answer:
@@ -320,46 +270,27 @@ QUICK = (
         name="PING",
         supposed="The service answers PINGs.",
         if_so="The heartbeat finds a vanished server within 1.5 times its interval.",
-        if_not="Two connections end for it before the pool stops its PINGs. A `heartbeat` longer"
-        " than `max_age` saves them. `first_audio_timeout` finds a vanished server.",
-        options=("heartbeat",),
+        if_not="Silence tells the pool nothing, so it ends no connection for want of a PONG. Only"
+        " `answer_timeout` finds a vanished server.",
         seconds=1,
         ask=_ping,
     ),
     Question(
-        name="PING's origin",
-        supposed="The PONG comes from as far away as an answer of the session.",
-        if_so="The pool takes a PONG as a sign of life. Whether the session itself sends it, or"
-        " something just as near, cannot be known.",
-        if_not="A PONG may come from something in front of a dead session. With `verify_after`"
-        " the session itself has to answer.",
-        options=("verify_after",),
-        seconds=2,
-        ask=_ping_origin,
-    ),
-    Question(
         name="fence",
         supposed="A PONG comes before the audio of a text that was sent after the PING.",
-        if_so="The pool drops audio that comes before the PONG, because it is old.",
-        if_not="The pool stops to sort audio by PONGs, so nothing would check a cancel.",
+        if_so="Audio that comes before the PONG on a reused connection may be old, so the pool"
+        " replays the utterance over a new connection.",
+        if_not="The pool stops telling old audio from new by PONGs, so nothing would check a"
+        " cancel.",
         options=("interruption",),
         characters=SAMPLES * len(HELLO),
         seconds=3,
         ask=_fence,
     ),
     Question(
-        name="clear, idle",
-        supposed="An idle connection acknowledges `text.clear` within `clear_timeout`.",
-        if_so="`verify_after` can show that there is a session behind an idle connection.",
-        if_not="`verify_after` would show nothing, so leave it None.",
-        options=("interruption", "verify_after"),
-        seconds=2,
-        ask=_clear_idle,
-    ),
-    Question(
         name="clear, speaking",
-        supposed="`text.clear` ends an utterance: it is acknowledged within `clear_timeout`, and no"
-        " audio follows.",
+        supposed="`text.clear` ends an utterance: it is acknowledged within a second at most, and"
+        " no audio follows.",
         if_so='`interruption="clear"` saves the connection of an interrupted utterance.',
         if_not='An interrupted utterance costs its connection: `interruption="discard"`.',
         options=("interruption",),
@@ -372,7 +303,7 @@ QUICK = (
         supposed="A text that is empty, blank or “…” has an answer: `audio.done`, silence or an"
         " error.",
         if_so="Each of these ends the utterance.",
-        if_not="The pool replays such a text after `first_audio_timeout`, and it fails then.",
+        if_not="Such a text fails after `answer_timeout`, and LiveKit retries it.",
         characters=sum(map(len, UNSPOKEN.values())),
         seconds=4,
         ask=_wordless,

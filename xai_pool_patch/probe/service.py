@@ -268,7 +268,7 @@ class Socket:
         self._wake()
 
     def _wake(self) -> None:
-        """Wakes whoever waits in `first()`."""
+        """Wakes what waits in `first()`."""
         self._news.set_result(None)
         self._news = asyncio.get_running_loop().create_future()
 
