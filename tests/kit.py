@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -14,9 +15,9 @@ from livekit.agents import APIConnectOptions
 from livekit.plugins import xai
 
 from xai_pool_patch import installation
-from xai_pool_patch.manager import Registry
 from xai_pool_patch.plugin import releases
 from xai_pool_patch.protocol.connection import Connection
+from xai_pool_patch.registry import Registry
 from xai_pool_patch.testing import Behaviour, FakeServer, ServedConnection
 
 API_KEY = Behaviour.api_key
@@ -109,6 +110,11 @@ async def line_to(
     server = FakeServer(round_trip=round_trip, behaviour=behaviour or quick())
     async with server as server, server.client_session() as http:
         yield Line(server, http)
+
+
+def event_of(record: logging.LogRecord) -> str:
+    """The name of our event; of any other record, its message."""
+    return str(vars(record).get("xai_pool_event") or record.getMessage())
 
 
 def registry() -> Registry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import subprocess
 import sys
 import sysconfig
@@ -47,6 +48,13 @@ def test_it_brings_its_licence() -> None:
     """By name and in full."""
     assert INSTALLED.metadata["License-Expression"] == "Apache-2.0"
     assert "LICENSE" in {file.name for file in FILES}
+
+
+def test_its_description_has_no_dead_link() -> None:
+    """A package index shows it, beside none of this repository's files."""
+    text = str(INSTALLED.metadata.get_payload() or INSTALLED.metadata["Description"])
+    assert "## Do I need this?" in text
+    assert [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link] == []
 
 
 def test_its_version_is_the_one_in_its_metadata() -> None:

@@ -1,53 +1,39 @@
-"""Which pools exist, by event loop and key, and which TTS instances use them."""
+"""The pools of one event loop: by request, and by the TTS instances that use them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import itertools
-import logging
 import random
-import threading
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-
-import aiohttp
 
 from .options import PoolOptions
 from .pool.backoff import Backoff, FailureKind, RateLimit
-from .pool.pool import Pool, PoolClosedError
+from .pool.pool import Outcome, Pool, PoolClosedError
 from .pool.supervisor import OnFault, Supervisor
-from .protocol.connection import Connection, Heartbeat
-from .protocol.first_audio import FirstAudio
+from .protocol.connection import CLOSE_COUNTS, Connection
+from .protocol.host import Host
 from .protocol.lease import Lease
+from .protocol.request import Request
 from .sessions import Store
+from .sessions.refusal import is_refusal
 from .sessions.shortage import Shortage
 from .sessions.watch import ShortageWatch
-from .telemetry import instruments
-from .telemetry.log import LogEvent, log_event, status_of
+from .telemetry.log import LogEvent, flush, log_event, status_of
 from .telemetry.pool_metrics import PoolMetrics
-from .telemetry.usage import Counters, PoolStats, Stats, UsageStats, counts_of, stats_of, sum_of
-
-HOST = "api.x.ai"
+from .telemetry.usage import Counters, UsageStats
 
 STANDBY_TIMEOUT = 10.0
 """Seconds a background dial may take: what LiveKit allows a caller's (`APIConnectOptions`)."""
 
+SHUTDOWN_CALLBACK = "job_shutdown_callback"
+"""The name that LiveKit gives the tasks of a job's shutdown callbacks, in every version."""
 
-@dataclass(frozen=True)
-class PoolKey:
-    """What two connections must have in common to be interchangeable."""
-
-    api_key: str = field(repr=False)
-    session: aiohttp.ClientSession = field(repr=False)
-    options: tuple[tuple[str, object], ...] = field(repr=False)
-    """Not in the repr: a voice may be a customer's own."""
-
-
-Connect = Callable[[float], Awaitable[aiohttp.ClientWebSocketResponse]]
-"""Dials for one key within the given seconds. Holds no reference to the TTS that asked."""
-
+UNEXPLAINED = 2
+"""Turns in a row that ask for something else than the one before, though no option was changed."""
 
 _numbers = itertools.count(1)
 """The numbers of this process's pools."""
@@ -58,10 +44,16 @@ class _User:
     """What a manager knows about one TTS instance. Holds no reference to the instance."""
 
     finalizer: weakref.finalize[..., object] | None = None
-    current: PoolKey | None = None
-    visited: dict[PoolKey, Connect] = field(default_factory=dict)
-    """The keys that the TTS has used, each with the connect that dials as this TTS would."""
+    current: Request | None = None
+    previous: Request | None = None
+    may_differ: bool = True
+    """The TTS's options have changed since its last turn."""
+    unexplained: int = 0
     usage: UsageStats = field(default_factory=UsageStats)
+
+    @property
+    def requests(self) -> set[Request]:
+        return {each for each in (self.current, self.previous) if each is not None}
 
 
 class PoolManager:
@@ -70,13 +62,12 @@ class PoolManager:
     Args:
         options: see `PoolOptions`.
         on_fault: takes a fault of the pools.
-        shortage: what this process knows of refusals.
+        shortage_at: what this process knows of refusals by that host.
         store: where it hears of refusals that others met; None if nowhere.
+        make_room: lets go of all idle connections of this process.
 
     Attributes:
         counters: the totals of all pools.
-        heartbeat: shared by all pools, since all dial the same server.
-        first_audio: shared for the same reason.
         supervisor: owns the tasks, timers and sockets.
         leases: the leases that the plugin holds.
         pools: replaced by a new dict at each change, since other threads read it for statistics.
@@ -86,134 +77,99 @@ class PoolManager:
         self,
         options: PoolOptions,
         on_fault: OnFault,
-        shortage: Shortage,
+        *,
+        shortage_at: Callable[[str], Shortage],
         store: Store | None,
+        make_room: Callable[[], object],
     ) -> None:
         self.counters = Counters()
-        self.heartbeat = Heartbeat(options.heartbeat)
-        self.first_audio = FirstAudio(options.first_audio_timeout)
-        self.supervisor = Supervisor(on_fault, options.close_timeout)
+        self.supervisor = Supervisor(on_fault)
         self.leases: set[Lease] = set()
-        self._over: weakref.WeakSet[object] = weakref.WeakSet()
-        self.pools: dict[PoolKey, Pool[Connection]] = {}
-        self._ending: list[Pool[Connection]] = []
+        self.pools: dict[Request, Pool[Connection]] = {}
         self._options = options
-        self._loop = asyncio.get_running_loop()
-        self._users: weakref.WeakKeyDictionary[object, _User] = weakref.WeakKeyDictionary()
-        self._jobs: weakref.WeakSet[object] = weakref.WeakSet()
-        self._rate_limits: dict[str, RateLimit] = {}
+        self._shortage_at = shortage_at
         self._store = store
+        self._make_room = make_room
+        self._loop = asyncio.get_running_loop()
+        self._ending: list[Pool[Connection]] = []
+        self._users: weakref.WeakKeyDictionary[object, _User] = weakref.WeakKeyDictionary()
+        self._owners: weakref.WeakKeyDictionary[object, object] = weakref.WeakKeyDictionary()
+        self._jobs: weakref.WeakSet[object] = weakref.WeakSet()
+        self._over: weakref.WeakSet[object] = weakref.WeakSet()
+        self._hosts: dict[str, Host] = {}
+        self._rate_limits: dict[str, RateLimit] = {}
+        self._watches: dict[str, ShortageWatch] = {}
         self._closing_store: asyncio.Task[None] | None = None
         self._jitter = random.Random()
-        self._watch = ShortageWatch(
-            shortage,
-            store,
-            supervisor=self.supervisor,
-            on_change=self._set_lean,
-            wants_to_know=lambda: any(pool.idle for pool in self.pools.values()),
-            uniform=self._jitter.uniform,
-        )
+
+    # TTS instances
 
     def knows(self, tts: object) -> bool:
         return tts in self._users
 
     def register(
-        self, tts: object, key: PoolKey, connector: Callable[[], Connect]
+        self, tts: object, request: Request, *, is_turn: bool = False, keep: bool = True
     ) -> Pool[Connection]:
-        """The pool of a key, kept warm until this TTS registers for another key or is closed.
+        """The pool of a request, for this TTS.
 
         Args:
-            connector: makes the connect that the pool dials with while this TTS uses the key.
+            is_turn: the TTS is about to speak.
+            keep: keep the pool warm until the TTS registers for another request or is closed.
         """
-        pool = self.pool_for(tts, key, connector)
-        user = self._users[tts]
-        if user.current != key:
-            previous, user.current = user.current, key
-            expected = self._resize(previous)
-            self._resize(key)
-            for caller, until in expected.items():
-                pool.expect(caller, until)
-            self._forget_older(user, previous)
-        return pool
-
-    def pool_for(
-        self, tts: object, key: PoolKey, connector: Callable[[], Connect]
-    ) -> Pool[Connection]:
-        """The pool of a key, for one utterance whose options are not the TTS's current ones."""
         user = self._users.get(tts) or self._join(tts)
-        if key not in user.visited:
-            user.visited[key] = connector()
-        pool = self.pools.get(key)
-        if pool is None or pool.is_closed:
-            pool = self._make(key, user.visited[key])
-            self.pools = {**self.pools, key: pool}
-            self._resize(key)
-            if self._options.warm == "auto":
-                self._watch.begin()
+        if is_turn:
+            is_explained = user.may_differ or user.current in (request, None)
+            user.unexplained = 0 if is_explained else user.unexplained + 1
+            user.may_differ = False
+        pool = self.pool_of(request)
+        if keep and user.current != request:
+            older, user.previous, user.current = user.previous, user.current, request
+            for caller, until in self._resize(user.previous).items():
+                pool.expect(caller, until)
+            self._resize(request)
+            self._end_unused({older})
+        elif not keep and request not in user.requests:
+            older, user.previous = user.previous, request
+            self._end_unused({older})
         return pool
 
-    def make_room(self, api_key: str) -> list[asyncio.Task[None]]:
-        """Close all idle connections of an API key; returns the tasks that close any of them."""
-        pools = self._pools_of(api_key)
-        return [task for pool in pools for task in pool.close_idle()]
+    def pool_of(self, request: Request) -> Pool[Connection]:
+        pool = self.pools.get(request)
+        if pool is None or pool.is_closed:
+            pool = self._make(request)
+            self.pools = {**self.pools, request: pool}
+            self._resize(request)
+            if self._options.warm == "auto":
+                self._watch_of(request.host).begin()
+        return pool
 
-    def is_first_use_by(self, job: object) -> bool:
-        is_first = job not in self._jobs
-        self._jobs.add(job)
-        return is_first
+    def options_changed(self, tts: object) -> None:
+        """The next request of this TTS may differ from the last."""
+        if tts in self._users:
+            self._users[tts].may_differ = True
 
-    async def end_with(self, job: object) -> None:
-        """Close everything before the job closes its HTTP session.
+    def is_unsteady(self, tts: object) -> bool:
+        """Each turn of this TTS asks for something else, so nothing can be ready for it."""
+        return tts in self._users and self._users[tts].unexplained >= UNEXPLAINED
 
-        Other shutdown callbacks run at the same time, and may still speak: see `is_over`.
-        """
-        self._over.add(job)
-        await self.aclose()
+    def owner_of(self, tts: object) -> object:
+        """What tells the connections of this TTS from those of others; None if it may share."""
+        return self._owners.get(tts)
 
-    def is_over(self, job: object | None) -> bool:
-        """Whether the job is ending. A connection opened for it must be closed after its use."""
-        return job is not None and job in self._over
+    def make_private(self, tts: object) -> None:
+        """From now on nothing is shared with this TTS: it changes how its connections speak."""
+        self._owners.setdefault(tts, object())
+        self.options_changed(tts)
 
     def usage(self, tts: object) -> UsageStats:
         """The usage of a TTS that these pools know."""
         return self._users[tts].usage
 
     def unregister(self, tts: object) -> list[Pool[Connection]]:
-        """Forget a TTS that is closed. Ends the pools that no other TTS uses, and returns them."""
+        """Forget a TTS that is not used any more. Ends the pools that no other TTS uses, and
+        returns them."""
         user = self._users.pop(tts, None)
         return self._depart(user) if user is not None else []
-
-    def close(self) -> None:
-        """End all pools."""
-        self._end(set(self.pools))
-        for user in list(self._users.values()):
-            self._depart(user)
-        self._users.clear()
-
-    async def aclose(self) -> None:
-        """End all pools, and wait until they and those that ended before have closed everything."""
-        self.close()
-        ending, self._ending = self._ending, []
-        await asyncio.gather(*(pool.aclose() for pool in ending))
-        await self.closed()
-
-    async def closed(self) -> None:
-        """Wait until nothing is open that the pools needed which have ended."""
-        await self.supervisor.stopped()
-        if self._closing_store is not None:
-            await asyncio.wait([self._closing_store])
-
-    def abandon(self) -> None:
-        """After a fault, end all tasks and close all sockets, except those that the plugin hears.
-
-        The leases go on with those sockets, without the pools.
-        """
-        in_use = {ws for lease in list(self.leases) if (ws := lease.step_aside()) is not None}
-        self.supervisor.stop(in_use)
-        for pool in [*self.pools.values(), *self._ending]:
-            pool.abandon()
-        self.pools = {}
-        self._users.clear()
 
     def _join(self, tts: object) -> _User:
         user = self._users[tts] = _User()
@@ -230,72 +186,203 @@ class PoolManager:
     def _depart(self, user: _User) -> list[Pool[Connection]]:
         if user.finalizer is not None:
             user.finalizer.detach()
+        requests = user.requests
+        user.current = user.previous = None
+        for request in requests:
+            self._resize(request)
+        ended = self._end_unused(requests)
         log_event(LogEvent.TTS_CLOSED, **user.usage.as_fields())
-        visited, user.visited, user.current = set(user.visited), {}, None
-        still_visited = {key for other in self._users.values() for key in other.visited}
-        for key in visited & still_visited:
-            self._resize(key)
-        return self._end(visited - still_visited)
+        return ended
 
-    def _end(self, keys: set[PoolKey]) -> list[Pool[Connection]]:
-        ended = [self.pools[key] for key in keys & self.pools.keys()]
-        self.pools = {key: pool for key, pool in self.pools.items() if key not in keys}
+    def _resize(self, request: Request | None) -> dict[object, float]:
+        """Returns the callers that were expected at a pool that no TTS speaks with any more."""
+        if request not in self.pools:
+            return {}
+        if not any(user.current == request for user in self._users.values()):
+            return self.pools[request].leave()
+        self.pools[request].resize(self._options.min_size)
+        return {}
+
+    # Jobs
+
+    def is_first_use_by(self, job: object) -> bool:
+        is_first = job not in self._jobs
+        self._jobs.add(job)
+        return is_first
+
+    async def end_with(self, job: object) -> None:
+        """Close everything before the job closes its HTTP session.
+
+        Other shutdown callbacks run at the same time, and may still speak: see `is_over`. What is
+        in use when they are done belongs to a task that LiveKit does not wait for.
+        """
+        self._over.add(job)
+        pools = [*self.pools.values(), *self._ending]
+        await self.aclose()
+        if await _other_callbacks_are_done():
+            for lease in list(self.leases):
+                lease.end(Outcome.FAILED)
+            await asyncio.gather(*(pool.aclose() for pool in pools))
+
+    def is_over(self, job: object | None) -> bool:
+        """Whether the job is ending. A connection opened for it must be closed after its use."""
+        return job is not None and job in self._over
+
+    # Ends
+
+    def close(self) -> None:
+        """End all pools."""
+        self._end(set(self.pools))
+        for user in list(self._users.values()):
+            self._depart(user)
+        self._users.clear()
+
+    async def aclose(self) -> None:
+        """End all pools, and wait until they and those that ended before have closed everything."""
+        self.close()
+        ending, self._ending = self._ending, []
+        await asyncio.gather(*(pool.aclose() for pool in ending))
+        await self.wait_closed()
+        flush()
+
+    async def wait_closed(self) -> None:
+        """Wait until nothing is open that the pools needed which have ended."""
+        await self.supervisor.wait_stopped()
+        if self._closing_store is not None:
+            await asyncio.wait([self._closing_store])
+
+    def abandon(self) -> None:
+        """After a fault, end all tasks and close all sockets. Utterances in progress fail."""
+        self.supervisor.stop()
+        for lease in list(self.leases):
+            lease.mark_closed()
+        for pool in [*self.pools.values(), *self._ending]:
+            pool.abandon()
+        self.pools = {}
+        self._watches.clear()
+        self._users.clear()
+
+    def _end_unused(self, requests: Collection[Request | None]) -> list[Pool[Connection]]:
+        used = {request for user in self._users.values() for request in user.requests}
+        return self._end({request for request in requests if request is not None} - used)
+
+    def _end(self, requests: set[Request]) -> list[Pool[Connection]]:
+        ended = [self.pools[request] for request in requests & self.pools.keys()]
+        self.pools = {key: pool for key, pool in self.pools.items() if key not in requests}
         for pool in ended:
             pool.close()
-        self._end_watch()
+        self._end_watches()
         self._ending = [pool for pool in (*self._ending, *ended) if not pool.is_empty]
         return ended
 
-    def _end_watch(self) -> None:
-        """Look no more for refusals of others if there are no pools any more."""
-        if not self.pools:
-            self._watch.end()
-            if self._store is not None and not self._loop.is_closed():
-                close = self._store.aclose()
-                self._closing_store = self.supervisor.spawn(close, "xai_pool_patch.store")
+    def _end_watches(self) -> None:
+        """Look no more for refusals by hosts that no pool dials any more."""
+        ended = self._watches.keys() - {request.host for request in self.pools}
+        for host in ended:
+            self._watches.pop(host).end()
+        is_last = bool(ended) and not self._watches and not self._loop.is_closed()
+        if is_last and self._store is not None:
+            close = self._store.aclose()
+            self._closing_store = self.supervisor.spawn(close, "xai_pool_patch.store")
 
-    def _forget_older(self, user: _User, previous: PoolKey | None) -> None:
-        """Forget all keys of a TTS but its current and its previous one.
-
-        An application may change the options of one TTS any number of times.
-        """
-        older = user.visited.keys() - {user.current, previous}
-        for key in older:
-            del user.visited[key]
-        self._end(older - {key for other in self._users.values() for key in other.visited})
-
-    def _resize(self, key: PoolKey | None) -> dict[object, float]:
-        """Returns the callers that were expected at a key that nobody speaks with any more."""
-        if key not in self.pools:
-            return {}
-        if not any(user.current == key for user in self._users.values()):
-            return self.pools[key].leave()
-        self.pools[key].resize(self._options.min_size)
-        return {}
-
-    def _pools_of(self, api_key: str) -> list[Pool[Connection]]:
-        return [pool for key, pool in self.pools.items() if key.api_key == api_key]
-
-    def _set_lean(self) -> None:
-        for pool in self.pools.values():
-            pool.set_lean(self._is_lean)
+    # Sessions
 
     @property
-    def _is_lean(self) -> bool:
+    def holds_something(self) -> bool:
+        """Whether letting go would free a place. Any thread may ask."""
+        return any(pool.idle or pool.closing for pool in self.pools.values())
+
+    def let_go(self) -> list[asyncio.Task[None]]:
+        """Close all idle connections; returns the tasks that close any of them."""
+        closing = [task for pool in list(self.pools.values()) for task in pool.let_go()]
+        if closing:
+            self.supervisor.call_at(self._loop.time() + CLOSE_COUNTS, self._abort_closing)
+        return closing
+
+    def _abort_closing(self) -> None:
+        for pool in [*self.pools.values(), *self._ending]:
+            pool.abort_closing()
+
+    def _watch_of(self, host: str) -> ShortageWatch:
+        if host not in self._watches:
+            self._watches[host] = ShortageWatch(
+                self._shortage_at(host),
+                self._store,
+                supervisor=self.supervisor,
+                on_change=lambda: self._set_lean(host),
+                wants_to_know=lambda: any(pool.idle for pool in self._pools_at(host)),
+                uniform=self._jitter.uniform,
+            )
+        return self._watches[host]
+
+    def _set_lean(self, host: str) -> None:
+        for pool in self._pools_at(host):
+            pool.set_lean(self._is_lean(host))
+            pool.settle_soon()
+
+    def _is_lean(self, host: str) -> bool:
         if self._options.warm == "auto":
-            return self._watch.is_lean
+            return self._watch_of(host).is_lean
         return self._options.warm == "reply"
 
-    def _make(self, key: PoolKey, dial: Connect) -> Pool[Connection]:
-        def rate_limited() -> None:
+    def _pools_at(self, host: str) -> list[Pool[Connection]]:
+        return [pool for request, pool in self.pools.items() if request.host == host]
+
+    def _dial_failed(self, request: Request, error: Exception) -> None:
+        if self._options.warm == "auto" and not request.session.closed:
+            watch = self._watch_of(request.host)
+            kind = failure_kind_of(error)
+            if kind is FailureKind.REFUSED:
+                watch.refused(status_of(error))
+            elif kind is FailureKind.TRANSIENT:
+                watch.failed()
+
+    def _may_dial_ahead(self, request: Request) -> bool:
+        if self._open_connections(request) >= _limit_of(request):
+            return False
+        watch = self._watches.get(request.host)
+        is_short = watch is not None and watch.shortage.is_on
+        return not (is_short and any(pool.closing for pool in self._pools_at(request.host)))
+
+    def _open_connections(self, request: Request) -> int:
+        """What takes a place of the HTTP session's connector, as far as the pools know."""
+        return sum(
+            len(pool.connections) + pool.connecting + pool.closing
+            for other, pool in self.pools.items()
+            if other.session is request.session and other.host == request.host
+        )
+
+    def _settle_all(self) -> None:
+        """A place is free: what was held back may be dialled now."""
+        for pool in list(self.pools.values()):
+            pool.settle()
+
+    # Dialling
+
+    def _make(self, request: Request) -> Pool[Connection]:
+        async def connect(timeout: float) -> Connection:
+            # Told from a failed dial here: after one that is taken for the network's, every turn
+            # would come here again, and no agent of the process would speak any more.
+            try:
+                connected = await self._connect(request, timeout, on_refused)
+            except PoolClosedError:
+                raise
+            except Exception as fault:
+                self.supervisor.on_fault("connecting", fault)
+                raise
+            if isinstance(connected, Exception):
+                raise connected
+            return connected
+
+        def on_refused() -> None:
             pool.metrics.rate_limited()
             if self._options.warm == "auto":
-                self._watch.refused(429)
+                self._watch_of(request.host).refused(None)
 
-        async def connect(timeout: float) -> Connection:
-            return self._connection(await self._dial(key, dial, timeout), rate_limited)
+        def on_dial_failed(error: Exception) -> None:
+            self._dial_failed(request, error)
 
-        rate_limit = self._rate_limits.setdefault(key.api_key, RateLimit())
+        rate_limit = self._rate_limits.setdefault(request.host, RateLimit())
         pool = Pool(
             connect,
             self._options,
@@ -304,148 +391,63 @@ class PoolManager:
             backoff=Backoff(rate_limit, self._jitter),
             metrics=PoolMetrics(next(_numbers), into=self.counters),
             failure_kind_of=failure_kind_of,
-            on_rate_limited=rate_limited,
-            is_defunct=lambda: key.session.closed,
+            on_dial_failed=on_dial_failed,
+            make_room=self._make_room,
+            on_closed=self._settle_all,
+            may_dial_ahead=lambda: self._may_dial_ahead(request),
+            is_defunct=lambda: request.session.closed,
+            max_age=min(self._options.max_age, request.max_age),
             jitter=self._jitter,
         )
-        pool.set_lean(self._is_lean)
+        pool.set_lean(self._is_lean(request.host))
         return pool
 
-    async def _dial(
-        self, key: PoolKey, dial: Connect, timeout: float
-    ) -> aiohttp.ClientWebSocketResponse:
-        # The TTS that this pool was made for may be closed, and its connect with it. So ask one
-        # that still uses the key.
-        dials = (user.visited.get(key) for user in self._users.values())
-        ws = await next(filter(None, dials), dial)(timeout)
+    async def _connect(
+        self, request: Request, timeout: float, on_refused: Callable[[], None]
+    ) -> Connection | Exception:
+        if self._open_connections(request) > _limit_of(request):
+            self._make_room()  # aiohttp would wait until one of the others is closed
+        ws = await request.connect(timeout)
+        if isinstance(ws, Exception):
+            return ws
         if self.supervisor.is_stopped:
             # Before Python 3.12 wait_for() may swallow the cancellation by `stop`, if it comes
-            # together with the result. Nobody would close this socket.
+            # together with the result. Nothing else would close this socket.
             await ws.close()
             raise PoolClosedError("the pool failed during the dial")
-        return ws
-
-    def _connection(
-        self, ws: aiohttp.ClientWebSocketResponse, on_rate_limited: Callable[[], None]
-    ) -> Connection:
         self.supervisor.sockets.add(ws)
-        try:
-            return Connection(
-                ws,
-                supervisor=self.supervisor,
-                heartbeat=self.heartbeat,
-                close_timeout=self._options.close_timeout,
-                on_rate_limited=on_rate_limited,
-            )
-        except Exception as fault:
-            self.supervisor.on_fault("connecting", fault)
-            raise
+        return Connection(
+            ws,
+            supervisor=self.supervisor,
+            host=self._hosts.setdefault(request.host, Host()),
+            heartbeat=self._options.heartbeat,
+            is_shared=request.owner is None,
+            on_refused=on_refused,
+        )
 
 
-@dataclass(frozen=True)
-class _Loops:
-    """All event loops with pools. Replaced as a whole at each change, so readers need no lock."""
-
-    pools: dict[asyncio.AbstractEventLoop, PoolManager]
-    ended: Counters
-    """The totals of loops that are closed."""
-
-    def with_loop(self, loop: asyncio.AbstractEventLoop, pools: PoolManager) -> _Loops:
-        closed = {each for each in self.pools if each.is_closed()}
-        ended = sum_of(self.ended, *(self.pools[each].counters for each in closed))
-        others = {each: pools for each, pools in self.pools.items() if each not in closed}
-        return _Loops({**others, loop: pools}, ended)
-
-
-class Registry:
-    """The pools of one installation, in every event loop of this process.
-
-    Args:
-        options: see `PoolOptions`.
-        store: where to exchange refusals with others; None if nowhere.
-
-    Readers take no lock. A signal handler may ask for statistics while its own thread is in the
-    middle of a change, and would wait for itself.
-
-    Attributes:
-        has_failed: a fault has closed the pools; the plugin connects by itself.
-    """
-
-    def __init__(self, options: PoolOptions, store: Store | None) -> None:
-        self.options = options
-        self.has_failed = False
-        self._is_closed = False
-        self._loops = _Loops({}, Counters())
-        self._shortage = Shortage(HOST)
-        self._store = store
-        self._lock = threading.Lock()  # worker threads have a loop each
-        instruments.observe(self)
-
-    def here(self) -> PoolManager:
-        """The pools of the running loop, made on the first call.
-
-        Raises:
-            RuntimeError: no loop is running.
-        """
-        loop = asyncio.get_running_loop()
-        pools = self._loops.pools.get(loop)
-        if pools is None:
-            pools = PoolManager(self.options, self.fail, self._shortage, self._store)
-            with self._lock:
-                self._loops = self._loops.with_loop(loop, pools)
-            if self._is_closed:
-                # close() ran in another thread before this loop was added, so it has not closed
-                # these pools.
-                loop.call_soon(pools.supervisor.run, pools.close)
-        return pools
-
-    def fail(self, operation: str, fault: Exception) -> None:
-        """After a fault of the pools, close them all. The plugin then connects by itself."""
-        level = logging.DEBUG if self.has_failed else logging.ERROR
-        self.has_failed = True
-        log_event(LogEvent.FAULT, level=level, operation=operation, error=fault)
-        for loop, pools in self._loops.pools.items():
-            if is_running(loop):
-                pools.abandon()
-            else:
-                with contextlib.suppress(RuntimeError):  # the loop is closed
-                    loop.call_soon_threadsafe(pools.abandon)
-
-    def close(self) -> None:
-        """End every pool, in its own loop. Leased connections are closed when they come back."""
-        self._is_closed = True
-        for loop, pools in self._loops.pools.items():
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(pools.supervisor.run, pools.close)
-
-    def stats(self) -> Stats:
-        loops = self._loops
-        counters = sum_of(loops.ended, *(pools.counters for pools in loops.pools.values()))
-        return stats_of(self._pools(), counters)
-
-    def pool_stats(self) -> list[PoolStats]:
-        return [
-            {**counts_of([pool], pool.metrics.counters), "pool": pool.metrics.pool}
-            for pool in self._pools()
-        ]
-
-    def _pools(self) -> list[Pool[Connection]]:
-        return [pool for loop in self._loops.pools.values() for pool in loop.pools.values()]
-
-
-def is_running(loop: asyncio.AbstractEventLoop) -> bool:
-    """Whether the caller runs in that loop."""
-    try:
-        return asyncio.get_running_loop() is loop
-    except RuntimeError:
+async def _other_callbacks_are_done() -> bool:
+    """Wait for the other shutdown callbacks of the job; False if it is not known which they are."""
+    own = asyncio.current_task()
+    if own is None or own.get_name() != SHUTDOWN_CALLBACK:
         return False
+    others = [task for task in asyncio.all_tasks() if task.get_name() == SHUTDOWN_CALLBACK]
+    others.remove(own)
+    if others:
+        await asyncio.wait(others)
+    return True
+
+
+def _limit_of(request: Request) -> float:
+    """The open connections that the HTTP session's connector allows to one host."""
+    connector = request.session.connector
+    limits = (connector.limit, connector.limit_per_host) if connector is not None else ()
+    return min([limit for limit in limits if limit > 0], default=float("inf"))
 
 
 def failure_kind_of(error: Exception) -> FailureKind:
     """What a failed handshake says about the next one."""
-    status = status_of(error)
-    if status == 429:
-        return FailureKind.RATE_LIMITED
-    if status in (400, 401, 403, 404):
-        return FailureKind.PERMANENT
-    return FailureKind.TRANSIENT
+    if is_refusal(error):
+        return FailureKind.REFUSED
+    is_permanent = status_of(error) in (400, 401, 404)
+    return FailureKind.PERMANENT if is_permanent else FailureKind.TRANSIENT

@@ -28,15 +28,14 @@ class PoolOptions:
     conversation speaks one utterance at a time, so it needs one. With 0 the pool still reuses
     connections, but dials only when a turn asks for one."""
 
-    max_age: float = 1800.0
-    """Age at which a connection expires: the pool does not hand it out any more. xAI was seen to
-    end connections about 2,100 s after they were opened. An utterance that begins at the last
-    moment has the 300 s in between. Audio comes at five times real time, so that is enough for 25
-    minutes of speech."""
+    max_age: float = 540.0
+    """Age at which a connection expires: the pool replaces it in the background, and does not hand
+    it out any more. A sibling of this service was seen to be dead behind an open socket after
+    600 s. xAI ends a connection about 2,100 s after it was opened."""
 
     warm: Warm = "auto"
     """When the pool keeps `min_size` connections. `"always"`: as long as a TTS uses the voice.
-    `"reply"`: only from the first sign of a reply until `linger` after its last use, so that a call
+    `"reply"`: only from the first sign of a reply until 0.3 s after its last use, so that a call
     holds a session only while its agent speaks; part of the handshake may delay the first audio.
     `"auto"`: as with `"always"` until xAI refuses a session, to this process or another that shares
     the API key; then for some minutes as with `"reply"`."""
@@ -48,46 +47,27 @@ class PoolOptions:
     machine hear of them. A process that cannot hear of others works as with `"reply"`. Not in the
     repr: a URL may contain a password."""
 
-    linger: float = 0.3
-    """Idle time after which the pool closes a connection while it keeps none: with `warm="reply"`,
-    or after a refusal with `"auto"`. It bridges the gap between two sentences of a reply."""
-
     max_idle_time: float = 60.0
     """Idle time after which the pool closes the last connection of a voice that no TTS uses any
-    more, or with `min_size=0`. Those that nobody is going to need, such as the rest of a burst of
-    turns, close after five seconds: each counts among the team's sessions."""
-
-    close_timeout: float = 5.0
-    """Time the server has to answer a Close frame, in the background; then the pool aborts the
-    socket. Without a Close frame xAI may count the session for up to 600 s more."""
+    more, or with `min_size=0`. Those that no turn is expected to need, such as the rest of a burst
+    of turns, close after five seconds: each counts among the team's sessions."""
 
     heartbeat: float = 20.0
     """Interval of WebSocket PINGs. They keep NATs and load balancers from forgetting a connection,
     and show within 1.5 times this interval that a peer has vanished. A server that never answers
     a PING gets no more of them."""
 
-    first_audio_timeout: float = 5.0
+    answer_timeout: float = 20.0
     """Time from the end of an utterance's text in which a reused connection has to answer. Then the
-    utterance is replayed on a new connection. An open socket is not a live session: xAI's speech
-    to text was seen to answer PINGs and do nothing else. A slow server is not a dead one either:
-    while the first connection answers PINGs and the replay brings nothing, the utterance fails
-    only after three times this."""
+    utterance fails, and LiveKit retries it on a new connection. An open socket is not a live
+    session: xAI's speech to text was seen to answer PINGs and do nothing else. A slow server is not
+    a dead one either: healthy answers took up to 19 s."""
 
     interruption: Interruption = "discard"
     """What the pool does with a connection whose utterance was interrupted. `"discard"` closes it,
     which needs nothing from the server. `"clear"` asks the server to cancel the utterance
     (`text.clear`) and reuses the connection once the server has acknowledged that: one round trip
     instead of a handshake."""
-
-    clear_timeout: float = 1.0
-    """Longest time the server has to acknowledge a `text.clear`, in the background; less if the
-    round trip is short. Meanwhile no turn can use the connection."""
-
-    verify_after: float | None = None
-    """Idle time after which the pool verifies a connection: the server has to acknowledge a
-    `text.clear`. That shows that there is a session behind the socket: xAI's speech to text was
-    seen to answer PINGs after 600 s of idleness and do nothing else, so 300 is a good value. None:
-    the pool relies on PINGs alone. After two failures in a row the pool stops verifying."""
 
     def __post_init__(self) -> None:
         for option in fields(self):

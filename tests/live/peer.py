@@ -14,7 +14,8 @@ from aiohttp import WSMsgType, web
 from aiohttp.test_utils import TestClient, TestServer
 
 from xai_pool_patch.pool.supervisor import Supervisor
-from xai_pool_patch.protocol.connection import Connection, Heartbeat
+from xai_pool_patch.protocol.connection import Connection
+from xai_pool_patch.protocol.host import Host
 
 with_send_frame = pytest.mark.skipif(
     not hasattr(aiohttp.ClientWebSocketResponse, "send_frame"),
@@ -66,7 +67,7 @@ class Peer:
 
 @asynccontextmanager
 async def line(
-    pinged_every: float | None = None, **behaviour: bool
+    **behaviour: bool,
 ) -> AsyncIterator[tuple[aiohttp.ClientWebSocketResponse, Peer]]:
     """A WebSocket of aiohttp, opened as the pool opens its own."""
     peer = Peer(**behaviour)
@@ -74,12 +75,7 @@ async def line(
     app.router.add_get("/", peer.serve)
     async with TestClient(TestServer(app)) as client:
         try:
-            yield (
-                await client.ws_connect(
-                    "/", autoping=False, protocols=[PROTOCOL], heartbeat=pinged_every
-                ),
-                peer,
-            )
+            yield await client.ws_connect("/", autoping=False, protocols=[PROTOCOL]), peer
         finally:
             peer.over.set()
 
@@ -88,21 +84,21 @@ async def line(
 class Watch:
     """What a connection reported of itself."""
 
-    heartbeat: Heartbeat
+    host: Host
     lost: int = 0
-    stale_audio: int = 0
+    refused: int = 0
     faults: list[Exception] = field(default_factory=list)
     supervisor: Supervisor = field(init=False)
     taken: asyncio.Queue[tuple[Any, str]] = field(default_factory=asyncio.Queue)
 
     def __post_init__(self) -> None:
-        self.supervisor = Supervisor(lambda _, fault: self.faults.append(fault), WHILE)
+        self.supervisor = Supervisor(lambda _, fault: self.faults.append(fault))
 
     def note_loss(self) -> None:
         self.lost += 1
 
-    def note_stale_audio(self) -> None:
-        self.stale_audio += 1
+    def note_refusal(self) -> None:
+        self.refused += 1
 
     def take(self, message: aiohttp.WSMessage, type_: str) -> None:
         self.taken.put_nowait((message, type_))
@@ -113,20 +109,21 @@ class Watch:
 
 @asynccontextmanager
 async def connection(
-    heartbeat: Heartbeat | None = None,
+    host: Host | None = None,
     *,
-    close_timeout: float = WHILE,
-    pinged_every: float | None = None,
+    heartbeat: float = HEARTBEAT,
+    is_shared: bool = True,
     **behaviour: bool,
 ) -> AsyncIterator[tuple[Connection, Peer, Watch]]:
-    async with line(pinged_every, **behaviour) as (ws, peer):
-        watch = Watch(heartbeat or Heartbeat(HEARTBEAT))
+    async with line(**behaviour) as (ws, peer):
+        watch = Watch(host or Host())
         made = Connection(
             ws,
             supervisor=watch.supervisor,
-            heartbeat=watch.heartbeat,
-            close_timeout=close_timeout,
-            on_rate_limited=lambda: None,
+            host=watch.host,
+            heartbeat=heartbeat,
+            is_shared=is_shared,
+            on_refused=watch.note_refusal,
         )
         made.on_lost = watch.note_loss
         yield made, peer, watch

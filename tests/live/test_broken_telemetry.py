@@ -15,15 +15,26 @@ from typing import Any
 
 import pytest
 from opentelemetry.trace import NonRecordingSpan
+from prometheus_client import values
 
 import xai_pool_patch
-from tests.kit import Line, all_closed, hear_whole, interrupted, line_to, quick, registry
+from tests.kit import (
+    Line,
+    all_closed,
+    event_of,
+    hear_whole,
+    interrupted,
+    line_to,
+    quick,
+    registry,
+    round_trips_are_known,
+)
 from tests.live.peer import until
-from xai_pool_patch import PoolOptions
-from xai_pool_patch.telemetry import instruments, log, usage
+from xai_pool_patch.telemetry import log, usage
 
 OURS = logging.getLogger("xai_pool_patch")
 COMPLAINT = ("WARNING", "telemetry failed")
+CALLS = ("log_event", "self._log", "announce.announce")
 CONNECTIONS = 3
 """That of the first turns, one instead of what was interrupted, and one instead of the dead."""
 
@@ -41,7 +52,7 @@ class Listener(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.format(record)
-        self.logged.append((record.levelname, record.getMessage()))
+        self.logged.append((record.levelname, event_of(record)))
 
 
 # Applications
@@ -57,7 +68,7 @@ def names_of_fields() -> set[str]:
     names = {"pool", "reason", "number", "error", *usage.UsageStats().as_fields()}
     for module in Path(xai_pool_patch.__file__).parent.rglob("*.py"):
         for call in ast.walk(ast.parse(module.read_text("utf-8"))):
-            if isinstance(call, ast.Call) and ast.unparse(call.func) in ("log_event", "self._log"):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) in CALLS:
                 names |= {keyword.arg for keyword in call.keywords if keyword.arg}
     return names - {"level"}
 
@@ -107,12 +118,9 @@ def filter_of_the_logger() -> Iterator[None]:
 
 
 @contextmanager
-def meter() -> Iterator[None]:
+def counter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for name, instrument in list(vars(instruments).items()):
-            for method in ("add", "record"):
-                if hasattr(instrument, method):
-                    patch.setattr(instruments, name, type("Broken", (), {method: fail}))
+        patch.setattr(values.MutexValue, "inc", fail)
         yield
 
 
@@ -131,7 +139,7 @@ APPLICATIONS = {
     "its handler's filter raises": handler(lambda it: it.addFilter(fail)),
     "its formatter raises": handler(lambda it: it.setFormatter(_BrokenFormatter())),
     "its logger's filter raises": filter_of_the_logger,
-    "its meter raises": meter,
+    "its prometheus_client raises": counter,
     "its span raises": span,
 }
 NOBODYS_FAULT = ("nothing wrong", "its record factory takes all names")
@@ -151,7 +159,7 @@ def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[Listener]:
 
 
 async def converse(line: Line) -> None:
-    """A cold turn, reused ones, one that is interrupted, and one on a session that is dead."""
+    """A cold turn, reused ones, one that is interrupted, and one on a connection that is dead."""
     tts = line.tts()
     await hear_whole(line, tts, "Cold.")
     await hear_whole(line, tts, "Reused.")
@@ -160,8 +168,10 @@ async def converse(line: Line) -> None:
     line.server.behaviour.pace = 1000.0
     await hear_whole(line, tts, "After the interruption.")
     await until(lambda: xai_pool_patch.stats()["idle"] == 1)
-    line.server.mute_all()
+    await until(round_trips_are_known)
+    line.server.freeze_all()
     await hear_whole(line, tts, "Dead.")
+    line.server.network.unfreeze()
     await hear_whole(line, tts, "Reused again.")
     assert line.errors == []
     await tts.aclose()
@@ -175,11 +185,12 @@ async def test_a_broken_application_costs_no_turn(
     """Every turn is heard and counted, and the warning is logged once."""
     async with line_to(quick(), 0.01) as line:
         with APPLICATIONS[application]():
-            xai_pool_patch.install(PoolOptions(first_audio_timeout=0.2))
+            xai_pool_patch.install()
             await converse(line)
             assert not registry().has_failed
             counted = xai_pool_patch.stats()
             xai_pool_patch.uninstall()
+            log.flush()
         assert len(line.server.handshakes) == CONNECTIONS
         assert (counted["connections_made"], counted["replays"]) == (CONNECTIONS, 1)
         assert (counted["idle"], counted["leased"]) == (0, 0)

@@ -14,15 +14,17 @@ import aiohttp
 import pytest
 from aiohttp import WSMsgType
 
+from tests.kit import event_of
 from tests.live.peer import HEARTBEAT, Peer, Watch, connection, until
 from xai_pool_patch.protocol.connection import (
+    CLOSE_COUNTS,
+    CLOSE_TIMEOUT,
     CLOSED_MESSAGE,
-    SUSPICIOUS,
     TEXT_CLEAR,
     Connection,
-    Heartbeat,
     State,
 )
+from xai_pool_patch.protocol.host import Host
 from xai_pool_patch.protocol.utterance import Stage
 
 pytestmark = pytest.mark.usefixtures("no_tasks_left")
@@ -37,6 +39,16 @@ def message(type_: str, **fields: str) -> str:
 async def say(live: Connection, frame: str) -> None:
     live.sending(frame)
     await live.ws.send_str(frame)
+
+
+def as_a_pool_does(live: Connection, watch: Watch) -> None:
+    """Close what is lost."""
+
+    def lost() -> None:
+        watch.note_loss()
+        live.close()
+
+    live.on_lost = lost
 
 
 async def cleared(live: Connection, peer: Any) -> None:
@@ -99,47 +111,39 @@ async def test_only_the_pong_to_the_last_ping_counts() -> None:
         await until(lambda: live.round_trip is not None)
 
 
-async def test_the_heartbeat_stops_for_a_server_that_never_answers_pings(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """After the second lost connection: a single one may as well have vanished."""
-    heartbeat = Heartbeat(HEARTBEAT)
-    for expected in (HEARTBEAT, None, None):
-        mute = connection(heartbeat, answers_pings=False, pinged_every=0.02)
-        async with mute as (live, _, watch):
-            await until(lambda: watch.lost)
-            assert live.round_trip is None
-        assert heartbeat.interval == expected
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert caplog.messages == ["PINGs unanswered, heartbeat off"]
+async def test_a_server_that_never_answers_pings_keeps_its_connections() -> None:
+    """C3: nothing can be concluded from its silence."""
+    async with connection(heartbeat=0.05, answers_pings=False) as (live, peer, watch):
+        for _ in range(5):
+            assert (await peer.hears()).type is WSMsgType.PING
+        assert (live.state, watch.lost, watch.host.answers_pings) == (State.OPEN, 0, False)
 
 
-async def test_the_heartbeat_goes_on_for_a_server_that_has_answered_a_ping() -> None:
-    """The connection is lost when the PONGs stop."""
-    async with connection(pinged_every=0.02) as (live, peer, watch):
-        await until(lambda: live.round_trip is not None)
-        peer.answers_pings = False
+async def test_silence_ends_a_connection_to_a_server_that_answers_pings() -> None:
+    """C3: within one and a half heartbeats, on whichever connection it has answered one."""
+    host = Host()
+    host.answered(0.01)
+    async with connection(host, answers_pings=False) as (live, _, watch):
+        socket, began = live.ws.get_extra_info("socket"), live.last_heard
+        await asyncio.sleep(1.5 * HEARTBEAT)
         await until(lambda: watch.lost)
-        assert watch.heartbeat.interval == HEARTBEAT
+        seconds = asyncio.get_running_loop().time() - began
+        assert 1.5 * HEARTBEAT <= seconds <= 1.5 * HEARTBEAT + 1.0
+        await until(lambda: live.is_over)
+        await until(lambda: socket.fileno() == -1)
+        assert (live.state, watch.lost) == (State.LOST, 1)
 
 
-async def test_a_connection_ended_by_its_peer_does_not_count_as_an_unanswered_ping() -> None:
-    """The heartbeat goes on."""
-    async with connection(answers_pings=False) as (_, peer, watch):
+async def test_whatever_is_heard_puts_the_next_ping_off() -> None:
+    """C3: no PING goes out while the server speaks."""
+    async with connection(heartbeat=1.0, answers_pings=False) as (_, peer, watch):
+        watch.host.answered(0.01)
         await peer.hears()
-        peer.hangs_up()
-        await until(lambda: watch.lost)
-        assert watch.heartbeat.interval == HEARTBEAT
-
-
-async def test_a_pong_restarts_the_heartbeat() -> None:
-    """After it was stopped for want of PONGs."""
-    async with connection() as (live, _, watch):
-        for _ in range(SUSPICIOUS):
-            watch.heartbeat.unanswered()
-        assert watch.heartbeat.interval is None
-        await until(lambda: live.round_trip is not None)
-        assert watch.heartbeat.interval == HEARTBEAT
+        for _ in range(4):
+            await asyncio.sleep(0.9)
+            await peer.ws.send_str(message("note"))
+        assert peer.heard.empty()
+        assert watch.lost == 0
 
 
 @pytest.mark.parametrize("leased", [True, False])
@@ -190,7 +194,7 @@ async def test_an_unknown_message_on_an_idle_connection_is_logged_and_ignored(
         await peer.hears()
         assert live.is_reusable
         assert watch.lost == 0
-        noted = [record for record in caplog.records if record.getMessage() == "ignored while idle"]
+        noted = [record for record in caplog.records if event_of(record) == "ignored while idle"]
         assert [vars(record)["xai_pool_message_type"] for record in noted] == ["session.note", "?"]
 
 
@@ -202,6 +206,7 @@ async def test_audio_errors_and_unreadable_messages_end_an_idle_connection(
 ) -> None:
     """It is lost at once, and once only."""
     async with connection() as (live, peer, watch):
+        as_a_pool_does(live, watch)
         await (peer.ws.send_str(frame) if isinstance(frame, str) else peer.ws.send_bytes(frame))
         await until(lambda: watch.lost)
         assert (live.state, live.is_reusable, live.sent_stale_audio) == (State.LOST, False, False)
@@ -212,9 +217,12 @@ async def test_audio_errors_and_unreadable_messages_end_an_idle_connection(
 async def test_audio_before_any_text_is_not_heard() -> None:
     """The sink gets the end of the connection instead."""
     async with connection() as (live, peer, watch):
+        as_a_pool_does(live, watch)
         live.attach(watch.take)
         await peer.ws.send_str(message("audio.delta", delta=""))
-        assert await watch.takes() == (CLOSED_MESSAGE, "")
+        taken = [await watch.takes() for _ in range(2)]
+        assert taken[-1] == (CLOSED_MESSAGE, "")
+        assert taken[0][0].type is not WSMsgType.TEXT
         assert (live.state, watch.lost) == (State.LOST, 1)
 
 
@@ -303,9 +311,9 @@ async def test_old_audio_does_not_end_the_wait_for_the_acknowledgement() -> None
     """Nor does the `audio.done` of the utterance that was cleared."""
     async with connection() as (live, peer, watch):
         await say(live, TEXT)
+        await peer.hears()
         clearing = asyncio.create_task(live.clear())
-        await peer.hears()
-        await peer.hears()
+        assert (await peer.hears()).data == TEXT_CLEAR
         for type_ in ("audio.delta", "audio.done"):
             await peer.ws.send_str(message(type_))
         await peer.ws.ping()
@@ -318,12 +326,14 @@ async def test_old_audio_does_not_end_the_wait_for_the_acknowledgement() -> None
         assert watch.lost == 0
 
 
-@pytest.mark.parametrize("answer", [message("error"), message("audio.done"), "{"])
+@pytest.mark.parametrize("answer", [message("error"), "{"])
 async def test_any_other_answer_to_a_clear_ends_the_wait(answer: str) -> None:
     """The connection is not reusable."""
     async with connection() as (live, peer, _):
-        clearing = asyncio.create_task(live.clear())
+        await say(live, TEXT)
         await peer.hears()
+        clearing = asyncio.create_task(live.clear())
+        assert (await peer.hears()).data == TEXT_CLEAR
         await peer.ws.send_str(answer)
         await asyncio.wait_for(clearing, 5.0)
         assert not live.is_reusable
@@ -333,8 +343,10 @@ async def test_any_other_answer_to_a_clear_ends_the_wait(answer: str) -> None:
 async def test_the_end_of_the_connection_ends_the_wait_for_an_acknowledgement(answer: str) -> None:
     """By a Close frame or by a reset; the pool learns of it once."""
     async with connection() as (live, peer, watch):
-        clearing = asyncio.create_task(live.clear())
+        await say(live, TEXT)
         await peer.hears()
+        clearing = asyncio.create_task(live.clear())
+        assert (await peer.hears()).data == TEXT_CLEAR
         if answer == "Close":
             await asyncio.gather(peer.ws.close(), clearing)
         else:
@@ -379,8 +391,10 @@ async def test_a_dirty_connection_is_not_cleared() -> None:
 async def test_a_cancelled_clear_releases_the_connection() -> None:
     """Its sink is detached."""
     async with connection() as (live, peer, _):
-        clearing = asyncio.create_task(live.clear())
+        await say(live, TEXT)
         await peer.hears()
+        clearing = asyncio.create_task(live.clear())
+        assert (await peer.hears()).data == TEXT_CLEAR
         assert "leased" in repr(live)
         clearing.cancel()
         await asyncio.wait([clearing])
@@ -389,162 +403,208 @@ async def test_a_cancelled_clear_releases_the_connection() -> None:
 
 # Old audio and new
 
-LONG, SHORT = 5.0, 0.05
 OLD, NEW = message("audio.delta", delta="b2xk"), message("audio.delta", delta="bmV3")
+AUDIO_DONE = message("audio.done")
 
 
 @asynccontextmanager
 async def asked(
-    *, clear: bool = False, timeout: float = LONG
-) -> AsyncIterator[tuple[Connection, Peer, Watch, bytes]]:
-    """An utterance begins on a connection that was used before; its PING is answered by hand."""
-    async with connection() as (live, peer, watch):
+    *, clear: bool = False, used: bool = True, host: Host | None = None
+) -> AsyncIterator[tuple[Connection, Peer, Watch, bytes, list[float]]]:
+    """An utterance begins on a connection that was idle; its PING is answered by hand."""
+    silences: list[float] = []
+    async with connection(host) as (live, peer, watch):
+        await until(lambda: live.round_trip is not None)
         if clear:
             await cleared(live, peer)
-        else:
+        elif used:
             await answered(live, peer)
-        await until(lambda: live.round_trip is not None)
         peer.answers_pings = False
         live.attach(watch.take)
-        live.on_stale_audio = watch.note_stale_audio
-
-        def lost() -> None:  # as a pool does
-            watch.note_loss()
-            live.close()
-
-        live.on_lost = lost
-        await live.ping_as_fence(timeout)
+        await live.probe(lambda: silences.append(asyncio.get_running_loop().time()))
         await say(live, TEXT)
         ping = await peer.hears()
         assert (await peer.hears()).data == TEXT
-        yield live, peer, watch, ping.data
+        yield live, peer, watch, ping.data, silences
 
 
 @pytest.mark.parametrize("clear", [False, True])
-async def test_audio_ahead_of_the_pong_is_old_and_dropped(
-    clear: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It left the server before the text arrived. After a clear it also shows a wrong
-    acknowledgement."""
-    caplog.set_level(logging.INFO, "xai_pool_patch")
-    async with asked(clear=clear) as (live, peer, watch, ping):
-        for old in (OLD, message("audio.done"), message("note")):
-            await peer.ws.send_str(old)
-        assert (await watch.takes())[1] == "note"
+async def test_audio_ahead_of_the_pong_is_out_of_step(clear: bool) -> None:
+    """L4a: it may be of an older utterance, so whoever hears it gives the connection up. After a
+    clear it also shows a wrong acknowledgement."""
+    async with asked(clear=clear) as (live, peer, watch, _, _):
+        await peer.ws.send_str(OLD)
+        assert (await watch.takes())[0].data == OLD
+        assert not live.is_in_step
+        assert live.sent_stale_audio == clear
+        assert not watch.host.pongs_unordered
+
+
+@pytest.mark.parametrize("clear", [False, True])
+async def test_audio_behind_the_pong_is_in_step(clear: bool) -> None:
+    """The server sent it after the text arrived."""
+    async with asked(clear=clear) as (live, peer, watch, ping, silences):
+        await peer.ws.pong(ping)
+        await peer.ws.send_str(NEW)
+        assert (await watch.takes())[0].data == NEW
+        assert live.is_in_step
+        await asyncio.sleep(10.0)
+        assert (live.state, live.sent_stale_audio, silences) == (State.OPEN, False, [])
+
+
+async def test_audio_ahead_of_the_pong_of_an_unused_connection_is_in_step() -> None:
+    """L4a: none of it can be old. From then on this server's PONGs prove nothing."""
+    async with asked(used=False) as (live, peer, watch, _, _):
+        await peer.ws.send_str(NEW)
+        assert (await watch.takes())[0].data == NEW
+        assert live.is_in_step
+        assert watch.host.pongs_unordered
+        assert not live.is_clearable
+
+
+async def test_where_pongs_prove_nothing_audio_is_in_step() -> None:
+    """L4a: the PING asks for a sign of life only, and a cleared connection is not used again."""
+    host = Host()
+    host.pongs_unordered = True
+    async with asked(host=host) as (live, peer, watch, _, _):
+        await peer.ws.send_str(NEW)
+        assert (await watch.takes())[0].data == NEW
+        assert live.is_in_step
+        live.utterance.was_cleared = True
+        await peer.ws.send_str(AUDIO_DONE)
+        assert not live.is_reusable
+
+
+async def test_an_end_by_itself_waits_for_the_pong_and_is_the_answer_then() -> None:
+    """L4c: nothing overtook it. It may still be old, so the connection is not used again."""
+    async with asked() as (live, peer, watch, ping, silences):
+        await say(live, DONE)
+        await peer.hears()
+        await peer.ws.send_str(AUDIO_DONE)
+        await peer.ws.pong(ping)
+        began = asyncio.get_running_loop().time()
+        assert (await watch.takes())[0].data == AUDIO_DONE
+        assert asyncio.get_running_loop().time() - began <= 1.0
+        assert (live.is_reusable, silences) == (False, [])
+
+
+async def test_an_end_by_itself_is_the_answer_when_no_pong_comes() -> None:
+    """L4c: after the patience for a sign of life, of which it is one. It may still be old."""
+    async with asked() as (live, peer, watch, _, silences):
+        await say(live, DONE)
+        await peer.hears()
+        await peer.ws.send_str(AUDIO_DONE)
+        assert (await watch.takes())[0].data == AUDIO_DONE
+        assert (live.is_reusable, silences) == (False, [])
+
+
+async def test_an_end_ahead_of_the_pong_is_old_if_audio_follows() -> None:
+    """L4c: the new audio shows that the end was of the utterance before."""
+    async with asked() as (live, peer, watch, ping, _):
+        await peer.ws.send_str(AUDIO_DONE)
         await peer.ws.pong(ping)
         await peer.ws.send_str(NEW)
         assert (await watch.takes())[0].data == NEW
         assert (live.state, live.utterance.stage) == (State.OPEN, Stage.SPEAKING)
-        assert (watch.stale_audio, watch.lost) == (clear, 0)
-        assert caplog.messages == ["stale audio dropped"]
 
 
-@pytest.mark.parametrize("clear", [False, True])
-async def test_audio_behind_the_pong_is_heard(clear: bool) -> None:
-    """The server sent it after the text arrived."""
-    async with asked(clear=clear) as (live, peer, watch, ping):
-        await peer.ws.pong(ping)
-        await peer.ws.send_str(NEW)
-        assert (await watch.takes())[0].data == NEW
-        assert (live.state, watch.stale_audio, watch.lost) == (State.OPEN, 0, 0)
+@pytest.mark.parametrize("sign", ["PONG", "note", "none"])
+async def test_only_complete_silence_is_reported(sign: str) -> None:
+    """L3: once, after the patience of that host."""
+    async with asked() as (live, peer, watch, ping, silences):
+        asked_at = asyncio.get_running_loop().time()
+        if sign == "PONG":
+            await peer.ws.pong(ping)
+        elif sign == "note":
+            await peer.ws.send_str(message("note"))
+        patience = watch.host.patience(live.round_trip)
+        await asyncio.sleep(10.0)
+        if sign == "none":
+            assert silences == [pytest.approx(asked_at + patience, abs=0.2)]
+        else:
+            assert silences == []
 
 
-async def test_held_audio_is_heard_in_order_when_no_pong_comes() -> None:
-    """And no PONG of that server is waited for from then on."""
-    async with asked(timeout=SHORT) as (live, peer, watch, ping):
-        await peer.ws.send_str(OLD)
-        await peer.ws.send_str(NEW)
-        assert [(await watch.takes())[0].data for _ in range(2)] == [OLD, NEW]
-        await peer.ws.pong(ping)
-        await live.ping_as_fence(LONG)
-        await peer.ws.send_str(NEW)
-        assert (await watch.takes())[0].data == NEW
-        assert (live.state, watch.stale_audio, watch.lost) == (State.OPEN, 0, 0)
-
-
-async def test_after_a_late_pong_behind_late_audio_the_next_pong_still_counts() -> None:
-    """A stall of the network holds up both."""
-    async with asked(timeout=SHORT) as (live, peer, watch, _):
-        await until(lambda: live._fence is None)
-        await peer.ws.send_str(NEW)
-        assert (await watch.takes())[0].data == NEW
-        await live.ping_as_fence(LONG)
-        await peer.ws.send_str(OLD)
-        await peer.ws.pong((await peer.hears()).data)
-        await peer.ws.send_str(NEW)
-        assert (await watch.takes())[0].data == NEW
-
-
-@pytest.mark.parametrize("when", ["in time", "late"])
-async def test_without_a_pong_nothing_is_heard_after_a_clear(when: str) -> None:
-    """Only the acknowledgement says that nothing more of the old utterance comes."""
-    async with asked(clear=True, timeout=SHORT) as (live, peer, watch, _):
-        if when == "late":
-            await until(lambda: live._fence is not None and live._fence.is_overdue)
-        await peer.ws.send_str(OLD)
-        await until(lambda: live.is_over)
-        types = [watch.taken.get_nowait()[1] for _ in range(watch.taken.qsize())]
-        assert not any(types), "audio was heard"
-        assert (live.state, live.sent_stale_audio, watch.lost) == (State.LOST, True, 1)
-
-
-async def test_held_audio_is_not_heard_when_the_connection_ends() -> None:
-    """Nobody knows whether it is old."""
-    async with asked() as (live, peer, watch, _):
-        await peer.ws.send_str(OLD)
-        peer.hangs_up()
-        assert (await watch.takes())[0].type in (WSMsgType.CLOSED, WSMsgType.ERROR)
-        assert await watch.takes() == (CLOSED_MESSAGE, "")
-        assert live.state is State.LOST
-
-
-@pytest.mark.parametrize("is_spare", [True, False])
-async def test_audio_ahead_of_the_pong_is_heard_on_an_unused_connection(
-    is_spare: bool,
-) -> None:
-    """None of it can be old. The PONG was late, so no PONG is waited for again."""
-    async with connection(answers_pings=is_spare) as (live, peer, watch):
-        if is_spare:
-            await until(lambda: live.round_trip is not None)
-        peer.answers_pings = False
-        live.attach(watch.take)
-        if is_spare:
-            await live.ping_as_fence(LONG)
-        ping = await peer.hears()
-        await say(live, TEXT)
-        await say(live, DONE)
-        await peer.ws.send_str(NEW)
-        await peer.ws.pong(ping.data)
-        await peer.ws.send_str(message("audio.done"))
-        assert [(await watch.takes())[1] for _ in range(2)] == ["audio.delta", "audio.done"]
-        await until(lambda: live.is_reusable)
-        await live.ping_as_fence(LONG)
-        await say(live, TEXT)
-        await peer.ws.send_str(NEW)
-        assert (await watch.takes())[0].data == NEW
-
-
-async def test_only_the_pong_to_the_ping_of_the_text_separates_old_from_new() -> None:
-    """A later PING may be answered after the first new audio."""
-    async with asked() as (live, peer, watch, ping):
-        await live.ping()
-        later = await peer.hears()
-        await peer.ws.pong(ping)
-        await peer.ws.send_str(NEW)
-        await peer.ws.pong(later.data)
-        assert (await watch.takes())[0].data == NEW
-
-
-async def test_no_pong_is_waited_for_where_none_has_ever_come() -> None:
-    """Audio is heard at once."""
+async def test_a_server_that_has_answered_no_ping_is_not_asked() -> None:
+    """Audio is heard at once, and silence means nothing."""
     async with connection(answers_pings=False) as (live, peer, watch):
         await peer.hears()  # the first PING
         await answered(live, peer)
         live.attach(watch.take)
-        await live.ping_as_fence(LONG)
+        await live.probe(lambda: watch.faults.append(AssertionError()))
+        await asyncio.sleep(10.0)
         await say(live, TEXT)
         await peer.ws.send_str(NEW)
         assert (await watch.takes())[0].data == NEW
+        assert (live.is_in_step, watch.faults) == (True, [])
+
+
+async def test_only_the_pong_to_the_ping_of_the_text_separates_old_from_new() -> None:
+    """Another one may have left the server before the text arrived."""
+    async with asked() as (live, peer, watch, ping, _):
+        await peer.ws.pong(b"another")
+        await peer.ws.send_str(message("note"))
+        await watch.takes()
+        assert not live.is_in_step
+        await peer.ws.pong(ping)
+        await peer.ws.send_str(message("note"))
+        await watch.takes()
+        assert live.is_in_step
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("says", "is_refusal"),
+    [
+        (message("error", message="too many sessions"), True),
+        (message("error", message="text too long"), False),
+        (1013, True),
+        (1000, False),
+    ],
+)
+async def test_a_fresh_connection_may_be_refused(says: str | int, is_refusal: bool) -> None:
+    """S3a: by a Close code or an error frame that is its first answer."""
+    async with connection() as (live, peer, watch):
+        await until(lambda: live.round_trip is not None)
+        if isinstance(says, str):
+            await peer.ws.send_str(says)
+            await until(lambda: watch.lost)
+        else:
+            await asyncio.gather(peer.ws.close(code=says), until(lambda: watch.lost))
+        assert watch.refused == is_refusal
+
+
+async def test_only_the_first_answer_refuses() -> None:
+    """S3a: later ones are about the utterance, or about what the session did."""
+    async with connection() as (live, peer, watch):
+        await answered(live, peer)
+        await peer.ws.send_str(message("error", message="too many sessions"))
+        await until(lambda: watch.lost)
+        assert watch.refused == 0
+
+
+# For one TTS, or for the application
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+async def test_a_configured_connection_is_for_nobody_else(is_shared: bool) -> None:
+    """A `session.update` changed how it speaks."""
+    async with connection(is_shared=is_shared) as (live, _, _):
+        live.sending(message("session.update"))
+        assert live.is_reusable != is_shared
+
+
+async def test_whoever_was_given_it_hears_everything() -> None:
+    """L1: audio that nobody asked for too, and errors; nothing ends the connection."""
+    async with connection() as (live, peer, watch):
+        live.attach(watch.take)
+        live.is_given_away = True
+        for frame in (OLD, message("error"), AUDIO_DONE):
+            await peer.ws.send_str(frame)
+            assert (await watch.takes())[0].data == frame
+        assert (live.state, watch.lost) == (State.OPEN, 0)
 
 
 # Closing
@@ -568,16 +628,54 @@ async def test_close_sends_a_close_frame_and_waits_for_the_answer() -> None:
 
 
 async def test_a_peer_that_does_not_answer_the_close_is_aborted() -> None:
-    """After close_timeout."""
-    async with connection(answers_close=False, close_timeout=0.05) as (live, _, _):
+    """After CLOSE_TIMEOUT."""
+    async with connection(answers_close=False) as (live, _, _):
         socket = live.ws.get_extra_info("socket")
         began = asyncio.get_running_loop().time()
         closing = live.close()
         assert closing is not None
-        await asyncio.wait_for(closing, 5.0)  # aiohttp itself would wait for ten
-        assert asyncio.get_running_loop().time() - began >= 0.05
+        await closing  # aiohttp itself would wait for ten
+        assert asyncio.get_running_loop().time() - began == pytest.approx(CLOSE_TIMEOUT, abs=0.2)
         assert live.is_over
         await until(lambda: socket.fileno() == -1)
+
+
+@pytest.mark.parametrize("sign", ["PONG", "audio", "none", "end"])
+async def test_what_was_silent_is_listened_to_before_it_closes(sign: str) -> None:
+    """L3: a late sign of life makes the pool more patient with that host."""
+    async with connection(answers_pings=False) as (live, peer, watch):
+        ping = await peer.hears()
+        began = asyncio.get_running_loop().time()
+        closing = live.close(listen=True)
+        assert closing is not None
+        await asyncio.sleep(3.0)
+        assert not live.ws.closed
+        if sign == "PONG":
+            await peer.ws.pong(ping.data)
+        elif sign == "audio":
+            await peer.ws.send_str(OLD)
+        elif sign == "end":
+            peer.hangs_up()
+        await closing
+        seconds = asyncio.get_running_loop().time() - began
+        assert seconds == pytest.approx(CLOSE_TIMEOUT if sign == "none" else 3.0, abs=0.2)
+        assert (watch.host.patience(0.1) > 4.0) == (sign in ("PONG", "audio"))
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.5])
+async def test_only_a_close_that_has_arrived_is_aborted(seconds: float) -> None:
+    """S4: a session whose Close was lost may count for ten minutes."""
+    async with connection(answers_close=False) as (live, _, _):
+        live.abort_if_closing()
+        assert live.state is State.OPEN
+        closing = live.close()
+        assert closing is not None
+        await asyncio.sleep(seconds)
+        began = asyncio.get_running_loop().time()
+        live.abort_if_closing()
+        await closing
+        took = asyncio.get_running_loop().time() - began
+        assert (took < 0.5) == (seconds > CLOSE_COUNTS)
 
 
 async def test_closing_a_connection_that_the_peer_has_closed_does_nothing() -> None:
@@ -639,7 +737,7 @@ async def test_a_close_that_fails_is_logged_and_the_socket_aborted(
             assert closing is not None
             await closing
         await until(lambda: socket.fileno() == -1)
-        [failed] = [record for record in caplog.records if record.getMessage() == "close failed"]
+        [failed] = [record for record in caplog.records if event_of(record) == "close failed"]
         assert vars(failed)["xai_pool_error"].startswith("ConnectionResetError at fails")
 
 

@@ -9,7 +9,7 @@ import pytest
 from livekit.agents import APIConnectOptions
 from livekit.plugins import xai
 
-from tests.kit import API_KEY, HAS_NATIVE_POOL, ONCE, all_closed, line_to, quick, speak
+from tests.kit import API_KEY, HAS_NATIVE_POOL, ONCE, all_closed, event_of, line_to, quick, speak
 
 pytestmark = pytest.mark.usefixtures("patched")
 
@@ -17,9 +17,9 @@ RETRYING = APIConnectOptions(max_retry=1, retry_interval=0.01, timeout=2.0)
 
 BEFORE_THE_UTTERANCE = [
     "protocol.connection.Connection.attach",
-    "manager.Registry.here",
+    "registry.Registry.here",
     "manager.PoolManager.register",
-    "plugin.provider.key_of",
+    "plugin.asking.Asking.request_of",
     "plugin.provider.Turn.begin",
     "plugin.provider.Turn.acquired",
     "plugin.provider._job",
@@ -36,7 +36,7 @@ DURING_THE_UTTERANCE = [
 ]
 AFTER_THE_UTTERANCE = [
     "protocol.lease.Lease.end",
-    "pool.pool.Pool.release",
+    "pool.pool.Pool.give_back",
     "pool.pool.Pool._offer",
 ]
 
@@ -56,7 +56,7 @@ def break_(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
 def check_log(caplog: pytest.LogCaptureFixture, part: str) -> None:
     """Once, at ERROR, with the place and without the message."""
     [record] = [r for r in caplog.records if r.name == "xai_pool_patch" and r.levelname == "ERROR"]
-    assert record.getMessage() == "failed open"
+    assert event_of(record) == "failed open"
     assert record.xai_pool_error.startswith("BugError at broken:")  # type: ignore[attr-defined]
     assert "secret" not in str(vars(record))
 

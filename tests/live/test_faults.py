@@ -23,7 +23,7 @@ from xai_pool_patch.testing import Ending, FakeServer, Utterance
 ROUND_TRIP = 0.02
 SECONDS_PER_CHARACTER = 0.02
 TEXT = "This is the second turn."
-OPTIONS = PoolOptions(heartbeat=0.4, first_audio_timeout=0.3, close_timeout=0.5)
+OPTIONS = PoolOptions(heartbeat=0.4)
 FOUR_MIB = '{"type":"news","filler":"' + "x" * 4 * 1024 * 1024 + '"}'
 
 
@@ -100,12 +100,12 @@ FAULTS = {
     "Close before the first audio": Fault(behaving(end_before_audio=Ending.CLOSE)),
     "reset before the first audio": Fault(behaving(end_before_audio=Ending.RESET)),
     "half-open before the first audio": Fault(behaving(end_before_audio=Ending.SILENT)),
-    "answers PINGs and nothing else": Fault(behaving(mute=True)),
+    "answers PINGs and nothing else": Fault(behaving(mute=True), replays=0, errors=1),
     "malformed JSON": Fault(behaving(raw_before_audio=["{not json"])),
     "a frame of 4 MiB": Fault(behaving(raw_before_audio=[FOUR_MIB])),
     "an unknown type": Fault(behaving(raw_before_audio=['{"type":"news"}']), replays=0),
     "a binary frame": Fault(behaving(raw_before_audio=[b"\x00\x01"]), replays=0),
-    "answers no PING": Fault(behaving(answer_pings=False), replays=0),
+    "stops answering PINGs": Fault(behaving(answer_pings=False)),
     "Close after the first audio": Fault(
         behaving(end_after_audio=Ending.CLOSE), replays=0, errors=1
     ),
@@ -215,10 +215,21 @@ async def test_a_connection_that_fails_takes_those_of_its_age_along() -> None:
         tts = line.tts()
         await asyncio.gather(*(speak(tts, f"Stream {n}.") for n in range(3)))
         assert xai_pool_patch.stats()["idle"] == 3
-        inject = behaving(error_on_text="restarted")
+        inject = behaving(end_before_audio=Ending.CLOSE)
         heard = await _second_turn(line, tts, Fault(inject))
         assert heard.error is None
         assert [c.is_open for c in line.server.connections[:3]] == [False] * 3
+        await tts.aclose()
+
+
+async def test_an_error_frame_takes_no_other_connection_along() -> None:
+    """It may be the text's, and the others are as good as before."""
+    async with line_to(quick(), ROUND_TRIP) as line:
+        tts = line.tts()
+        await asyncio.gather(*(speak(tts, f"Stream {n}.") for n in range(3)))
+        heard = await _second_turn(line, tts, Fault(behaving(error_on_text="no such word")))
+        assert heard.error is None
+        assert sum(c.is_open for c in line.server.connections[:3]) == 2
         await tts.aclose()
 
 
@@ -245,31 +256,22 @@ async def test_a_failure_of_the_replacement_reaches_the_plugin() -> None:
         await tts.aclose()
 
 
-NO_REPLACEMENT = {
-    "the dial is refused": {"refuse": 429},
-    "it answers with an error": {"error_on_text": "overloaded"},
-    "it closes before any audio": {"end_before_audio": Ending.CLOSE},
-}
-
-
-@pytest.mark.parametrize("name", NO_REPLACEMENT)
-async def test_a_dead_session_without_a_replacement_is_an_error(name: str) -> None:
-    """L5: its socket still answers PINGs, but nothing else will ever come."""
+async def test_a_dead_session_is_an_error_and_its_retry_is_heard() -> None:
+    """L4b: its socket still answers PINGs, but nothing else will ever come."""
     async with line_to(quick(), ROUND_TRIP) as line:
-        tts, behaviour = line.tts(), line.server.behaviour
+        tts = line.tts()
         await speak(tts, "First.")
         await _until_round_trip_is_known()
-        behaviour.mute = True
-        turn = asyncio.create_task(speak(tts, TEXT))
+        line.server.behaviour.mute = True
+        began = asyncio.get_running_loop().time()
+        turn = asyncio.create_task(speak(tts, TEXT, APIConnectOptions(timeout=2.0)))
         await line.server.wait_for(lambda s: len(s.utterances) == 2)
-        behaviour.mute = False
-        for field, value in NO_REPLACEMENT[name].items():
-            setattr(behaviour, field, value)
-        heard = await asyncio.wait_for(turn, 5.0)
-        assert heard.samples == set()
-        status = 429 if "refuse" in NO_REPLACEMENT[name] else None
-        assert getattr(heard.error, "status_code", None) == status
-        assert len(line.errors) == 1
+        line.server.behaviour.mute = False
+        heard = await turn
+        assert heard.samples == {line.server.utterances[-1].number}
+        assert [type(event.error).__name__ for event in line.errors] == ["APITimeoutError"]
+        took = asyncio.get_running_loop().time() - began
+        assert OPTIONS.answer_timeout < took < OPTIONS.answer_timeout + 1.0
         await tts.aclose()
 
 
@@ -284,8 +286,6 @@ async def test_the_replacement_speaks_though_the_pong_comes_after_the_probe() ->
         behaviour.mute, behaviour.answer_pings, behaviour.handshake_delay = True, False, 0.6
         turn = asyncio.create_task(speak(tts, TEXT))
         await line.server.wait_for(lambda s: len(s.handshakes) == 2)
-        # The time to answer began before that dial, which takes twice as long.
-        await asyncio.sleep(OPTIONS.first_audio_timeout)
         assert not turn.done()
         await line.server.broadcast('{"type":"news"}')
         behaviour.mute, behaviour.answer_pings = False, True

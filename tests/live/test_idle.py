@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import xai_pool_patch
-from tests.kit import Line, all_closed, interrupted, line_to, quick, speak
+from tests.kit import Line, all_closed, event_of, interrupted, line_to, quick, speak
 from xai_pool_patch import PoolOptions
 from xai_pool_patch.testing import Clearing, End, Ending
 
@@ -44,7 +44,7 @@ async def test_an_idle_connection_that_ends_is_replaced_at_once(
 
 async def test_the_heartbeat_finds_a_peer_that_vanished() -> None:
     """C2: a half-open connection is replaced while nobody waits for it."""
-    xai_pool_patch.install(PoolOptions(heartbeat=0.1, close_timeout=0.1))
+    xai_pool_patch.install(PoolOptions(heartbeat=0.1))
     async with line_to() as line:
         tts = line.tts()
         await speak(tts, "First.")
@@ -57,17 +57,16 @@ async def test_the_heartbeat_finds_a_peer_that_vanished() -> None:
     xai_pool_patch.uninstall()
 
 
-async def test_the_heartbeat_stops_for_a_server_that_never_answers_pings() -> None:
-    """C2: it costs two connections, and ends no other."""
+async def test_the_heartbeat_ends_no_connection_if_the_server_never_answers_pings() -> None:
+    """C2: silence says nothing then."""
     heartbeat = 0.05
-    xai_pool_patch.install(PoolOptions(heartbeat=heartbeat, close_timeout=0.1))
+    xai_pool_patch.install(PoolOptions(heartbeat=heartbeat))
     async with line_to(quick(answer_pings=False)) as line:
         tts = line.tts()
         await speak(tts, "First.")
-        await line.server.wait_for(lambda s: len(s.connections) == 3)
-        await asyncio.sleep(5 * heartbeat)  # one that is held to PINGs ends within two of them
-        assert [each.is_open for each in line.server.connections] == [False, False, True]
-        assert line.server.connections[2].pings_received <= 1  # that of the dial
+        await asyncio.sleep(10 * heartbeat)
+        assert [each.is_open for each in line.server.connections] == [True]
+        assert line.server.connections[0].pings_received > 3
         heard = await speak(tts, "Second.")
         assert heard.samples == {line.server.utterance_for("Second.").number}
         assert line.errors == []
@@ -112,7 +111,7 @@ async def test_a_closed_http_session_ends_its_pool_quietly(
         await line.server.wait_for(lambda s: s.open_count == 0)
         await tts.aclose()
         assert len(line.server.handshakes) == 1
-    assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
+    assert [event_of(r) for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
 
 def test_a_http_session_closed_just_before_its_loop_starts_no_task() -> None:
@@ -167,4 +166,4 @@ def test_a_loop_closed_without_cancelling_its_tasks_gives_no_warning(
     loop.run_until_complete(end(context, line))
     loop.close()
     xai_pool_patch.uninstall()
-    assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
+    assert [event_of(r) for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from livekit import api
-from livekit.agents import JobContext, JobExecutorType
+from livekit.agents import Agent, JobContext, JobExecutorType
 from livekit.agents.ipc import job_proc_lazy_main, proto
 from livekit.agents.job import JobAcceptArguments, RunningJobInfo
 from livekit.agents.utils import aio, http_context
@@ -20,7 +20,9 @@ from livekit.protocol import agent
 
 import xai_pool_patch
 from tests.kit import API_KEY, Heard, line_to, quick, speak
-from xai_pool_patch.pool.pool import Pool
+from tests.live.never_worse import EITHER, installed
+from tests.session.test_session import session_of
+from xai_pool_patch.pool.pool import CLOSE_TIMEOUT, Pool
 from xai_pool_patch.testing import End, FakeServer
 
 Entrypoint = Callable[[JobContext], Awaitable[None]]
@@ -133,8 +135,8 @@ async def test_a_prewarmed_connection_gets_a_close_frame(
 async def test_a_peer_that_does_not_answer_does_not_hold_up_the_job(
     no_tasks_left: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """P7: close_timeout for all connections together. The worker would wait ten seconds."""
-    xai_pool_patch.install(xai_pool_patch.PoolOptions(close_timeout=0.2))
+    """P7: the timeout is for all connections together. The worker would wait ten seconds."""
+    xai_pool_patch.install(xai_pool_patch.PoolOptions())
     async with line_to(quick(answer_close=False)) as line:
 
         async def entrypoint(job: JobContext) -> None:
@@ -143,7 +145,7 @@ async def test_a_peer_that_does_not_answer_does_not_hold_up_the_job(
 
         began = asyncio.get_running_loop().time()
         await run_job(entrypoint, line.server, monkeypatch)
-        assert asyncio.get_running_loop().time() - began < 2.0
+        assert asyncio.get_running_loop().time() - began < CLOSE_TIMEOUT + 1.0
         assert [c.close_code for c in line.server.connections] == [1000] * 3
     xai_pool_patch.uninstall()
 
@@ -334,3 +336,65 @@ async def test_turns_under_way_at_the_end_of_a_job_may_finish(
         assert [c.ended for c in line.server.connections] == [End.CLIENT_CLOSE] * 2
         assert line.server.network.accepted == accepted
         assert xai_pool_patch.stats()["pools"] == 0
+
+
+# Hung up in the middle of a sentence.
+
+LIKE_SPEECH = {"pace": 5.0, "speech_per_character": 0.06}
+LONG = "This is a sentence that goes on for as long as nobody hangs up. " * 20
+UNTIL_THE_JOB_ENDS = 0.6
+"""Seconds between the end of the call and that of its job."""
+
+
+@EITHER
+async def test_a_call_hung_up_in_mid_sentence_dials_nothing_more(
+    is_patched: bool, no_tasks_left: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is to speak after the session was closed."""
+    dials: list[int] = []
+    with installed(is_patched):
+        async with line_to(quick(**LIKE_SPEECH), round_trip=0.1) as line:
+
+            async def entrypoint(job: JobContext) -> None:
+                tts = xai.TTS(api_key=API_KEY)
+                kept.append(tts)
+                async with session_of(Agent(instructions=""), tts=tts) as (session, _):
+                    await line.server.wait_for(lambda s: s.open_count or not is_patched)
+                    session.say(LONG)
+                    await line.server.wait_for(
+                        lambda s: s.utterances and s.utterances[0].first_audio_at is not None
+                    )
+                    await asyncio.sleep(0.5)
+                    dials.append(line.server.network.accepted)
+                await asyncio.sleep(UNTIL_THE_JOB_ENDS)
+                job.shutdown()
+
+            await run_job(entrypoint, line.server, monkeypatch)
+            assert dials == [1]
+            assert line.server.network.accepted == 1
+            if is_patched:
+                assert [c.ended for c in line.server.connections] == [End.CLIENT_CLOSE]
+
+
+async def test_a_turn_in_a_task_of_the_applications_own_gets_a_close_frame(
+    patched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for that task when the job ends, and the HTTP session goes with the job."""
+    async with line_to(quick(**LIKE_SPEECH), round_trip=0.01) as line:
+        speeches: list[asyncio.Task[Heard]] = []
+
+        async def entrypoint(job: JobContext) -> None:
+            await converse(ara=1)
+            speeches.append(asyncio.create_task(speak(kept[-1], LONG)))
+            await line.server.wait_for(
+                lambda s: len(s.utterances) == 2 and s.utterances[1].first_audio_at is not None
+            )
+            job.shutdown()
+
+        await run_job(entrypoint, line.server, monkeypatch)
+        accepted = line.server.network.accepted
+        await line.server.wait_for(lambda s: s.open_count == 0)
+        await interrupt(speeches[0])
+        assert [c.ended for c in line.server.connections] == [End.CLIENT_CLOSE]
+        assert [c.close_code for c in line.server.connections] == [1000]
+        assert line.server.network.accepted == accepted == 1

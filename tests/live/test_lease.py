@@ -14,11 +14,10 @@ from aiohttp import WSMsgType
 
 from tests.live.peer import PROTOCOL, Peer, connection, line, until, with_send_frame
 from tests.unit.pool_kit import TakesBack
-from xai_pool_patch.pool.pool import Acquired, Reason
+from xai_pool_patch.pool.pool import Acquired, Outcome
 from xai_pool_patch.pool.supervisor import Supervisor
 from xai_pool_patch.protocol.connection import Connection
 from xai_pool_patch.protocol.exchange import Exchange
-from xai_pool_patch.protocol.first_audio import FirstAudio
 from xai_pool_patch.protocol.lease import Lease
 
 pytestmark = pytest.mark.usefixtures("no_tasks_left")
@@ -32,17 +31,16 @@ def lease_of(live: Connection, pool: Any, acquire_fresh: Any = None) -> Lease:
     acquired = Acquired(
         live, waited=0.0, reused=acquire_fresh is not None, fresh=acquire_fresh is None
     )
-    supervisor = Supervisor(_never, close_timeout=5.0)
+    supervisor = Supervisor(_never)
     exchange = Exchange(
         acquired,
         pool,
-        frames=[],
         supervisor=supervisor,
         acquire_fresh=acquire_fresh or _never,
-        first_audio=FirstAudio(5.0),
-        on_replayed=_never,
+        answer_timeout=5.0,
+        on_replayed=_never if acquire_fresh is None else lambda *_: None,
     )
-    return Lease(exchange, supervisor, connect=_never)
+    return Lease(exchange, _never)
 
 
 def _never(*_: object) -> Any:
@@ -55,7 +53,7 @@ async def leased() -> AsyncIterator[tuple[Lease, Peer]]:
         await until(lambda: live.round_trip is not None)
         lease = lease_of(live, TakesBack())
         yield lease, peer
-        lease.end(None)
+        lease.end(Outcome.INTERRUPTED)
         assert watch.faults == []
 
 
@@ -244,28 +242,69 @@ async def test_closing_a_lease_keeps_the_socket_open() -> None:
         await lease.close()
         assert (await waiting).type is WSMsgType.CLOSED
         assert (live.ws.closed, live.is_reusable, pool.came_back) == (False, True, [])
-        lease.end(None)
-        assert pool.came_back == ["released"]
+        lease.end(Outcome.FINISHED)
+        assert pool.came_back == [Outcome.FINISHED]
 
 
-@pytest.mark.parametrize(
-    ("cut_off", "comes_back"),
-    [(None, "released"), (Reason.INTERRUPTED, "released cut off"), (Reason.FAILED, Reason.FAILED)],
-)
-async def test_only_the_first_end_of_a_lease_counts(
-    cut_off: Reason | None, comes_back: object
-) -> None:
-    """It releases or discards the connection; repr() shows the state."""
+@pytest.mark.parametrize("outcome", Outcome)
+async def test_only_the_first_end_of_a_lease_counts(outcome: Outcome) -> None:
+    """It gives the connection back; repr() shows the state."""
     async with connection() as (live, _, _):
         pool = TakesBack()
         lease = lease_of(live, pool)
-        assert repr(lease).startswith("<Lease held <Exchange heard [<Connection open leased clean")
-        lease.end(cut_off)
-        lease.end(Reason.FAILED)
-        assert pool.came_back == [comes_back]
+        assert repr(lease) == "<Lease open <Exchange heard <Connection open leased clean>>>"
+        await lease.close()
+        lease.end(outcome)
+        lease.end(Outcome.FAILED)
+        assert pool.came_back == [outcome]
         assert lease.closed
         assert not live.ws.closed
-        assert repr(lease) == "<Lease ended <Exchange heard []>>"
+        assert repr(lease) == "<Lease closed <Exchange heard <Connection open idle clean>>>"
+
+
+async def test_a_lease_that_is_not_closed_belongs_to_the_application() -> None:
+    """L1: with its connection, which it goes on to use and closes."""
+    async with connection() as (live, peer, watch):
+        pool = TakesBack()
+        lease = lease_of(live, pool)
+        lease.end(Outcome.FINISHED)
+        lease.end(Outcome.FAILED)
+        assert pool.came_back == ["given away"]
+        assert not lease.closed
+        await lease.send_str(TEXT)
+        assert (await peer.hears()).data == TEXT
+        await peer.ws.send_str('{"type":"error"}')
+        assert await lease.receive_json() == {"type": "error"}
+        await lease.close()
+        assert (await peer.hears()).type is WSMsgType.CLOSE
+        assert (pool.came_back, watch.faults) == (["given away"], [])
+
+
+@pytest.mark.parametrize("outcome", [Outcome.INTERRUPTED, Outcome.FAILED])
+async def test_what_was_cut_off_is_not_given_away(outcome: Outcome) -> None:
+    """Nobody has a use for it."""
+    async with connection() as (live, _, _):
+        pool = TakesBack()
+        lease = lease_of(live, pool)
+        lease.end(outcome)
+        assert (pool.came_back, lease.closed) == ([outcome], True)
+
+
+async def test_a_fault_ends_the_utterance_as_the_network_does() -> None:
+    """A4: LiveKit retries it, and the plugin's own connect carries the retry."""
+    async with connection() as (live, _, _):
+        lease, faults = lease_of(live, TakesBack()), list[tuple[str, Exception]]()
+        lease.on_fault = lambda *fault: faults.append(fault)
+        fault = ValueError("of ours")
+
+        async def fails(*_: object) -> None:
+            raise fault
+
+        lease._exchange.send = fails  # type: ignore[method-assign,assignment]
+        with pytest.raises(ConnectionResetError, match="xai_pool_patch failed"):
+            await lease.send_str(TEXT)
+        assert faults == [("send_str", fault)]
+        lease.end(Outcome.FAILED)
 
 
 async def test_messages_read_before_the_connection_ended_are_still_received() -> None:
@@ -286,7 +325,7 @@ async def test_an_exception_in_the_inbox_is_raised_by_receive() -> None:
     """So a failed replay reaches the plugin."""
     async with connection() as (live, _, _):
         lease = lease_of(live, TakesBack())
-        lease._exchange.inbox.put_nowait(ConnectionError("no replacement"))
+        lease._exchange.inbox.put(ConnectionError("no replacement"))
         with pytest.raises(ConnectionError, match="no replacement"):
             await lease.receive()
 
@@ -305,7 +344,7 @@ async def test_it_is_not_closed_during_a_replay() -> None:
         assert not lease.closed
         other_peer.hangs_up()
         await until(lambda: lease.closed)
-        lease.end(Reason.FAILED)
+        lease.end(Outcome.FAILED)
 
 
 async def test_a_send_that_fails_after_the_replay_does_not_reach_the_plugin(
@@ -322,12 +361,13 @@ async def test_a_send_that_fails_after_the_replay_does_not_reach_the_plugin(
         monkeypatch.setattr(dead.ws, "send_str", fails_late)
         lease = lease_of(dead, TakesBack(), acquire_fresh=lambda: _returning(live))
         sending = asyncio.create_task(lease.send_str(TEXT))
-        await until(lambda: lease._exchange._attempts[0].sent)
+        await until(lambda: lease._exchange._attempt.sent)  # type: ignore[union-attr]
+
         await peer.ws.send_str('{"type":"error"}')
         assert (await other_peer.hears()).data == TEXT
         blocked.set()
         await sending
-        lease.end(Reason.FAILED)
+        lease.end(Outcome.FAILED)
 
 
 async def _returning(live: Connection) -> Acquired[Connection]:

@@ -20,6 +20,7 @@ import pytest
 import redis
 import trustme
 
+from tests.kit import event_of
 from tests.live.redis_kit import RedisServer, redis_server
 from tests.unit.pool_kit import no_fault
 from xai_pool_patch.errors import InvalidOptionError
@@ -81,7 +82,7 @@ class Process:
         self.watch = ShortageWatch(
             self.shortage,
             store,
-            supervisor=Supervisor(no_fault, 5.0),
+            supervisor=Supervisor(no_fault),
             on_change=lambda: None,
             wants_to_know=lambda: True,
         )
@@ -112,9 +113,9 @@ async def process(store: Store) -> AsyncIterator[Process]:
 def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What was logged of the store: the event and the operation."""
     return [
-        f"{record.message} {getattr(record, 'xai_pool_operation', '')}".strip()
+        f"{event_of(record)} {getattr(record, 'xai_pool_operation', '')}".strip()
         for record in caplog.records
-        if record.message.startswith("session store")
+        if event_of(record).startswith("session store")
     ]
 
 

@@ -15,15 +15,12 @@ from livekit.plugins import xai
 import xai_pool_patch
 from tests.kit import Line, hear_whole, line_to, quick, registry, speak
 from xai_pool_patch import InvalidOptionError, PoolOptions, installation
-from xai_pool_patch.manager import HOST
 from xai_pool_patch.sessions.machine import MachineStore
 from xai_pool_patch.sessions.redis import RedisStore
 
 LINGER = 0.1
 
-reply = pytest.mark.parametrize(
-    "patched", [PoolOptions(warm="reply", linger=LINGER)], indirect=True
-)
+reply = pytest.mark.parametrize("patched", [PoolOptions(warm="reply")], indirect=True)
 
 
 async def until_idle(count: int) -> None:
@@ -38,7 +35,7 @@ async def talk(line: Line, tts: xai.TTS, *texts: str) -> None:
 
 @reply
 async def test_a_call_holds_a_session_only_while_it_speaks(patched: None) -> None:
-    """S1: and for `linger` afterwards, so that the next sentence of a reply finds it."""
+    """S1: and for a moment afterwards, so that the next sentence of a reply finds it."""
     async with line_to() as line:
         tts = line.tts()
         await talk(line, tts, "First.", "Second.")
@@ -183,7 +180,7 @@ async def test_a_voice_changed_before_the_first_word_is_the_one_that_is_dialled(
 
 def file_of_the_machine(tmp_path: Path) -> Path:
     """Where the processes of this test leave word."""
-    return tmp_path / "xai_pool_patch" / HOST
+    return tmp_path / "xai_pool_patch" / "api.x.ai_443"
 
 
 async def test_others_hear_of_a_refusal(tmp_path: Path) -> None:

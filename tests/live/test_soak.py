@@ -22,15 +22,15 @@ from xai_pool_patch.testing import Clearing, Ending
 
 CONVERSATIONS = 4
 OPTIONS = PoolOptions(
-    heartbeat=0.3, first_audio_timeout=0.3, close_timeout=0.3, max_age=3.0, max_idle_time=0.5
+    heartbeat=0.3, answer_timeout=0.3, max_age=3.0, max_idle_time=0.5, warm="always"
 )
-LEAN = dataclasses.replace(OPTIONS, linger=0.02)
-CLEARING = dataclasses.replace(OPTIONS, interruption="clear", clear_timeout=0.1, verify_after=0.02)
+LEAN = dataclasses.replace(OPTIONS, warm="auto")
+CLEARING = dataclasses.replace(OPTIONS, interruption="clear")
 FLAT = 1_500_000
 """Bytes: what caches hold, however many turns there were. 2,000 leases would be several times
 that."""
 ENOUGH = 400
-"""Turns in which the limit is met."""
+"""Turns in which a session is refused."""
 RETRYING = APIConnectOptions(max_retry=2, retry_interval=0.01, timeout=2.0)
 ENDINGS = [Ending.CLOSE, Ending.RESET]
 ACKNOWLEDGED = [Clearing.ACKNOWLEDGED, Clearing.CROSSED, Clearing.LATE]
@@ -130,10 +130,7 @@ async def test_thousands_of_turns_with_faults_leave_no_wrong_sample_and_no_leak(
         assert (stats["idle"], stats["leased"], stats["connecting"]) == (0, 0, 0)
         assert stats["clearing"] == 0
         assert (stats["connections_cleared"] > 0) == (options is CLEARING), stats
-        if options is LEAN:
-            assert stats["rate_limited"] or turns < ENOUGH, stats
-        else:
-            assert not stats["rate_limited"], stats
+        assert stats["rate_limited"] or turns < ENOUGH, stats  # a 503 is a refusal, too
         assert leaked < FLAT, f"{leaked} bytes kept after {turns} turns"
     finally:
         logging.disable(logging.NOTSET)

@@ -196,6 +196,7 @@ async def test_min_size_zero_dials_no_standby_but_reuses() -> None:
     xai_pool_patch.uninstall()
 
 
+@pytest.mark.parametrize("patched", [PoolOptions(warm="always")], indirect=True)
 async def test_a_standby_is_dialled_when_the_server_comes_back(patched: None) -> None:
     """P4: with backoff, before anybody asks."""
     async with line_to() as line:

@@ -17,7 +17,7 @@ from xai_pool_patch import (
 
 
 def options() -> None:
-    options = PoolOptions(min_size=2, max_age=600, first_audio_timeout=2.5, interruption="clear")
+    options = PoolOptions(min_size=2, max_age=600, answer_timeout=2.5, interruption="clear")
     assert_type(options.min_size, int)
     assert_type(options.max_idle_time, float)
     options.min_size = 3  # type: ignore[misc]

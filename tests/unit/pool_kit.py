@@ -10,10 +10,12 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.virtual import in_virtual_time
+import pytest
+
+from tests.clock import in_virtual_time
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool.backoff import Backoff, FailureKind, RateLimit
-from xai_pool_patch.pool.pool import Pool, Reason
+from xai_pool_patch.pool.pool import Outcome, Pool
 from xai_pool_patch.pool.supervisor import Supervisor
 from xai_pool_patch.telemetry.pool_metrics import PoolMetrics
 
@@ -33,28 +35,43 @@ class Wire:
     number: int
     made_at: float
     on_lost: Callable[[], None] | None = None
-    on_stale_audio: Callable[[], None] | None = None
     is_reusable: bool = True
     round_trip: float | None = ROUND_TRIP
     sent_stale_audio: bool = False
     cleared_after: float = ROUND_TRIP
     is_clearable: bool = True
+    acknowledges: bool = True
+    """What the server says after a clear is that nothing more comes."""
     clears: int = 0
     is_open: bool = True
     closed_at: float | None = None
+    closes_after: float = 0.1
+    """Seconds that the peer takes to answer the Close."""
+    listened: bool = False
+    """It was closed after waiting for a sign of life."""
+    _aborted: asyncio.Future[None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
 
     async def clear(self) -> None:
         assert self.is_open
         self.clears += 1
         self.is_reusable = False
         await asyncio.sleep(self.cleared_after)
-        self.is_reusable = self.is_open and self.is_clearable
+        self.is_reusable = self.is_open and self.acknowledges
 
-    def close(self) -> asyncio.Task[None]:
+    def close(self, *, listen: bool = False) -> asyncio.Task[None]:
         assert self.is_open or not self.is_reusable, f"{self!r} is closed twice"
         self.is_open = self.is_reusable = False
-        self.closed_at = asyncio.get_running_loop().time()
-        return asyncio.ensure_future(asyncio.sleep(0.1))
+        self.closed_at, self.listened = asyncio.get_running_loop().time(), listen
+        return asyncio.ensure_future(self._shut())
+
+    async def _shut(self) -> None:
+        await asyncio.wait([self._aborted], timeout=self.closes_after)
+
+    def abort_if_closing(self) -> None:
+        if self.closed_at is not None:
+            self._aborted.cancel()
 
     def break_off(self) -> None:
         """The peer ends it."""
@@ -74,6 +91,11 @@ class Network:
     wires: list[Wire] = field(default_factory=list)
     dialled_at: list[float] = field(default_factory=list)
     is_gone: bool = False
+    has_room: bool = True
+    """There is a place for what no caller waits for."""
+    asked_for_room_at: list[float] = field(default_factory=list)
+    closed_at: list[float] = field(default_factory=list)
+    """When a place became free."""
 
     async def connect(self, timeout: float) -> Wire:
         loop = asyncio.get_running_loop()
@@ -90,6 +112,12 @@ class Network:
         self.wires.append(wire)
         return wire
 
+    def note_shortage(self) -> None:
+        self.asked_for_room_at.append(now())
+
+    def note_close(self) -> None:
+        self.closed_at.append(now())
+
     @property
     def open(self) -> list[Wire]:
         return [wire for wire in self.wires if wire.is_open]
@@ -98,22 +126,18 @@ class Network:
 class TakesBack:
     """A pool of which only how connections come back to it exists."""
 
-    is_lean = False
-
     def __init__(self) -> None:
         self.came_back: list[object] = []
+        self.metrics = PoolMetrics(pool=1)
 
-    def release(self, connection: object) -> None:
-        self.came_back.append("released")
+    def give_back(self, connection: object, outcome: Outcome) -> None:
+        self.came_back.append(outcome)
 
-    def release_cut_off(self, connection: object) -> None:
-        self.came_back.append("released cut off")
+    def evict(self, connection: object, *, listen: bool, with_others: bool) -> None:
+        self.came_back.append(("evicted", listen, with_others))
 
-    def discard(self, connection: object, reason: Reason) -> None:
-        self.came_back.append(reason)
-
-    def evict(self, connection: object) -> None:
-        self.came_back.append("evicted")
+    def give_away(self, connection: object) -> None:
+        self.came_back.append("given away")
 
 
 def no_fault(operation: str, fault: Exception) -> None:
@@ -129,19 +153,23 @@ def make_pool(
     network: Network,
     options: PoolOptions | None = None,
     rate_limit: RateLimit | None = None,
-    on_rate_limited: Callable[[], object] = lambda: None,
+    on_dial_failed: Callable[[Exception], None] = lambda error: None,
 ) -> Pool[Wire]:
-    jitter = random.Random(1)
+    jitter, options = random.Random(1), options or PoolOptions()
     return Pool(
         network.connect,
-        options or PoolOptions(),
-        supervisor=Supervisor(no_fault, close_timeout=1.0),
+        options,
+        supervisor=Supervisor(no_fault),
         standby_timeout=10.0,
         backoff=Backoff(rate_limit or RateLimit(), jitter),
         metrics=PoolMetrics(pool=1),
         failure_kind_of=failure_kind_of,
-        on_rate_limited=on_rate_limited,
+        on_dial_failed=on_dial_failed,
+        make_room=network.note_shortage,
+        on_closed=network.note_close,
+        may_dial_ahead=lambda: network.has_room,
         is_defunct=lambda: network.is_gone,
+        max_age=options.max_age,
         jitter=jitter,
     )
 
@@ -183,7 +211,7 @@ async def close_all(network: Network, pool: Pool[Wire]) -> None:
     """Close the pool as an application does, and check that nothing is left of it."""
     pool.close()
     for wire in network.open:
-        pool.discard(wire, Reason.INTERRUPTED)
+        pool.give_back(wire, Outcome.FAILED)
     await pool.aclose()
     assert pool.is_empty, pool
     assert network.open == []
@@ -196,9 +224,14 @@ async def leased(pool: Pool[Wire]) -> Wire:
 async def idle(pool: Pool[Wire], count: int) -> list[Wire]:
     wires = list(await asyncio.gather(*(leased(pool) for _ in range(count))))
     for wire in wires:
-        pool.release(wire)
+        pool.give_back(wire, Outcome.FINISHED)
     return wires
 
 
 def now() -> float:
     return asyncio.get_running_loop().time()
+
+
+def about(seconds: float) -> Any:
+    """Equal to that time or duration, but for what reading the clock takes."""
+    return pytest.approx(seconds, rel=0.0, abs=1e-5)

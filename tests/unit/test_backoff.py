@@ -49,5 +49,5 @@ def test_a_429_during_a_backoff_still_pauses_the_other_pools() -> None:
     rate_limit = RateLimit()
     backoff, other = make(rate_limit), make(rate_limit)
     backoff.failed(FailureKind.TRANSIENT, 0.0)
-    backoff.failed(FailureKind.RATE_LIMITED, 0.1)
+    backoff.failed(FailureKind.REFUSED, 0.1)
     assert other.next_attempt > 0.1

@@ -24,6 +24,10 @@ class Expecting:
         return self
 
 
+class Session:
+    """An AgentSession, of which only the identity matters."""
+
+
 class Handle:
     """A reply that is neither done nor interrupted."""
 
@@ -35,7 +39,7 @@ class Handle:
 
 async def test_only_the_pool_of_the_last_sign_expects() -> None:
     """The TTS may have changed its options, or another agent may have taken over."""
-    conversation, first, second = Conversation(), Expecting(), Expecting()
+    conversation, first, second = Conversation(Session()), Expecting(), Expecting()
     conversation.expect_at(first)  # type: ignore[arg-type]
     conversation.expect_at(second)  # type: ignore[arg-type]
     assert (first.expected, second.expected) == (set(), {conversation})
@@ -43,7 +47,7 @@ async def test_only_the_pool_of_the_last_sign_expects() -> None:
 
 async def test_a_pool_that_did_not_serve_the_reply_does_not_expect_it() -> None:
     """Another TTS spoke, such as the second of a FallbackAdapter."""
-    conversation, first, second = Conversation(), Expecting(), Expecting()
+    conversation, first, second = Conversation(Session()), Expecting(), Expecting()
     conversation.expect_at(first)  # type: ignore[arg-type]
     conversation.speaks(Expecting(), second.acquired_by(conversation))
     assert (first.expected, conversation.is_expected) == (set(), False)
@@ -51,7 +55,7 @@ async def test_a_pool_that_did_not_serve_the_reply_does_not_expect_it() -> None:
 
 async def test_a_reply_that_speaks_is_not_expected_again() -> None:
     """Unless another waits for its turn."""
-    conversation, pool, handles = Conversation(), Expecting(), [Handle(), Handle()]
+    conversation, pool, handles = Conversation(Session()), Expecting(), [Handle(), Handle()]
     for handle, expected in zip(handles, (set(), {conversation}), strict=True):
         conversation.begin_reply(handle)
         conversation.expect_at(pool)  # type: ignore[arg-type]

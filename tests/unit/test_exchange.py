@@ -8,13 +8,13 @@ from typing import Any
 import aiohttp
 import pytest
 
+from tests.clock import in_virtual_time
 from tests.unit.pool_kit import TakesBack, no_fault
-from tests.virtual import in_virtual_time
-from xai_pool_patch.pool.pool import Acquired, Reason
+from xai_pool_patch.pool.pool import Acquired, Outcome
 from xai_pool_patch.pool.supervisor import Supervisor
-from xai_pool_patch.protocol.connection import Connection, Heartbeat
+from xai_pool_patch.protocol.connection import Connection
 from xai_pool_patch.protocol.exchange import Exchange, Frame
-from xai_pool_patch.protocol.first_audio import FirstAudio
+from xai_pool_patch.protocol.host import Host
 
 TEXT, DONE = '{"type":"text.delta","delta":"Hello"}', '{"type":"text.done"}'
 
@@ -37,43 +37,37 @@ class Socket:
         self.sent.append(frame)
 
 
-async def exchange_of(cut_off: Reason | None, *, fresh: bool) -> tuple[Socket, TakesBack]:
+async def exchange_of(outcome: Outcome, *, fresh: bool) -> tuple[Socket, TakesBack]:
     socket: Any = Socket()
     pool: Any = TakesBack()
-    supervisor = Supervisor(no_fault, close_timeout=1.0)
+    supervisor = Supervisor(no_fault)
     connection = Connection(
         socket,
         supervisor=supervisor,
-        heartbeat=Heartbeat(20.0),
-        close_timeout=1.0,
-        on_rate_limited=_raise,
+        host=Host(),
+        heartbeat=20.0,
+        is_shared=True,
+        on_refused=_never,
     )
     await asyncio.sleep(0)
-    frames: list[Frame] = []
     exchange = Exchange(
         Acquired(connection, waited=0.0, reused=not fresh, fresh=fresh),
         pool,
-        frames,
         supervisor=supervisor,
-        acquire_fresh=_no_replay,
-        first_audio=FirstAudio(5.0),
-        on_replayed=_raise,
+        acquire_fresh=_never,
+        answer_timeout=5.0,
+        on_replayed=_never,
     )
     for frame in (TEXT, DONE):
-        frames.append(Frame("send_str", (frame, None), {}))
-        await exchange.send()
-    exchange.end(cut_off)
+        await exchange.send(Frame("send_str", (frame, None)))
+    exchange.end(outcome)
     connection.reader.cancel()
     await asyncio.wait([connection.reader])
     return socket, pool
 
 
-async def _no_replay() -> Any:
+def _never(*_: object) -> Any:
     raise AssertionError("nothing has failed")
-
-
-def _raise(fault: object, _: object) -> None:
-    raise AssertionError(fault)
 
 
 @pytest.mark.parametrize(
@@ -84,22 +78,13 @@ async def test_a_ping_precedes_the_text_on_a_reused_connection(
     fresh: bool, sent: list[str]
 ) -> None:
     """Its PONG separates old audio from new. The first PING is the one of the dial."""
-    socket, _ = await exchange_of(None, fresh=fresh)
+    socket, _ = await exchange_of(Outcome.FINISHED, fresh=fresh)
     assert socket.sent == sent
 
 
-@pytest.mark.parametrize(
-    ("cut_off", "comes_back"),
-    [
-        (None, "released"),
-        (Reason.INTERRUPTED, "released cut off"),
-        (Reason.FAILED, Reason.FAILED),
-    ],
-)
+@pytest.mark.parametrize("outcome", Outcome)
 @in_virtual_time
-async def test_only_an_interruption_is_released_as_cut_off(
-    cut_off: Reason | None, comes_back: Any
-) -> None:
-    """The pool may clear such a connection. After a failure it is discarded."""
-    _, pool = await exchange_of(cut_off, fresh=True)
-    assert pool.came_back == [comes_back]
+async def test_the_pool_hears_how_the_utterance_ended(outcome: Outcome) -> None:
+    """It may clear a connection that was interrupted. After a failure it closes it."""
+    _, pool = await exchange_of(outcome, fresh=True)
+    assert pool.came_back == [outcome]

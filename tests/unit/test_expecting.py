@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from tests.clock import in_virtual_time
 from tests.unit.pool_kit import (
     HANDSHAKE,
     Network,
@@ -17,25 +18,24 @@ from tests.unit.pool_kit import (
     now,
     with_pool,
 )
-from tests.virtual import in_virtual_time
-from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool.backoff import FailureKind
 from xai_pool_patch.pool.pool import (
-    AFTER_DIAL_AHEAD,
-    ON_DEMAND,
+    LINGER,
+    ON_DEMAND_LASTS,
     PREWARM_LASTS,
+    ROOM_LASTS,
     SPARE_IDLE_TIME,
     DialFailedError,
+    Outcome,
     Pool,
 )
 
-LINGER = PoolOptions().linger
 ANN, BOB = "Ann", "Bob"
 
 
 async def speak(pool: Pool[Wire], caller: object) -> Wire:
     wire = (await pool.acquire(10.0, caller=caller)).connection
-    pool.release(wire)
+    pool.give_back(wire, Outcome.FINISHED)
     return wire
 
 
@@ -114,7 +114,7 @@ async def test_who_speaks_next_takes_the_connection_that_it_has(
     wire = (await pool.acquire(1.0, caller=ANN)).connection
     pool.expect(ANN, now() + 10.0)
     await asyncio.sleep(2.0)
-    pool.release(wire)
+    pool.give_back(wire, Outcome.FINISHED)
     await asyncio.sleep(10 * LINGER)
     assert (await pool.acquire(1.0, caller=ANN)).connection is wire
     assert len(network.wires) == 1
@@ -129,7 +129,7 @@ async def test_who_was_handed_a_connection_by_another_has_it(
     network.hang_next = 1
     bob = asyncio.create_task(pool.acquire(5.0, caller=BOB))
     await asyncio.sleep(0.1)
-    pool.release(wire)
+    pool.give_back(wire, Outcome.FINISHED)
     assert (await bob).connection is wire
     pool.expect(BOB, now() + 60.0)
     await asyncio.sleep(20.0)
@@ -232,7 +232,7 @@ async def test_refused_while_lean_it_dials_for_callers_only(
     network: Network, pool: Pool[Wire]
 ) -> None:
     """S4, S7: it holds no session longer than an utterance takes, and minutes later it does."""
-    network.refuse = [FailureKind.RATE_LIMITED]
+    network.refuse = [FailureKind.REFUSED]
     pool.set_lean(True)
     with pytest.raises(DialFailedError):
         await pool.acquire(1.0, caller=ANN)
@@ -244,7 +244,7 @@ async def test_refused_while_lean_it_dials_for_callers_only(
         await speak(pool, ANN)
         assert network.open == []
     assert len(network.dialled_at) == 4
-    await asyncio.sleep(ON_DEMAND)
+    await asyncio.sleep(ON_DEMAND_LASTS)
     pool.expect(ANN, now() + 10.0)
     await asyncio.sleep(1.0)
     assert pool.idle == 1
@@ -253,8 +253,8 @@ async def test_refused_while_lean_it_dials_for_callers_only(
 @in_virtual_time
 async def test_the_refusal_that_makes_it_lean_is_the_only_one() -> None:
     """S3: the pool becomes lean before the caller hears of the refusal, and dials once for it."""
-    network = Network(refuse=[FailureKind.RATE_LIMITED] * 2)
-    pool = make_pool(network, on_rate_limited=lambda: pool.set_lean(True))
+    network = Network(refuse=[FailureKind.REFUSED] * 2)
+    pool = make_pool(network, on_dial_failed=lambda _: pool.set_lean(True))
     with pytest.raises(DialFailedError):
         await pool.acquire(1.0)
     await asyncio.sleep(2 * HANDSHAKE)
@@ -269,11 +269,11 @@ async def test_refused_while_warm_it_dials_ahead_as_before(
     """S3: the first refusal makes a pool lean, and lean is enough as long as nobody is refused."""
     pool.resize(1)
     await asyncio.sleep(HANDSHAKE + 0.1)
-    network.refuse = [FailureKind.RATE_LIMITED]
+    network.refuse = [FailureKind.REFUSED]
     taken = await leased(pool)
     with pytest.raises(DialFailedError):
         await pool.acquire(1.0)
-    pool.release(taken)
+    pool.give_back(taken, Outcome.FINISHED)
     pool.set_lean(True)
     await asyncio.sleep(20.0)
     pool.expect(ANN, now() + 10.0)
@@ -286,12 +286,12 @@ async def test_closing_idle_connections_makes_room(network: Network, pool: Pool[
     """S4: the tasks end when the closes do; what is leased stays."""
     wire = await leased(pool)
     await idle(pool, 1)
-    tasks = pool.close_idle()
+    tasks = pool.let_go()
     await asyncio.wait(tasks)
     assert [each.is_open for each in network.wires] == [True, False]
     await asyncio.sleep(0.0)
-    assert pool.close_idle() == []
-    pool.release(wire)
+    assert pool.let_go() == []
+    pool.give_back(wire, Outcome.FINISHED)
 
 
 @with_pool()
@@ -302,9 +302,9 @@ async def test_a_spare_closes_within_seconds(pool: Pool[Wire]) -> None:
     taken = await leased(pool)
     late = asyncio.create_task(leased(pool))
     await asyncio.sleep(HANDSHAKE / 2)
-    pool.release(taken)
+    pool.give_back(taken, Outcome.FINISHED)
     assert await late is wire
-    pool.release(wire)
+    pool.give_back(wire, Outcome.FINISHED)
     await asyncio.sleep(HANDSHAKE)
     assert pool.idle == 2
     await asyncio.sleep(SPARE_IDLE_TIME)
@@ -342,18 +342,83 @@ async def test_who_is_expected_moves_on_with_the_voice(pool: Pool[Wire]) -> None
 
 
 @with_pool()
-async def test_after_a_refused_dial_ahead_of_a_reply_it_pauses_for_seconds(
+async def test_after_a_refused_dial_ahead_of_a_reply_it_pauses(
     network: Network, pool: Pool[Wire]
 ) -> None:
-    """S4: many calls that begin at once are no sign that there are too many."""
-    network.refuse = [FailureKind.RATE_LIMITED]
+    """S4, P4: it cost nobody a reply, so the pool goes on dialling ahead when the backoff ends."""
+    network.refuse = [FailureKind.REFUSED]
     pool.set_lean(True)
     pool.expect(ANN, now() + 10.0)
     await asyncio.sleep(HANDSHAKE + 0.1)
     pool.expect(BOB, now() + 5.0)
-    await asyncio.sleep(5.0)
     assert len(network.dialled_at) == 1
-    await asyncio.sleep(AFTER_DIAL_AHEAD)
-    pool.expect(ANN, now() + 10.0)
+    assert "next dial in" in repr(pool)
+    await asyncio.sleep(0.5 + HANDSHAKE)
+    assert pool.idle == 2
+    pool.withdraw(ANN)
+    pool.withdraw(BOB)
+
+
+@with_pool()
+async def test_who_let_go_dials_nothing_ahead_for_a_while(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """S4: neither a standby nor for a reply takes the place that was made, and a caller may."""
+    pool.resize(1)
+    await idle(pool, 2)
+    closing = pool.let_go()
+    assert (pool.idle, len(closing)) == (0, 2)
+    pool.expect(ANN, now() + 60.0)
+    await asyncio.sleep(ROOM_LASTS - 1.0)
+    assert len(network.dialled_at) == 2
+    await speak(pool, BOB)
+    assert (pool.idle, len(network.dialled_at)) == (0, 3)
+    await asyncio.sleep(1.0 + 0.01)
+    assert (pool.idle, len(network.dialled_at)) == (1, 4), "the end needs no other event"
+
+
+@with_pool()
+async def test_letting_go_does_not_shorten_what_a_refusal_asks_for(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """S4: the later of the two ends counts."""
+    network.refuse = [FailureKind.REFUSED]
+    pool.set_lean(True)
+    with pytest.raises(DialFailedError):
+        await pool.acquire(1.0, caller=ANN)
+    assert pool.let_go() == []
+    pool.expect(ANN, now() + ON_DEMAND_LASTS)
+    await asyncio.sleep(2 * ROOM_LASTS)
+    assert len(network.dialled_at) == 1
+
+
+@with_pool()
+async def test_nothing_is_dialled_ahead_while_there_is_no_place(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """S5a: a caller is served all the same, and what was held back is dialled when one is free."""
+    network.has_room = False
+    pool.resize(1)
+    pool.expect(ANN, now() + 60.0)
     await asyncio.sleep(1.0)
-    assert pool.idle == 1
+    assert network.dialled_at == []
+    wire = await leased(pool)
+    assert len(network.dialled_at) == 1
+    pool.give_back(wire, Outcome.FAILED)
+    await asyncio.sleep(1.0)
+    assert len(network.dialled_at) == 1
+    assert network.closed_at == [pytest.approx(wire.closed_at + 0.1)]  # type: ignore[operator]
+    network.has_room = True
+    pool.settle()
+    assert pool.connecting == 1
+
+
+@with_pool()
+async def test_a_left_pool_that_is_expected_replaces_no_dial_without_pause(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """P11, S2: a dial that was made for whoever is expected is not one too many."""
+    pool.leave()
+    pool.expect(ANN, now() + 60.0)
+    await asyncio.sleep(30.0)
+    assert (pool.idle, len(network.dialled_at)) == (1, 1)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import aiohttp
@@ -18,12 +19,21 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.clock import VirtualLoop, block
 from tests.unit.pool_kit import no_fault
-from tests.virtual import VirtualLoop, block
-from xai_pool_patch.manager import Connect, PoolKey, PoolManager
+from xai_pool_patch.manager import PoolManager
 from xai_pool_patch.options import PoolOptions, Warm
-from xai_pool_patch.pool.pool import AcquireTimeoutError, DialFailedError, Pool, Reason
-from xai_pool_patch.protocol.connection import TEXT_CLEAR, Connection
+from xai_pool_patch.pool.clearing import CLEAR
+from xai_pool_patch.pool.pool import (
+    ON_DEMAND_LASTS,
+    AcquireTimeoutError,
+    DialFailedError,
+    Mode,
+    Outcome,
+    Pool,
+)
+from xai_pool_patch.protocol.connection import CLOSE_TIMEOUT, TEXT_CLEAR, Connection
+from xai_pool_patch.protocol.request import Request
 from xai_pool_patch.sessions import Store
 from xai_pool_patch.sessions.shortage import Shortage
 
@@ -31,7 +41,7 @@ T = TypeVar("T")
 
 HANDSHAKE = 0.4
 ROUND_TRIP = 0.1
-MAX_AGE = 1800.0
+MAX_AGE = PoolOptions().max_age
 TEXT, CLEARED = '{"type":"text.delta","delta":"Hello"}', '{"type":"audio.clear"}'
 AUDIO, ERROR = '{"type":"audio.delta","delta":"AAAA"}', '{"type":"error","message":"no"}'
 CLEARS = {
@@ -45,84 +55,156 @@ CLEARS = {
 }
 """What comes of a clear, by the seconds over the round trip that it takes."""
 CALLERS = ["Ann", "Bob"]
+MOST_DIALS = 12
+"""In a row, for three voices: what is missing, what is expected, and retries of either."""
+MOST_AT_ONCE = 60
+"""Dials in one moment, which is more than there may be sessions."""
+SECONDS_PER_DIAL = 20.0
+"""Of what goes on for long: rotation, and retries after a pause that has grown."""
+LONGEST_PAUSE = ON_DEMAND_LASTS + 1.0
+"""Seconds after which a pool that was refused dials ahead again."""
 VOICES = st.sampled_from(["ara", "eve", "rex"])
-
-
-class Session:
-    closed = False
 
 
 class TTS:
     voice = "ara"
 
 
+class Connector:
+    """What aiohttp limits the sockets of an HTTP session with; 0 is no limit."""
+
+    limit = limit_per_host = 0
+
+
 class Socket:
     """A WebSocket of which nobody but the pool is on the other side."""
 
-    def __init__(self, voice: str, clearing: str) -> None:
+    def __init__(self, world: World, voice: str) -> None:
         self.voice = voice
-        self.clearing = clearing
+        self.clearing = world.clearing
+        self.closes_after = world.closes_after
+        self.answers_pings = world.answers_pings
         self.made_at = asyncio.get_running_loop().time()
         self.owes_audio = False
         self.is_open = True
+        """The server counts it."""
         self.closed = False
         self._messages: asyncio.Queue[aiohttp.WSMessage] = asyncio.Queue()
+        self._gone = asyncio.get_running_loop().create_future()
+        self._world = world
+        self._response = SimpleNamespace(connection=SimpleNamespace(transport=self))
 
     async def receive(self) -> aiohttp.WSMessage:
         return await self._messages.get()
 
+    def _hear(self, delay: float, type_: WSMsgType, data: object) -> None:
+        message = aiohttp.WSMessage(type_, data, None)
+        asyncio.get_running_loop().call_later(delay, self._messages.put_nowait, message)
+
     async def ping(self, token: bytes) -> None:
-        self._messages.put_nowait(aiohttp.WSMessage(WSMsgType.PONG, token, None))
+        if self.answers_pings:
+            self._hear(ROUND_TRIP, WSMsgType.PONG, token)
 
     async def send_str(self, frame: str, compress: int | None = None) -> None:
         assert frame == TEXT_CLEAR
         owed, self.owes_audio = self.owes_audio, False
         for delay, answers in CLEARS[self.clearing].items():
             for answer in [answer for answer in answers if owed or answer is not AUDIO]:
-                message = aiohttp.WSMessage(WSMsgType.TEXT, answer, None)
-                asyncio.get_running_loop().call_later(
-                    ROUND_TRIP + delay, self._messages.put_nowait, message
-                )
+                self._hear(ROUND_TRIP + delay, WSMsgType.TEXT, answer)
 
     async def close(self) -> None:
-        self.is_open, self.closed = False, True
-        self._messages.put_nowait(aiohttp.WSMessage(WSMsgType.CLOSING, None, None))
+        self.closed = True
+        self._hear(0.0, WSMsgType.CLOSING, None)
+        await asyncio.wait([self._gone], timeout=self.closes_after)
+        self._end()
+
+    def abort(self) -> None:
+        self.closed = True
+        self._hear(0.0, WSMsgType.CLOSED, None)
+        self._end()
 
     def end_by_peer(self) -> None:
-        self.is_open, self.closed = False, True
-        self._messages.put_nowait(aiohttp.WSMessage(WSMsgType.CLOSE, 1000, ""))
+        self.closed = True
+        self._hear(0.0, WSMsgType.CLOSE, 1000)
+        self._end()
 
-
-class RefusedError(Exception):
-    def __init__(self, status: int) -> None:
-        self.status = status
+    def _end(self) -> None:
+        self.is_open = False
+        if not self._gone.done():
+            self._gone.set_result(None)
+        self._world.place_is_free()
 
 
 @dataclass
 class World:
-    """What the pools dial into."""
+    """What the pools dial into: an HTTP session, and a server behind it."""
 
     sockets: list[Socket] = field(default_factory=list)
     next_dials: list[int | str] = field(default_factory=list)
     clearing: str = "acknowledged"
     """What the connections dialled from now on do."""
-    session: Session = field(default_factory=Session)
+    answers_pings: bool = True
+    """The same."""
+    closes_after: float = 0.0
+    """The same: seconds that the peer takes to answer a Close."""
+    connector: Connector = field(default_factory=Connector)
+    closed: bool = False
     limit: int = 1000
     """Open sockets above which a dial is refused."""
+    handshake: float = HANDSHAKE
+    """Seconds of a dial that is accepted, or refused."""
+    dials: int = 0
+    dials_now: int = 0
+    """At the moment of the last dial."""
+    last_dial: float = 0.0
+    ran_away: bool = False
+    in_handshake: int = 0
+    _freed: list[asyncio.Future[None]] = field(default_factory=list)
 
-    def at(self, voice: str) -> tuple[PoolKey, Callable[[], Connect]]:
-        async def connect(timeout: float) -> Any:
-            fate = self.next_dials.pop(0) if self.next_dials else "accepted"
-            await asyncio.wait_for(asyncio.sleep(1e9 if fate == "hangs" else HANDSHAKE), timeout)
-            if isinstance(fate, int):
-                raise RefusedError(fate)
-            if len(self.open) >= self.limit:
-                raise RefusedError(429)
-            self.sockets.append(Socket(voice, self.clearing))
-            return self.sockets[-1]
+    def request(self, voice: str) -> Request:
+        session: Any = self
+        url = f"wss://api.x.ai/v1/tts?voice={voice}"
+        headers = {"Authorization": "Bearer key"}
+        return Request(session, (url,), {"headers": headers}, max_age=math.inf)
 
-        session: Any = self.session
-        return PoolKey("key", session, (("voice", voice),)), lambda: connect
+    async def ws_connect(self, url: str, **_: object) -> Any:
+        now = asyncio.get_running_loop().time()
+        self.dials += 1
+        self.dials_now = self.dials_now + 1 if now == self.last_dial else 1
+        self.last_dial = now
+        if self.dials_now > MOST_AT_ONCE:  # else the clock would stand still for ever
+            self.ran_away = True
+            await asyncio.sleep(1.0)
+        await self._wait_for_place()
+        self.in_handshake += 1
+        try:
+            await self._shake_hands(self.next_dials.pop(0) if self.next_dials else "accepted")
+            self.sockets.append(Socket(self, url.rpartition("=")[2]))
+        finally:
+            self.in_handshake -= 1
+            self.place_is_free()
+        return self.sockets[-1]
+
+    async def _wait_for_place(self) -> None:
+        """As aiohttp's connector does."""
+        while 0 < self.connector.limit <= len(self.open) + self.in_handshake:
+            self._freed.append(asyncio.get_running_loop().create_future())
+            await self._freed[-1]
+
+    def place_is_free(self) -> None:
+        freed, self._freed = self._freed, []
+        for waiting in freed:
+            if not waiting.done():
+                waiting.set_result(None)
+
+    async def _shake_hands(self, fate: int | str) -> None:
+        await asyncio.sleep({"hangs": 1e9, "at once": 0.0}.get(str(fate), self.handshake))
+        if fate == "reset":
+            raise ConnectionResetError
+        if isinstance(fate, int) or len(self.open) >= self.limit:
+            info: Any = None
+            status = fate if isinstance(fate, int) else 429
+            raise aiohttp.WSServerHandshakeError(info, (), status=status)
 
     @property
     def open(self) -> list[Socket]:
@@ -161,18 +243,15 @@ class Agents(RuleBasedStateMachine):
     @initialize(
         min_size=st.integers(0, 2),
         clears=st.booleans(),
-        verifies=st.booleans(),
         warm=st.sampled_from(["auto", "auto", "always", "reply"]),
     )
-    def begin(self, min_size: int, clears: bool, verifies: bool, warm: Warm) -> None:
+    def begin(self, min_size: int, clears: bool, warm: Warm) -> None:
         self.loop = VirtualLoop()
         self.complaints: list[Any] = []
         self.loop.set_exception_handler(lambda _, context: self.complaints.append(context))
         self.options = PoolOptions(
             min_size=min_size,
-            max_age=MAX_AGE,
             interruption="clear" if clears else "discard",
-            verify_after=30.0 if verifies else None,
             warm=warm,
         )
         self.others = Others()
@@ -181,11 +260,20 @@ class Agents(RuleBasedStateMachine):
         self.world = World()
         self.ttss = [TTS()]
         self.turns: list[Turn] = []
+        self.given_away: list[Connection] = []
         self.clears: dict[object, float] = {}
         """Each, and when it was first seen."""
+        self.closes: dict[Socket, float] = {}
+        """The same."""
 
         async def make() -> PoolManager:
-            return PoolManager(self.options, no_fault, shortage, self.others)
+            return PoolManager(
+                self.options,
+                no_fault,
+                shortage_at=lambda host: shortage,
+                store=self.others,
+                make_room=lambda: self.pools.let_go(),
+            )
 
         self.pools = self.loop.run_until_complete(make())
         self.pools._jitter.seed(1)
@@ -232,15 +320,17 @@ class Agents(RuleBasedStateMachine):
         tts = self.pick(data, self.ttss)
 
         async def acquire(pool: Pool[Connection], voice: str) -> Connection:
-            connection = (await pool.acquire(timeout, caller=caller)).connection
+            acquired = await pool.acquire(timeout, caller=caller)
+            connection = acquired.connection
             socket: Any = connection.ws
-            assert connection.is_reusable
+            # The peer may end it between the hand-off and here, as it may a moment later.
+            assert connection.is_reusable or (socket.closed and not acquired.reused)
             assert socket.voice == voice
             assert self.loop.time() - socket.made_at < MAX_AGE
             return connection
 
         def begin() -> None:
-            pool = self.pools.register(tts, *self.world.at(tts.voice))
+            pool = self.pools.register(tts, self.world.request(tts.voice), is_turn=True)
             self.turns.append(Turn(pool, self.loop.create_task(acquire(pool, tts.voice))))
 
         self.inside(begin)
@@ -266,20 +356,62 @@ class Agents(RuleBasedStateMachine):
         self.inside(self.pick(data, list(self.pools.pools.values())).prewarm)
 
     @precondition(lambda self: self.speaking)
-    @rule(data=st.data(), how=st.sampled_from(["completed", "failed", "interrupted", "cut early"]))
-    def end_turn(self, data: st.DataObject, how: str) -> None:
+    @rule(data=st.data(), outcome=st.sampled_from(Outcome), in_the_middle=st.booleans())
+    def end_turn(self, data: st.DataObject, outcome: Outcome, in_the_middle: bool) -> None:
         turn = self.pick(data, self.speaking)
         self.turns.remove(turn)
-        if how == "completed":
-            self.inside(turn.pool.release, turn.connection)
-        elif how == "failed":
-            self.inside(turn.pool.discard, turn.connection, Reason.FAILED)
-        else:
-            if how == "interrupted":
-                socket: Any = turn.connection.ws  # type: ignore[union-attr]
-                socket.owes_audio = True
-                turn.connection.utterance.sent(TEXT)  # type: ignore[union-attr]
-            self.inside(turn.pool.release_cut_off, turn.connection)
+        if in_the_middle:
+            socket: Any = turn.connection.ws  # type: ignore[union-attr]
+            socket.owes_audio = True
+            turn.connection.utterance.sent(TEXT)  # type: ignore[union-attr]
+        self.inside(turn.pool.give_back, turn.connection, outcome)
+
+    @precondition(lambda self: self.speaking)
+    @rule(data=st.data(), listen=st.booleans(), with_others=st.booleans(), replays=st.booleans())
+    def replace_what_failed(
+        self, data: st.DataObject, listen: bool, with_others: bool, replays: bool
+    ) -> None:
+        turn = self.pick(data, self.speaking)
+        self.turns.remove(turn)
+
+        async def dial() -> Connection:
+            acquired = await turn.pool.acquire(10.0, fresh=True)
+            assert acquired.fresh
+            return acquired.connection
+
+        def give_up() -> None:
+            turn.pool.evict(turn.connection, listen=listen, with_others=with_others)
+            if replays:
+                self.turns.append(Turn(turn.pool, self.loop.create_task(dial())))
+
+        self.inside(give_up)
+
+    @precondition(lambda self: self.speaking)
+    @rule(data=st.data())
+    def give_away(self, data: st.DataObject) -> None:
+        turn = self.pick(data, self.speaking)
+        self.turns.remove(turn)
+        connection = turn.connection
+        assert connection is not None
+        connection.is_given_away = True
+        self.inside(turn.pool.give_away, connection)
+        self.given_away.append(connection)
+
+    @precondition(lambda self: self.given_away)
+    @rule(data=st.data())
+    def close_what_was_given_away(self, data: st.DataObject) -> None:
+        connection = self.pick(data, self.given_away)
+        self.given_away.remove(connection)
+        self.inside(connection.close)
+
+    @precondition(lambda self: self.pools.pools)
+    @rule()
+    def let_go(self) -> None:
+        pools = list(self.pools.pools.values())
+        had_idle = [pool for pool in pools if pool.idle]
+        self.inside(self.pools.let_go)
+        assert all(pool.mode is Mode.ON_DEMAND for pool in had_idle)
+        assert not any(pool.idle for pool in pools)
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
@@ -294,7 +426,7 @@ class Agents(RuleBasedStateMachine):
         self.turns.remove(turn)
 
         def at_once() -> None:
-            turn.pool.release(turn.connection)
+            turn.pool.give_back(turn.connection, Outcome.FINISHED)
             waiting.task.cancel()
 
         self.inside(at_once)
@@ -305,7 +437,7 @@ class Agents(RuleBasedStateMachine):
         tts = self.pick(data, self.ttss)
         tts.voice = voice
         if self.pools.knows(tts):
-            self.inside(self.pools.register, tts, *self.world.at(voice))
+            self.inside(self.pools.register, tts, self.world.request(voice))
 
     @precondition(lambda self: self.ttss)
     @rule(data=st.data(), collected=st.booleans())
@@ -320,9 +452,40 @@ class Agents(RuleBasedStateMachine):
 
     # What the world does
 
-    @rule(fates=st.lists(st.sampled_from([400, 401, 429, 503, "hangs", "accepted"]), max_size=3))
+    @rule(
+        fates=st.lists(
+            st.sampled_from([400, 401, 429, 503, "reset", "hangs", "at once", "accepted"]),
+            max_size=3,
+        )
+    )
     def prepare_dials(self, fates: list[int | str]) -> None:
         self.world.next_dials = fates
+
+    @rule(handshake=st.sampled_from([0.0, HANDSHAKE]))
+    def dials_take(self, handshake: float) -> None:
+        """Dials that end at once show what the pool does if nothing slows it down."""
+        self.world.handshake = handshake
+
+    @rule(seconds=st.sampled_from([0.0, 0.3, 3.0, 60.0]))
+    def peers_answer_a_close(self, seconds: float) -> None:
+        self.world.closes_after = seconds
+
+    @rule(limit=st.sampled_from([0, 1, 2]))
+    def limit_the_connector(self, limit: int) -> None:
+        """Where it is full, nothing may be dialled ahead."""
+        self.world.connector.limit = limit
+        self.inside(self.world.place_is_free)
+        self.inside(self.pools._settle_all)
+
+    @rule(answers=st.booleans())
+    def peers_answer_pings(self, answers: bool) -> None:
+        self.world.answers_pings = answers
+
+    @precondition(lambda self: self.pools._hosts)
+    @rule()
+    def pongs_turn_out_to_prove_nothing(self) -> None:
+        for host in self.pools._hosts.values():
+            host.pongs_unordered = True
 
     @rule(limit=st.sampled_from([0, 1, 2, 1000]))
     def limit_the_sessions(self, limit: int) -> None:
@@ -344,7 +507,32 @@ class Agents(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.0, 0.1, 0.39, 0.4, 1.0, 11.0, 61.0, 1700.0, 4000.0]))
     def time_passes(self, seconds: float) -> None:
+        """Whoever dials without an end does it here."""
+        before, callers = self.world.dials, len(self.waiting)
         self.let(seconds)
+        most = MOST_DIALS + callers + len(self.pools.pools) * seconds / SECONDS_PER_DIAL
+        assert self.world.dials - before <= most, "dials without pause"
+
+    def everything_works(self) -> None:
+        world = self.world
+        world.next_dials, world.clearing, world.limit = [], "acknowledged", 1000
+        world.connector.limit, world.closes_after, world.answers_pings = 0, 0.0, True
+        self.inside(world.place_is_free)
+        self.inside(self.pools._settle_all)
+
+    @precondition(lambda self: self.pools.pools)
+    @rule(data=st.data(), caller=st.sampled_from(CALLERS))
+    def a_reply_is_expected_for_long(self, data: st.DataObject, caller: str) -> None:
+        """Until after every pause, with nothing that fails: there is a connection for it."""
+        self.everything_works()
+        pool = self.pick(data, list(self.pools.pools.values()))
+        until = self.loop.time() + LONGEST_PAUSE + 10.0
+        self.inside(pool.expect, caller, until)
+        self.let(LONGEST_PAUSE + 1.0)
+        pauses = pool._backoff.next_attempt > self.loop.time()  # after a 401, for longer
+        if not (pool.is_closed or self.speaking or pauses):
+            assert pool.idle + pool.connecting + pool.clearing >= 1, "nobody dialled for it"
+        self.inside(pool.withdraw, caller)
 
     @rule(seconds=st.sampled_from([0.3, 2.0]))
     def the_loop_is_blocked(self, seconds: float) -> None:
@@ -354,20 +542,20 @@ class Agents(RuleBasedStateMachine):
     @rule()
     def rest(self) -> None:
         """Nothing fails for a while: then everything is as it should be."""
-        self.world.next_dials, self.world.clearing, self.world.limit = [], "acknowledged", 1000
+        self.everything_works()
         self.let(120.0)
         if any(pool.connecting for pool in self.pools.pools.values()):
             self.let(1.0)  # a rotation, of all moments in this one
         assert self.waiting == [], "a caller was forgotten"
-        for key, pool in self.pools.pools.items():
-            used = any(
-                tts.voice == dict(key.options)["voice"] and self.pools.knows(tts)
-                for tts in self.ttss
-            )
-            least = self.options.min_size if used and not pool.is_lean else 0
+        users = self.pools._users.values()
+        for request, pool in self.pools.pools.items():
+            is_used = any(user.current == request for user in users)
+            least = self.options.min_size if is_used and pool.mode is Mode.WARM else 0
             assert pool.connecting == 0
             unused = pool.idle + pool.clearing
             assert pool.leased + unused <= max(least, pool.leased), "holds more than it uses"
+            if pool._backoff.next_attempt <= self.loop.time():
+                assert pool.leased + unused >= least, "keeps less than it should"
 
     # What holds at all times
 
@@ -388,13 +576,26 @@ class Agents(RuleBasedStateMachine):
         for pool in self.pools.pools.values():
             for clear in pool._clearing.under_way.values():
                 began = self.clears.setdefault(clear, now)
-                assert now - began <= self.options.clear_timeout
+                assert now - began <= CLEAR.at_most
 
     @invariant()
-    def at_most_two_voices_each(self) -> None:
-        for tts in self.ttss:
-            if self.pools.knows(tts):
-                assert len(self.pools._users[tts].visited) <= 2
+    def what_was_given_away_is_left_alone(self) -> None:
+        held = [each for pool in self.pools.pools.values() for each in pool.connections]
+        for connection in self.given_away:
+            assert connection.state.value in ("open", "lost")
+            assert connection not in held
+
+    @invariant()
+    def a_pool_is_there_for_two_requests_of_a_tts(self) -> None:
+        used = {request for user in self.pools._users.values() for request in user.requests}
+        assert self.pools.pools.keys() == used
+
+    @invariant()
+    def no_close_goes_on_for_ever(self) -> None:
+        for socket in self.world.open:
+            if socket.closed:
+                began = self.closes.setdefault(socket, self.loop.time())
+                assert self.loop.time() - began <= CLOSE_TIMEOUT
 
     @invariant()
     def warm_and_lean_are_as_the_options_say(self) -> None:
@@ -411,6 +612,10 @@ class Agents(RuleBasedStateMachine):
                 self.turns.remove(turn)
 
     @invariant()
+    def nobody_dials_without_pause(self) -> None:
+        assert not self.world.ran_away
+
+    @invariant()
     def no_more_sessions_than_asked_for(self) -> None:
         """One a turn, those kept, what a burst left, and one a pool during rotation."""
         dialling = sum(pool.connecting for pool in self.pools.pools.values())
@@ -422,7 +627,9 @@ class Agents(RuleBasedStateMachine):
         for turn in self.turns:
             turn.task.cancel()
             if turn.connection is not None:
-                self.inside(turn.pool.release, turn.connection)
+                self.inside(turn.pool.give_back, turn.connection, Outcome.FINISHED)
+        for connection in self.given_away:
+            self.inside(connection.close)
         self.inside(self.pools.close)
         self.let(30.0)
         assert self.world.open == [], "left open"

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.unit.pool_kit import HANDSHAKE, Network, Wire, idle, leased, now, with_pool
-from xai_pool_patch.pool.pool import Pool, Reason
+from tests.unit.pool_kit import HANDSHAKE, Network, Wire, about, idle, leased, now, with_pool
+from xai_pool_patch.pool.pool import (
+    Outcome,
+    Pool,
+)
 
 
 @with_pool()
@@ -20,7 +23,7 @@ async def test_an_idle_connection_is_handed_out_without_waiting(pool: Pool[Wire]
         pool.acquire(10.0).send(None)
     acquired = finished.value.value
     assert (acquired.connection, acquired.waited, acquired.reused) == (wire, 0.0, True)
-    pool.release(wire)
+    pool.give_back(wire, Outcome.FINISHED)
 
 
 @with_pool()
@@ -46,7 +49,7 @@ async def test_a_connection_waited_for_and_used_before_is_neither_reused_nor_fre
     wire = await leased(pool)
     waiting = asyncio.create_task(pool.acquire(10.0))
     await asyncio.sleep(0.1)
-    pool.release(wire)
+    pool.give_back(wire, Outcome.FINISHED)
     acquired = await waiting
     assert (acquired.connection, acquired.reused, acquired.fresh) == (wire, False, False)
 
@@ -93,7 +96,7 @@ async def test_ten_callers_wait_as_long_as_one_handshake(pool: Pool[Wire]) -> No
     """P2: dials run side by side."""
     began = now()
     wires = await asyncio.gather(*(leased(pool) for _ in range(10)))
-    assert now() - began == pytest.approx(HANDSHAKE)
+    assert now() - began == about(HANDSHAKE)
     assert len(set(wires)) == 10
 
 
@@ -104,10 +107,10 @@ async def test_a_released_connection_goes_to_the_first_waiter(pool: Pool[Wire]) 
     earlier = asyncio.create_task(leased(pool))
     later = asyncio.create_task(leased(pool))
     await asyncio.sleep(HANDSHAKE / 2)
-    pool.release(first)
+    pool.give_back(first, Outcome.FINISHED)
     assert await earlier is first
     assert not later.done()
-    pool.release(second)
+    pool.give_back(second, Outcome.FINISHED)
     assert await later is second
 
 
@@ -134,7 +137,7 @@ async def test_a_fresh_connection_is_one_that_nobody_has_used(pool: Pool[Wire]) 
     [used] = await idle(pool, 1)
     wanting = asyncio.create_task(pool.acquire(10.0, fresh=True))
     await asyncio.sleep(0.1)
-    pool.release(await leased(pool))
+    pool.give_back(await leased(pool), Outcome.FINISHED)
     assert (await wanting).connection is not used
     assert pool.idle == 1
 
@@ -148,9 +151,67 @@ async def test_evicting_a_connection_closes_those_as_old_or_older(
     await asyncio.sleep(1.0)
     younger = await leased(pool)
     for wire in [*older[:2], younger]:
-        pool.release(wire)
-    pool.evict(older[2])
+        pool.give_back(wire, Outcome.FINISHED)
+    pool.evict(older[2], listen=False, with_others=True)
     assert network.open == [younger]
+
+
+@with_pool()
+async def test_evicting_one_alone_closes_no_other(network: Network, pool: Pool[Wire]) -> None:
+    """L3: what failed was the answer, or the server with this one connection."""
+    other, failed = await asyncio.gather(leased(pool), leased(pool))
+    pool.give_back(other, Outcome.FINISHED)
+    pool.evict(failed, listen=False, with_others=False)
+    assert network.open == [other]
+    assert pool.metrics.counters.totals["closed_lost"] == 1
+
+
+@pytest.mark.parametrize("listen", [True, False])
+@with_pool()
+async def test_only_what_was_silent_is_listened_to_before_it_closes(
+    pool: Pool[Wire], listen: bool
+) -> None:
+    """L3: the others were idle, and nobody asked them for a sign of life."""
+    other, failed = await asyncio.gather(leased(pool), leased(pool))
+    pool.give_back(other, Outcome.FINISHED)
+    pool.evict(failed, listen=listen, with_others=True)
+    assert (failed.listened, other.listened) == (listen, False)
+    assert pool.closing == 2
+
+
+@with_pool()
+async def test_what_is_evicted_is_replaced_for_the_pool_too(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """P4: by one dial, which the caller that lost it takes."""
+    pool.resize(1)
+    wire = await leased(pool)
+    pool.evict(wire, listen=True, with_others=True)
+    pool.evict(wire, listen=True, with_others=True)
+    assert (await pool.acquire(10.0, fresh=True)).fresh
+    await asyncio.sleep(10.0)
+    assert len(network.dialled_at) == 2
+
+
+@with_pool()
+async def test_what_is_given_away_is_none_of_the_pools_any_more(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """L1: the pool neither closes nor counts it, hears nothing of its end, and replaces it."""
+    pool.resize(1)
+    wire = await leased(pool)
+    pool.give_away(wire)
+    assert (wire.on_lost, wire.is_open, pool.connections) == (None, True, ())
+    assert (pool.leased, pool.connecting) == (0, 1)
+    pool.give_away(wire)
+    for outcome in Outcome:
+        pool.give_back(wire, outcome)
+    pool.evict(wire, listen=False, with_others=True)
+    await asyncio.sleep(10.0)
+    await pool.aclose()
+    assert wire.is_open
+    assert len(network.dialled_at) == 2
+    await wire.close()
 
 
 @with_pool()
@@ -158,7 +219,7 @@ async def test_releasing_a_connection_that_is_not_reusable_discards_it(pool: Poo
     """A connection that broke while it was leased never becomes idle."""
     wire = await leased(pool)
     wire.is_reusable = False
-    pool.release(wire)
+    pool.give_back(wire, Outcome.FINISHED)
     assert (pool.idle, pool.leased) == (0, 0)
 
 
@@ -166,9 +227,9 @@ async def test_releasing_a_connection_that_is_not_reusable_discards_it(pool: Poo
 async def test_only_the_first_release_or_discard_of_a_lease_counts(pool: Pool[Wire]) -> None:
     """Another discard or release of the same lease changes nothing."""
     wire = await leased(pool)
-    pool.discard(wire, Reason.FAILED)
-    pool.discard(wire, Reason.FAILED)
-    pool.release(wire)
+    pool.give_back(wire, Outcome.FAILED)
+    pool.give_back(wire, Outcome.FAILED)
+    pool.give_back(wire, Outcome.FINISHED)
     assert (pool.idle, pool.leased) == (0, 0)
 
 

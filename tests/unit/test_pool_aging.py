@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import asyncio
 
+from tests.clock import block
 from tests.unit.pool_kit import Network, Wire, idle, leased, now, with_pool
+from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool.backoff import FailureKind
-from xai_pool_patch.pool.pool import SPARE_IDLE_TIME, Pool
+from xai_pool_patch.pool.pool import (
+    SPARE_IDLE_TIME,
+    Outcome,
+    Pool,
+)
+
+MAX_AGE = PoolOptions().max_age
 
 
 @with_pool()
 async def test_no_connection_is_handed_out_beyond_max_age(pool: Pool[Wire]) -> None:
     """P5: acquire() checks the age again, since a blocked loop delays the timers."""
     [wire] = await idle(pool, 1)
-    loop = asyncio.get_running_loop()
-    loop._virtual.now += 1800.0  # type: ignore[attr-defined]
+    block(MAX_AGE)
     acquired = await pool.acquire(10.0)
     assert acquired.connection is not wire
     assert not acquired.reused
@@ -41,10 +48,10 @@ async def test_an_old_idle_connection_is_replaced_first_and_closed_then(
         await asyncio.sleep(1.0)
         assert pool.idle >= 1
         assert len(network.open) <= 2
-        assert all(now() - wire.made_at <= 1800.0 for wire in network.open)
+        assert all(now() - wire.made_at <= MAX_AGE for wire in network.open)
     lifetimes = [w.closed_at - w.made_at for w in network.wires if w.closed_at is not None]
-    assert len(lifetimes) >= 12
-    assert min(lifetimes) >= 1800.0 * 0.85
+    assert len(lifetimes) >= 40
+    assert min(lifetimes) >= MAX_AGE * 0.85
     assert len({round(lifetime) for lifetime in lifetimes}) > 3, "no jitter"
 
 
@@ -59,8 +66,8 @@ async def test_an_old_connection_serves_until_its_replacement_is_there(
     while len(network.dialled_at) < 2:
         await asyncio.sleep(1.0)
     assert await leased(pool) is wire
-    pool.release(wire)
-    await asyncio.sleep(200.0)
+    pool.give_back(wire, Outcome.FINISHED)
+    await asyncio.sleep(0.11 * MAX_AGE)
     assert not wire.is_open
 
 
@@ -71,9 +78,9 @@ async def test_a_connection_that_expired_while_leased_is_closed_on_release(
     """P5: and replaced."""
     pool.resize(1)
     wire = await leased(pool)
-    await asyncio.sleep(1900.0)
+    await asyncio.sleep(MAX_AGE + 1.0)
     assert wire.is_open
-    pool.release(wire)
+    pool.give_back(wire, Outcome.FINISHED)
     assert not wire.is_open
     assert pool.connecting == 1
 
@@ -82,10 +89,10 @@ async def test_a_connection_that_expired_while_leased_is_closed_on_release(
 async def test_an_expired_connection_is_not_handed_to_a_waiter(pool: Pool[Wire]) -> None:
     """P5: the waiter gets a young one, even if that takes longer."""
     wire = await leased(pool)
-    await asyncio.sleep(1900.0)
+    await asyncio.sleep(MAX_AGE + 1.0)
     waiting = asyncio.create_task(leased(pool))
     await asyncio.sleep(0.1)
-    pool.release(wire)
+    pool.give_back(wire, Outcome.FINISHED)
     assert await waiting is not wire
 
 
@@ -110,7 +117,7 @@ async def test_a_dial_under_way_counts_when_the_pool_trims(pool: Pool[Wire]) -> 
     wanting = asyncio.create_task(pool.acquire(10.0, fresh=True))
     await asyncio.sleep(0.1)
     assert not wire.is_open
-    pool.release((await wanting).connection)
+    pool.give_back((await wanting).connection, Outcome.FINISHED)
 
 
 @with_pool()

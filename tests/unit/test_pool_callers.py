@@ -6,20 +6,27 @@ import asyncio
 
 import pytest
 
+from tests.clock import block, in_virtual_time
 from tests.unit.pool_kit import (
     HANDSHAKE,
     Network,
     RefusedError,
     Wire,
+    about,
     close_all,
     leased,
     make_pool,
     now,
     with_pool,
 )
-from tests.virtual import block, in_virtual_time
 from xai_pool_patch.pool.backoff import FailureKind
-from xai_pool_patch.pool.pool import DIAL_SOFT_TIMEOUT, AcquireTimeoutError, DialFailedError, Pool
+from xai_pool_patch.pool.pool import (
+    DIAL_SOFT_TIMEOUT,
+    AcquireTimeoutError,
+    DialFailedError,
+    Outcome,
+    Pool,
+)
 
 
 @with_pool()
@@ -45,7 +52,7 @@ async def test_the_next_caller_takes_over_an_abandoned_dial(
     await asyncio.sleep(0.3)
     caller.cancel()
     acquired = await pool.acquire(10.0)
-    assert acquired.waited == pytest.approx(HANDSHAKE - 0.3)
+    assert acquired.waited == about(HANDSHAKE - 0.3)
     assert len(network.dialled_at) == 1
 
 
@@ -58,7 +65,7 @@ async def test_a_waiter_cancelled_at_the_hand_off_passes_the_connection_on(
     vanishing = asyncio.create_task(leased(pool))
     next_in_line = asyncio.create_task(leased(pool))
     await asyncio.sleep(0.1)
-    pool.release(wire)
+    pool.give_back(wire, Outcome.FINISHED)
     vanishing.cancel()
     assert await next_in_line is wire
     assert vanishing.cancelled()
@@ -115,9 +122,8 @@ async def test_the_error_of_a_callers_own_dial_reaches_it(
 @in_virtual_time
 async def test_a_caller_that_is_cancelled_just_after_its_dial_failed() -> None:
     """P3: before its task runs again. It is cancelled all the same, and the error is nobody's."""
-    network = Network(refuse=[FailureKind.RATE_LIMITED])
-    loop = asyncio.get_running_loop()
-    pool = make_pool(network, on_rate_limited=lambda: loop.call_soon(caller.cancel))
+    network = Network(refuse=[FailureKind.REFUSED])
+    pool = make_pool(network, on_dial_failed=lambda _: caller.cancel())
     caller = asyncio.create_task(leased(pool))
     with pytest.raises(asyncio.CancelledError):
         await caller
@@ -177,3 +183,20 @@ async def test_a_caller_whose_dial_served_another_gets_a_new_one(
     second = asyncio.create_task(leased(pool))
     assert (await first).number == 1
     assert (await second).number == 2
+
+
+@with_pool()
+async def test_a_dial_of_a_caller_that_takes_long_asks_for_room(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """S4: once, after a second: it may wait for a place. A standby asks for none."""
+    network.handshake = 3.0
+    pool.resize(1)
+    await asyncio.sleep(5.0)
+    assert network.asked_for_room_at == []
+    taken = await leased(pool)
+    began = now()
+    wire = await leased(pool)
+    assert network.asked_for_room_at == [pytest.approx(began + DIAL_SOFT_TIMEOUT)]
+    assert now() == pytest.approx(began + 3.0)
+    assert taken is not wire

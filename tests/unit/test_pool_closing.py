@@ -6,17 +6,21 @@ import asyncio
 
 import pytest
 
-from tests.unit.pool_kit import HANDSHAKE, Network, Wire, idle, leased, now, with_pool
+from tests.unit.pool_kit import HANDSHAKE, Network, Wire, about, idle, leased, now, with_pool
 from xai_pool_patch.pool.backoff import FailureKind
-from xai_pool_patch.pool.pool import Pool, PoolClosedError, Reason
+from xai_pool_patch.pool.pool import (
+    Outcome,
+    Pool,
+    PoolClosedError,
+)
 
 
 @with_pool()
 async def test_discard_does_not_wait_for_the_close(pool: Pool[Wire]) -> None:
     """P7: discard() is synchronous; the connection closes in the background."""
     wire = await leased(pool)
-    pool.discard(wire, Reason.INTERRUPTED)
-    assert wire.closed_at == now()
+    pool.give_back(wire, Outcome.INTERRUPTED)
+    assert wire.closed_at == about(now())
 
 
 @with_pool()
@@ -38,7 +42,7 @@ async def test_close_serves_waiting_callers_and_keeps_nothing(
     pool.close()
     wire = await caller
     assert wire.is_open
-    pool.release(wire)
+    pool.give_back(wire, Outcome.FINISHED)
     assert not wire.is_open
     await asyncio.sleep(100.0)
     assert len(network.dialled_at) == 1
@@ -67,11 +71,11 @@ async def test_aclose_waits_close_timeout_for_dials_and_closes_together(
     """Closes get only what the dials have left of close_timeout."""
     wire = await leased(pool)
     closing = asyncio.ensure_future(asyncio.sleep(100.0))
-    wire.close = lambda: closing  # type: ignore[method-assign,assignment,return-value]
+    wire.close = lambda listen: closing  # type: ignore[method-assign,assignment,return-value]
     network.hang_next = 1
     caller = asyncio.create_task(leased(pool))
     await asyncio.sleep(0.1)
-    pool.discard(wire, Reason.INTERRUPTED)
+    pool.give_back(wire, Outcome.INTERRUPTED)
     wire.is_open = False
     began = now()
     await pool.aclose()

@@ -9,13 +9,21 @@ from typing import Any
 
 import pytest
 
+from tests.kit import event_of
 from tests.unit.pool_kit import HANDSHAKE, Network, with_pool
+from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool.backoff import FailureKind
-from xai_pool_patch.pool.pool import Pool, Reason
+from xai_pool_patch.pool.pool import (
+    Outcome,
+    Pool,
+)
 from xai_pool_patch.telemetry.log import FIELD_PREFIX, LogEvent
 from xai_pool_patch.telemetry.usage import Counters, UsageStats
 
-ABOUT_1600 = pytest.approx(1600.0, abs=100.0)
+MAX_AGE = PoolOptions().max_age
+WHEN_ROTATED = pytest.approx(0.9 * MAX_AGE, rel=0.06)
+GROWN_OLD = 0.88 * MAX_AGE
+"""With this jitter, old enough to be replaced and not too old to be handed out."""
 
 Scenario = Callable[[Network, Pool[Any]], Coroutine[Any, Any, None]]
 
@@ -27,10 +35,10 @@ def everything_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[str, dict[str, Any]]]:
     """Each message so far, with its own fields."""
-    usual = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
+    usual = vars(logging.makeLogRecord({})).keys() | {"message", "asctime", "xai_pool_event"}
     return [
         (
-            r.getMessage(),
+            event_of(r),
             {k.removeprefix(FIELD_PREFIX): v for k, v in vars(r).items() if k not in usual},
         )
         for r in caplog.records
@@ -39,7 +47,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[str, dict[str, Any]]]
 
 async def one_idle(pool: Pool[Any]) -> Any:
     wire = (await pool.acquire(10.0)).connection
-    pool.release(wire)
+    pool.give_back(wire, Outcome.FINISHED)
     return wire
 
 
@@ -59,11 +67,11 @@ async def test_dials_waits_and_reuse_are_logged_and_counted(
     assert [r.levelname for r in caplog.records] == ["INFO", "DEBUG", "DEBUG"]
     assert (counted["connections_made"], counted["connections_reused"]) == (1, 1)
     assert counted["acquire_wait_ms_total"] == pytest.approx(HANDSHAKE * 1e3)
-    assert counted["acquire_wait_ms_max"] == counted["connect_ms_max"]
+    assert counted["acquire_wait_ms_max"] == pytest.approx(counted["connect_ms_max"])
 
 
 async def interrupt(network: Network, pool: Pool[Any]) -> None:
-    pool.discard((await pool.acquire(10.0)).connection, Reason.INTERRUPTED)
+    pool.give_back((await pool.acquire(10.0)).connection, Outcome.INTERRUPTED)
 
 
 async def lose(network: Network, pool: Pool[Any]) -> None:
@@ -86,13 +94,13 @@ async def rotate(network: Network, pool: Pool[Any]) -> None:
 async def expire(network: Network, pool: Pool[Any]) -> None:
     wire = (await pool.acquire(10.0)).connection
     await asyncio.sleep(2000.0)
-    pool.release(wire)
+    pool.give_back(wire, Outcome.FINISHED)
 
 
 async def grow_old_unkept(network: Network, pool: Pool[Any]) -> None:
     wire = (await pool.acquire(10.0)).connection
-    await asyncio.sleep(1600.0)
-    pool.release(wire)
+    await asyncio.sleep(GROWN_OLD)
+    pool.give_back(wire, Outcome.FINISHED)
 
 
 async def trim(network: Network, pool: Pool[Any]) -> None:
@@ -111,9 +119,9 @@ async def close(network: Network, pool: Pool[Any]) -> None:
         (interrupt, "interrupted", 0.0, None),
         (lose, "lost", 30.0, 30.0),
         (lose_in_use, "failed", 0.0, None),
-        (rotate, "expired", ABOUT_1600, ABOUT_1600),
+        (rotate, "expired", WHEN_ROTATED, WHEN_ROTATED),
         (expire, "expired", 2000.0, None),
-        (grow_old_unkept, "expired", 1600.0, 0.0),
+        (grow_old_unkept, "expired", GROWN_OLD, 0.0),
         (trim, "surplus", 60.0, 60.0),
         (close, "shutdown", 0.0, 0.0),
     ],
@@ -167,7 +175,7 @@ async def test_no_field_collides_with_an_attribute_of_log_records(
     network: Network, pool: Pool[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """`logging` refuses a record whose extra fields overwrite its own."""
-    assert len({event.message for event in LogEvent}) == len(LogEvent)
+    assert len({event.label for event in LogEvent}) == len(LogEvent)
     for operation in (lose, interrupt, trim):
         await operation(network, pool)
     pool.metrics.replayed(0.1, "no answer")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.kit import event_of
 from xai_pool_patch.sessions.shortage import Shortage
 
 LENGTH = (108.0, 132.0)
@@ -223,7 +224,7 @@ def test_a_clock_that_jumps(clock: Clock, jump: float) -> None:
 
 
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[Any]:
-    return [r for r in caplog.records if r.message == "sessions scarce for ten minutes"]
+    return [r for r in caplog.records if event_of(r) == "sessions scarce for ten minutes"]
 
 
 def test_it_lasts_for_long(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:

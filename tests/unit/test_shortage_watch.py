@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from tests.clock import in_virtual_time
+from tests.kit import event_of
 from tests.unit.pool_kit import no_fault
-from tests.virtual import in_virtual_time
 from xai_pool_patch.pool.supervisor import Supervisor
 from xai_pool_patch.sessions import Store
 from xai_pool_patch.sessions.shortage import Shortage
@@ -72,7 +73,7 @@ class Process:
         self.watch = ShortageWatch(
             self.shortage,
             store,
-            supervisor=Supervisor(no_fault, 5.0),
+            supervisor=Supervisor(no_fault),
             on_change=self._changed,
             wants_to_know=lambda: self.has_idle,
             uniform=uniform,
@@ -100,7 +101,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
         lines = []
         for record in caplog.records:
             of = [getattr(record, f"xai_pool_{n}", "") for n in ("store", "operation", "reason")]
-            lines.append(" ".join([record.message, *filter(None, of)]))
+            lines.append(" ".join([event_of(record), *filter(None, of)]))
         caplog.clear()
         return lines
 
@@ -162,8 +163,8 @@ async def test_a_refusal_goes_from_one_process_to_another(
     assert (other.watch.is_lean, other.changes) == (True, [(True, True)])
     assert len(shelf.writes) == 1, "what was heard is not passed on"
     assert logged() == [
-        "sessions scarce this process",
-        "sessions scarce another process",
+        "sessions scarce a refusal to this process",
+        "sessions scarce a refusal to another process",
     ]
     await asyncio.sleep(100.0)
     assert process.watch.is_lean
@@ -183,7 +184,7 @@ async def test_two_loops_of_one_process() -> None:
     other = ShortageWatch(
         process.shortage,
         Shelf(),
-        supervisor=Supervisor(no_fault, 5.0),
+        supervisor=Supervisor(no_fault),
         on_change=lambda: other_changes.append(other.is_lean),
         wants_to_know=lambda: False,
         uniform=random.Random(3).uniform,
@@ -329,7 +330,10 @@ async def test_a_refusal_that_could_not_be_written_is_written_later(
     process.watch.refused(429)
     end = process.shortage.news_for(None)
     await process.go_on(10.0)
-    assert logged() == ["sessions scarce this process", "session store failed shelf write"]
+    assert logged() == [
+        "sessions scarce a refusal to this process",
+        "session store failed shelf write",
+    ]
     assert shelf.writes == []
     shelf.fails.clear()
     await process.go_on(60.0)
@@ -372,7 +376,7 @@ async def test_without_a_store(logged: Callable[[], list[str]]) -> None:
     assert process.watch.is_lean
     await process.go_on(120.0)
     assert process.watch.is_lean
-    assert logged() == ["sessions scarce this process", "sessions suffice"]
+    assert logged() == ["sessions scarce a refusal to this process", "sessions suffice"]
     await process.end()
 
 

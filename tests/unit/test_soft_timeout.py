@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.clock import block, in_virtual_time
 from tests.unit.pool_kit import no_fault
-from tests.virtual import block, in_virtual_time
 from xai_pool_patch.pool.soft_timeout import TICKS, SoftTimeout
 from xai_pool_patch.pool.supervisor import Supervisor
 
@@ -23,7 +23,7 @@ async def ends_of(meanwhile: Meanwhile, seconds: float = SECONDS) -> list[float]
     """After how many seconds a soft timeout called back, while that happened."""
     loop = asyncio.get_running_loop()
     began, ends = loop.time(), list[float]()
-    supervisor = Supervisor(no_fault, close_timeout=1.0)
+    supervisor = Supervisor(no_fault)
     timeout = SoftTimeout(supervisor, seconds, lambda: ends.append(loop.time() - began))
     await meanwhile(timeout)
     await asyncio.sleep(10.0)

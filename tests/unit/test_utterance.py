@@ -52,10 +52,10 @@ ROUND = [*up(TEXT, TEXT), *down(AUDIO), *up(DONE), *down(AUDIO, AUDIO_DONE)]
         (ROUND + down(NEWS), Stage.CLEAN),
         (up(TEXT) + down(NEWS), Stage.ASKED),
         (ROUND[:-1], Stage.FINISHING),
-        (up(CLEAR), Stage.VERIFYING),
+        (up(CLEAR), Stage.DIRTY),
         (up(TEXT, CLEAR), Stage.CLEARING),
         ([*up(TEXT, CLEAR), *down(AUDIO, AUDIO)], Stage.CLEARING),
-        ([*up(TEXT, DONE, CLEAR), *down(AUDIO, AUDIO_DONE)], Stage.VERIFYING),
+        ([*up(TEXT, DONE, CLEAR), *down(AUDIO, AUDIO_DONE)], Stage.CLEARING),
         (up(TEXT, CLEAR) + down(NEWS), Stage.CLEARING),
     ],
 )
@@ -75,7 +75,10 @@ OWING = [
 
 
 @pytest.mark.parametrize("steps", OWING)
-@pytest.mark.parametrize("under_way", [[], [AUDIO], [AUDIO, AUDIO_DONE], [AUDIO_DONE]])
+@pytest.mark.parametrize(
+    "under_way",
+    [[], [AUDIO], [AUDIO, AUDIO_DONE], [AUDIO_DONE], [AUDIO_DONE, AUDIO], [AUDIO_DONE, AUDIO_DONE]],
+)
 def test_an_acknowledged_clear_leaves_the_connection_clean(
     steps: list[Step], under_way: list[object]
 ) -> None:
@@ -86,9 +89,10 @@ def test_an_acknowledged_clear_leaves_the_connection_clean(
     assert after(cleared[:-1]).stage is not Stage.CLEAN
 
 
-def test_was_cleared_is_set_after_a_clear_of_an_utterance_only() -> None:
-    """Not after the clear that verifies an idle connection."""
-    assert not after(ROUND + up(CLEAR) + down(CLEARED)).was_cleared
+def test_was_cleared_stays_set() -> None:
+    """Only the server's word says that nothing more comes, for as long as the connection lives."""
+    assert not after(ROUND).was_cleared
+    assert after(up(TEXT, CLEAR)).was_cleared
     assert after(up(TEXT, CLEAR) + down(CLEARED) + ROUND).was_cleared
 
 
@@ -104,8 +108,6 @@ def test_was_cleared_is_set_after_a_clear_of_an_utterance_only() -> None:
         up(CLEAR, CLEAR) + down(CLEARED, CLEARED),
         up(CLEAR, TEXT) + down(CLEARED),
         [*up(CLEAR), *down(CLEARED, CLEARED)],
-        [*up(TEXT, CLEAR), *down(AUDIO_DONE, AUDIO, CLEARED)],
-        [*up(TEXT, CLEAR), *down(AUDIO_DONE, AUDIO_DONE, CLEARED)],
         [*up(TEXT, CLEAR), *down(ERROR, CLEARED)],
         [*up(TEXT, CLEAR), *down("not json", CLEARED)],
         [*up(TEXT, CLEAR), *down(CLEARED, AUDIO)],
@@ -137,15 +139,12 @@ def test_any_other_answer_to_a_clear_leaves_the_connection_dirty(steps: list[Ste
         ROUND + down('{"type":"audio.clear"}'),
         [*up(TEXT), *down(AUDIO_DONE), *up(DONE), *down(AUDIO_DONE)],
         [*up(TEXT), *down(AUDIO, AUDIO_DONE), *up(DONE), *down(AUDIO_DONE)],
-        [*up(TEXT, DONE), *down(AUDIO_DONE)],
-        [*ROUND, *up(WORDLESS, TEXT, DONE), *down(AUDIO_DONE)],
         [*up(WORDLESS), *down(AUDIO_DONE)],
         [*up(WORDLESS, DONE), *down(ERROR, AUDIO_DONE)],
         [*up(TEXT, DONE), *down(ERROR, AUDIO_DONE)],
         [*up(TEXT, DONE), *down(b"\x00", AUDIO_DONE)],
         [*up(TEXT, DONE, TEXT), *down(AUDIO_DONE)],
         [*up(TEXT, DONE, DONE), *down(AUDIO_DONE)],
-        [*up(json.dumps({"type": "session.update", "replace": {}})), *ROUND],
         [*up(b"\x00"), *ROUND],
     ],
 )
@@ -175,10 +174,13 @@ def test_audio_of_the_utterance_is_heard(steps: list[Step]) -> None:
         [*up(WORDLESS, WORDLESS, DONE), *down(AUDIO, AUDIO_DONE)],
         [*up(DONE), *down(AUDIO_DONE)],
         [*up(DONE), *down(AUDIO, AUDIO, AUDIO_DONE)],
+        [*up(TEXT, DONE), *down(AUDIO_DONE)],
+        [*ROUND, *up(WORDLESS, TEXT, DONE), *down(AUDIO_DONE)],
+        [*up(TEXT, CLEAR), *down(CLEARED), *up(DONE), *down(AUDIO, AUDIO_DONE)],
     ],
 )
-def test_an_utterance_without_words_may_end_with_or_without_audio(steps: list[Step]) -> None:
-    """The protocol does not say which."""
+def test_an_utterance_may_end_with_or_without_audio(steps: list[Step]) -> None:
+    """L4c: the protocol does not say which texts have none."""
     tracker = UtteranceTracker()
     for where, frame in steps:
         if where == "up":
@@ -188,23 +190,33 @@ def test_an_utterance_without_words_may_end_with_or_without_audio(steps: list[St
     assert tracker.stage is Stage.CLEAN
 
 
-def test_an_end_without_audio_counts_once_a_pong_has_come() -> None:
-    """From then on an `audio.done` can only belong to this utterance."""
-    tracker = after(up(TEXT, DONE))
-    tracker.is_unambiguous = True
-    assert tracker.received("audio.done")
-    assert tracker.stage is Stage.CLEAN
-    tracker = after(ROUND + up(TEXT, DONE))
-    assert not tracker.is_unambiguous
+@pytest.mark.parametrize("before", [[], up(TEXT), up(TEXT, DONE), ROUND])
+def test_a_session_update_is_no_part_of_an_utterance(before: list[Step]) -> None:
+    """It leaves the stage as it is, and its connection to whoever sent it."""
+    update = up(json.dumps({"type": "session.update", "replace": {}}))
+    assert not after(before).was_configured
+    assert after(before + update).stage is after(before).stage
+    assert after(before + update).was_configured
+    assert after(before + update).is_unused == after(before).is_unused
 
 
-def test_audio_for_an_empty_utterance_after_a_clear_needs_a_pong() -> None:
-    """Without one it may belong to what was cleared."""
-    cleared = [*up(TEXT, CLEAR), *down(CLEARED), *up(DONE)]
-    assert after(cleared).received(type_of(AUDIO)) is False
-    tracker = after(cleared)
-    tracker.is_unambiguous = True
-    assert tracker.received(type_of(AUDIO)) is True
+@pytest.mark.parametrize(
+    ("steps", "is_unused", "is_first"),
+    [
+        ([], True, False),
+        (up(TEXT), False, True),
+        (up(TEXT, DONE) + down(AUDIO), False, True),
+        (ROUND, False, True),
+        (ROUND + up(TEXT), False, False),
+        (ROUND + up(DONE), False, False),
+    ],
+)
+def test_the_first_utterance_of_a_connection(
+    steps: list[Step], is_unused: bool, is_first: bool
+) -> None:
+    """Whatever comes during it is of no other."""
+    tracker = after(steps)
+    assert (tracker.is_unused, tracker.is_first) == (is_unused, is_first)
 
 
 def test_repr_shows_the_stage() -> None:

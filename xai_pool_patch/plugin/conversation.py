@@ -1,4 +1,4 @@
-"""What is known about one AgentSession: who speaks for it, and which of its replies are to come."""
+"""What is known about one AgentSession: which TTS speaks for it, and which replies are to come."""
 
 from __future__ import annotations
 
@@ -13,17 +13,24 @@ from ..protocol.connection import Connection
 
 SIGN_LASTS = 10.0
 """Seconds after the last sign of a reply in which its first text is expected. An LLM that takes
-longer is rare, and until then the connection is one that nobody else can have."""
+longer is rare, and until then the connection is reserved."""
+
+_open: weakref.WeakSet[Conversation] = weakref.WeakSet()
 
 
 class Conversation:
     """One AgentSession, as a caller of the pools.
 
     Keeps neither the session nor the TTS alive: contexts and pools hold it, and may outlive both.
+
+    Attributes:
+        uses: the TTS instances that have spoken in it, or were prewarmed for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, session: Any) -> None:
+        self._session = weakref.ref(session)
         self._tts: Callable[[], Any] = lambda: None
+        self.uses: weakref.WeakSet[Any] = weakref.WeakSet()
         self._replies: weakref.WeakSet[Any] = weakref.WeakSet()
         self._expected_by: Pool[Connection] | None = None
         self._expected_until = 0.0
@@ -36,6 +43,14 @@ class Conversation:
     @tts.setter
     def tts(self, tts: Any) -> None:
         self._tts = weakref.ref(tts)
+        self.uses.add(tts)
+        _open.add(self)
+
+    @property
+    def is_closing(self) -> bool:
+        """The session is being closed, and interrupts its agent for that."""
+        session = self._session()
+        return bool(getattr(session, "_closing", False) or getattr(session, "_closing_task", None))
 
     @property
     def replies_to_come(self) -> int:
@@ -74,6 +89,13 @@ class Conversation:
             pool.expect(self, self._expected_until)  # one that is queued speaks next
         else:
             self._expected_by = None
+
+    def close(self) -> list[Any]:
+        """The session is over. Returns the TTS instances that no other session uses."""
+        self.withdraw()
+        _open.discard(self)
+        others = list(_open)
+        return [tts for tts in self.uses if not any(tts in other.uses for other in others)]
 
 
 _conversation: contextvars.ContextVar[Conversation | None] = contextvars.ContextVar(

@@ -10,7 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import wrapt
+
 from ..telemetry.log import LogEvent, log_event
+
+
+class Wrapper(wrapt.FunctionWrapper):  # type: ignore[type-arg]
+    """One of ours. It may stay behind, switched off, where another wrapper covered it."""
 
 
 class _Missing(enum.Enum):
@@ -36,8 +42,10 @@ class Patch:
 
     def apply(self) -> None:
         self._original = vars(self.owner).get(self.name, _Missing.MISSING)
-        inherited = getattr(self.owner, self.name, None)
-        self._ours = self.make_wrapper(inherited, self.switch)
+        is_inherited = self._original is _Missing.MISSING
+        # Not with getattr() if it need not be: that would bind a wrapper that is there already.
+        wrapped = getattr(self.owner, self.name, None) if is_inherited else self._original
+        self._ours = self.make_wrapper(wrapped, self.switch)
         # Before the attribute is set: another thread that reads `TTS._pool` in between would see
         # the switch off, and that attribute would stay off.
         self.switch.append("on")

@@ -3,314 +3,296 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import contextvars
 import functools
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import Any
 
 from livekit.agents import APIConnectionError, get_job_context
 
-from ..manager import Connect, PoolManager, Registry
+from ..manager import PoolManager
 from ..pool.backoff import FailureKind
 from ..pool.pool import (
     Acquired,
     AcquireTimeoutError,
     DialFailedError,
+    Outcome,
     Pool,
     PoolClosedError,
-    Reason,
 )
 from ..protocol.connection import Connection
 from ..protocol.exchange import Exchange
-from ..protocol.lease import NETWORK_ERRORS, Lease
-from ..telemetry.log import LogEvent, harmless, in_ms, log_event
-from ..telemetry.usage import UsageStats
-from .connector import Connector, key_of, with_status
+from ..protocol.lease import Lease
+from ..registry import Registry
+from ..telemetry.log import LogEvent, log_event
+from .asking import Asking
 from .conversation import Conversation, current_conversation
-from .releases import Shape
-
-T = TypeVar("T")
+from .errors import with_status
+from .turn import Turn
 
 ROOM_TIMEOUT = 1.0
 """Seconds that a refused caller waits for the server to answer the Close frame of an idle
 connection, so that its session is free."""
 
 
-class Turn:
-    """One run of the plugin's `_run_ws`: one utterance, on one lease at a time.
-
-    Args:
-        stream: the stream that runs; None if somebody asks for a connection outside of a stream.
-
-    Attributes:
-        waited: seconds that the turn waited for the connection that is heard.
-        reused: the connection was ready when the turn asked for it.
-        pools: the pools of the turn's event loop; None until the turn asks for a connection.
-    """
-
-    def __init__(self, stream: Any = None) -> None:
-        self.stream = stream
-        self.waited = 0.0
-        self.reused = False
-        self._reporting = [stream, _reporting_stream()]
-        self._usage = UsageStats()
-        self._lease: Lease | None = None
-        self.pools: PoolManager | None = None
-
-    def begin(self, lease: Lease, pools: PoolManager, usage: UsageStats) -> None:
-        self.end(Reason.FAILED)  # a subclass may connect more than once
-        self._lease = lease
-        self._usage = usage
-        pools.leases.add(lease)
-
-    def end(self, cut_off: Reason | None) -> None:
-        if self._lease is not None and self.pools is not None:
-            # First, so that a fault in `Lease.end` leaves nobody who would keep the socket open.
-            self.pools.leases.discard(self._lease)
-            self._lease.end(cut_off)
-
-    async def closed(self) -> None:
-        """If the job is over, close what is open, and wait for it: nothing would do so later."""
-        if self.pools is not None and self.pools.is_over(_job()):
-            await self.pools.aclose()
-
-    @harmless
-    def acquired(self, waited: float, *, reused: bool) -> None:
-        self.note(waited, reused=reused)
-        self._usage.begun(waited, reused=reused)
-        if not reused:
-            self._mark("waited", wait_ms=in_ms(waited))
-
-    @harmless
-    def replayed(self, waited: float, reason: str) -> None:
-        self.note(waited)
-        self._usage.replaced(waited)
-        self._mark("replayed", reason=reason, wait_ms=in_ms(waited))
-
-    @harmless
-    def note(self, waited: float, *, reused: bool = False) -> None:
-        self.waited, self.reused = waited, reused
-        for stream in filter(None, self._reporting):
-            # livekit-agents reads these two for its TTSMetrics.
-            stream._acquire_time = waited
-            stream._connection_reused = reused
-
-    def _mark(self, event: str, **attributes: str | float) -> None:
-        """Add an event to the stream's span. The pool's own tasks run outside of any span."""
-        span = getattr(self.stream, "_tts_request_span", None)
-        if span is not None:
-            span.add_event(f"xai_pool_patch.{event}", attributes)
-
-
-_turn: contextvars.ContextVar[Turn | None] = contextvars.ContextVar("xai_pool_patch", default=None)
-current_turn = _turn.get
-
-
-# Weak, since a task or timer that is started in this context may live as long as a connection.
-_reporting: contextvars.ContextVar[weakref.ref[Any] | None] = contextvars.ContextVar(
-    "xai_pool_patch.reporting", default=None
-)
-
-
-def report_on(stream: Any) -> None:
-    """Make the turns of this task, and of the tasks it starts, report on that stream, too."""
-    _reporting.set(weakref.ref(stream))
-
-
-def _reporting_stream() -> Any:
-    reference = _reporting.get()
-    return reference() if reference is not None else None
-
-
 class ConnectionProvider:
-    """Does for the plugin what the wrappers replace. Fails open.
+    """Does for the plugin what the wrappers replace.
 
     Args:
         registry: the pools of the installation.
-        shape: how the plugin gets its connections.
-        connect: see `Connector`.
+        asking: asks the TTS instances what they would connect to.
     """
 
-    def __init__(self, registry: Registry, shape: Shape, connect: Callable[..., Any]) -> None:
-        self._registry = registry
-        self._shape = shape
-        self._connect = connect
+    def __init__(self, registry: Registry, asking: Asking) -> None:
+        self.registry = registry
+        self._asking = asking
+        self._left_alone: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+        """The TTS instances that were found to be unlike the others, and why."""
+        self._told: set[tuple[type, str]] = set()
 
-    @property
-    def has_failed(self) -> bool:
-        return self._registry.has_failed
+    def serves(self, tts: Any, *, is_connecting: bool = False) -> bool:
+        """Whether the pools serve this TTS. One with a connect of its own works as unpatched.
 
-    def fail(self, operation: str, fault: Exception) -> None:
-        """Report a fault of the patch. From here on the plugin works as if it were not patched."""
-        self._registry.fail(operation, fault)
+        Args:
+            is_connecting: see `Asking.why_not`. Ahead of that, nothing may be dialled for a TTS
+                that overrides `_connect_ws`, but its turns may use the pools.
+        """
+        if not self.registry.is_open:
+            return False
+        reason = self._left_alone.get(tts) or self._asking.why_not(tts, is_connecting=is_connecting)
+        if reason is not None and (type(tts), reason) not in self._told:
+            self._told.add((type(tts), reason))
+            log_event(LogEvent.LEFT_ALONE, tts=type(tts).__qualname__, reason=reason)
+        return reason is None
 
-    def attempt(self, operation: str, do: Callable[..., T], *args: Any) -> T | None:
-        """Call a function of ours. Its exception is a fault, and does not reach the agent."""
-        try:
-            return do(*args)
-        except Exception as fault:
-            self.fail(operation, fault)
-            return None
+    def _leave_alone(self, tts: Any, reason: str) -> None:
+        self._left_alone[tts] = reason
+        self.serves(tts)  # which logs it
 
-    async def attempt_to_wait(
-        self, operation: str, wait: Callable[..., Awaitable[None]], *args: Any
-    ) -> None:
-        """Do the same as `attempt` with a coroutine function."""
-        try:
-            await wait(*args)
-        except Exception as fault:
-            self.fail(operation, fault)
+    # Turns
 
-    @contextlib.asynccontextmanager
-    async def turn(self, stream: Any) -> AsyncIterator[Turn]:
-        """The turn that runs in this block. The end of the block ends its lease."""
-        turn = Turn(stream)
-        token = _turn.set(turn)
-        cut_off = None
-        try:
-            yield turn
-        except asyncio.CancelledError:
-            cut_off = Reason.INTERRUPTED
-            raise
-        except BaseException:
-            cut_off = Reason.FAILED
-            raise
-        finally:
-            _turn.reset(token)
-            self.attempt("ending a turn", turn.end, cut_off)
-            await self.attempt_to_wait("closing", turn.closed)
-
-    async def connect(
-        self, turn: Turn, tts: Any, timeout: float, opts: Any, fallback: Callable[[], Any]
-    ) -> Any:
-        """A lease for the turn; after a fault, what the plugin would have used without the patch.
+    async def lease(self, turn: Turn, tts: Any, timeout: float, opts: Any) -> Lease | None:
+        """A lease for the turn; None if the plugin has to connect by itself.
 
         Args:
             opts: the options to speak with; None for the TTS's current ones.
-            fallback: the plugin's own way to a connection.
-        """
-        if self.has_failed:
-            return await fallback()
-        try:
-            return await self._lease(turn, tts, timeout, opts)
-        except NETWORK_ERRORS:
-            raise
-        except Exception as error:
-            fault = error
-        began = asyncio.get_running_loop().time()
-        ws = await fallback()
-        turn.note(asyncio.get_running_loop().time() - began)
-        # Not before the fallback: if that fails too, the patch is not the cause.
-        if not isinstance(fault, PoolClosedError):
-            self.fail("connecting", fault)
-        return ws
 
-    def prewarm(self, tts: Any) -> None:
-        if self.has_failed:
+        Raises:
+            Exception: as the plugin's own connect does, if the network or the server fails.
+        """
+        try:
+            is_served = self.serves(tts, is_connecting=True)
+            lease = await self._lease(turn, tts, timeout, opts) if is_served else None
+        except PoolClosedError:
+            return None
+        except Exception as fault:
+            self.registry.fail("connecting", fault)
+            return None
+        if isinstance(lease, BaseException):
+            raise lease from lease.__cause__
+        return lease
+
+    async def _lease(
+        self, turn: Turn, tts: Any, timeout: float, opts: Any
+    ) -> Lease | BaseException | None:
+        manager = turn.manager = self.registry.here()
+        pool = self._use(manager, tts, opts, is_turn=True)
+        if pool is None:
+            return None
+        usage = manager.usage(
+            tts
+        )  # now, since the TTS may be closed before the connection is there
+        conversation = current_conversation()
+        acquire = functools.partial(self._acquire, pool, tts, timeout, opts, conversation)
+        acquired = await acquire()
+        if isinstance(acquired, BaseException):
+            return acquired
+        if conversation is not None:
+            conversation.speaks(tts, pool)
+        if self.registry.has_failed:  # since the pool handed out this connection
+            return None
+        exchange = Exchange(
+            acquired,
+            pool,
+            supervisor=manager.supervisor,
+            acquire_fresh=functools.partial(_raise_errors, functools.partial(acquire, fresh=True)),
+            answer_timeout=self.registry.options.answer_timeout,
+            on_replayed=turn.replayed,
+        )
+        lease = Lease(exchange, self.registry.fail)
+        turn.begin(lease, manager, usage)
+        turn.acquired(acquired.waited, reused=acquired.reused)
+        return lease
+
+    def end_turn(self, turn: Turn, tts: Any, outcome: Outcome) -> None:
+        lease, manager = turn.lease, turn.manager
+        if lease is None or manager is None:
             return
+        conversation = current_conversation()
+        if conversation is not None and conversation.is_closing:
+            self._leave(manager, conversation)  # nothing is to be replaced
+        if lease.was_configured and manager.owner_of(tts) is None:
+            manager.make_private(tts)
+            self._use_again(manager, tts)
+        turn.end(outcome)
+
+    async def close_if_over(self, turn: Turn) -> None:
+        """If the job is over, close what is open, and wait for it: nothing would do so later."""
+        try:
+            if turn.manager is not None and turn.manager.is_over(_job()):
+                await turn.manager.aclose()
+        except Exception as fault:
+            self.registry.fail("closing", fault)
+
+    async def _acquire(
+        self,
+        pool: Pool[Connection],
+        tts: Any,
+        timeout: float,
+        opts: Any,
+        caller: Conversation | None,
+        *,
+        fresh: bool = False,
+    ) -> Acquired[Connection] | BaseException:
+        """A connection, or what the plugin's own connect would have raised."""
+        ask = functools.partial(pool.acquire, fresh=fresh, caller=caller)
+        make_room = functools.partial(self.registry.attempt, "making room", self.registry.make_room)
+        try:
+            return await ask_or_make_room(ask, timeout, make_room)
+        except DialFailedError as failure:
+            error = failure.error
+        except AcquireTimeoutError:
+            error = asyncio.TimeoutError()
+        if pool.is_defunct:
+            return APIConnectionError("the HTTP session is closed")
+        # Outside of the `except`, so that no other error becomes the context of this one.
+        raised = with_status(self._asking.error_for(tts, opts, error))
+        if raised.__suppress_context__:
+            raised.__context__ = None  # it holds the headers of the request
+        return raised
+
+    # Ahead of turns
+
+    def prewarm(self, tts: Any) -> bool:
+        """Dial in the background. False if the TTS has to do so by itself."""
         if not has_loop():
             log_event(LogEvent.PREWARM_SKIPPED, reason="no event loop is running")
-            return
-        try:
-            tts._ensure_session()
-        except RuntimeError:
+        elif not self._asking.has_session(tts):
             log_event(LogEvent.PREWARM_SKIPPED, reason="there is no HTTP session outside a job")
-            return
-        pools = self._registry.here()
-        if not pools.is_over(_job()):
-            self._use(pools, tts).prewarm()
+        elif self.serves(tts):
+            self._prewarm(self.registry.here(), tts)
+        else:
+            return False
+        return True
+
+    def _prewarm(self, manager: PoolManager, tts: Any) -> None:
+        if not manager.is_over(_job()):
+            pool = self._use(manager, tts)
+            if pool is not None:
+                pool.prewarm()
         conversation = current_conversation()
         if conversation is not None:
             conversation.tts = tts  # of an agent that takes over, and has not spoken yet
 
     def follow(self, tts: Any) -> None:
         """Warm the pool of the TTS's new options, if the TTS has used a pool before."""
-        if has_loop() and not self.has_failed:
-            self._use_again(tts)
+        if has_loop():
+            manager = self.registry.here()
+            manager.options_changed(tts)
+            self._use_again(manager, tts)
 
     def expect(self, conversation: Conversation, tts: Any) -> bool:
         """Has a connection ready for a reply that is to come. False if that TTS is not in use."""
-        pool = self._use_again(tts)
+        pool = self._use_again(self.registry.here(), tts)
         if pool is not None:
             conversation.expect_at(pool)
         return pool is not None
 
-    def _use_again(self, tts: Any) -> Pool[Connection] | None:
+    def _use_again(self, manager: PoolManager, tts: Any) -> Pool[Connection] | None:
         """The pool of a TTS that has used one before; None for any other."""
-        pools = self._registry.here()
-        is_in_use = pools.knows(tts) and not pools.is_over(_job())
-        return self._use(pools, tts) if is_in_use else None
+        is_in_use = manager.knows(tts) and not manager.is_over(_job()) and self.serves(tts)
+        return self._use(manager, tts) if is_in_use else None
+
+    def _use(
+        self, manager: PoolManager, tts: Any, opts: Any = None, *, is_turn: bool = False
+    ) -> Pool[Connection] | None:
+        request = self._asking.request_of(tts, opts, manager.owner_of(tts))
+        if request is None:
+            self._leave_alone(tts, "what it connects to cannot be known in advance")
+            return None
+        job = _job()
+        if job is not None and manager.is_first_use_by(job):
+            # Nothing calls `TTS.aclose()` when a job ends.
+            job.add_shutdown_callback(lambda: manager.end_with(job))
+        keep = not manager.is_over(job) and self.serves(tts)
+        pool = manager.register(tts, request, is_turn=is_turn, keep=keep)
+        if manager.is_unsteady(tts):
+            self._leave_alone(tts, "each turn asks for another connection")
+            manager.unregister(tts)
+            return None
+        return pool
+
+    # Ends
 
     async def close(self, tts: Any, close: Callable[[], Awaitable[Any]]) -> None:
         """Close the TTS, and the pools that no other TTS uses."""
+        attempt = self.registry.attempt
         # Before the TTS closes its streams: each stream that ends a lease would make the pool dial
         # a replacement. And again afterwards, since a stream may have used a pool in the meantime.
-        ended = self.attempt("aclose", self._leave, tts) or []
+        ended = attempt("aclose", self._unregister, tts) or []
         try:
             await close()
         finally:
-            ended += self.attempt("aclose", self._leave, tts) or []
-        await self.attempt_to_wait("aclose", self._ended, ended)
+            ended += attempt("aclose", self._unregister, tts) or []
+        try:
+            await self._wait_closed(ended)
+        except Exception as fault:
+            self.registry.fail("aclose", fault)
 
-    def _leave(self, tts: Any) -> list[Pool[Connection]]:
-        return self._registry.here().unregister(tts)
+    def leave(self, conversation: Conversation) -> None:
+        """A conversation is over: let go of what only its TTS instances used."""
+        self._leave(self.registry.here(), conversation)
 
-    async def _ended(self, pools: Sequence[Pool[Connection]]) -> None:
+    def _leave(self, manager: PoolManager, conversation: Conversation) -> None:
+        for tts in conversation.close():
+            manager.unregister(tts)
+
+    def _unregister(self, tts: Any) -> list[Pool[Connection]]:
+        return self.registry.here().unregister(tts)
+
+    async def _wait_closed(self, pools: Sequence[Pool[Connection]]) -> None:
         """Wait until these pools have closed their connections."""
         await asyncio.gather(*(pool.aclose() for pool in pools))
-        await self._registry.here().closed()
+        await self.registry.here().wait_closed()
 
-    async def _lease(self, turn: Turn, tts: Any, timeout: float, opts: Any) -> Lease:
-        pools = turn.pools = self._registry.here()
-        pool = self._use(pools, tts)
-        usage = pools.usage(tts)  # now, since the TTS may be closed before the connection is there
-        if opts is not None:
-            pool = pools.pool_for(tts, key_of(tts, opts), lambda: self._connector(pools, tts, opts))
-        conversation = current_conversation()
 
-        def acquire(*, fresh: bool = False) -> Awaitable[Acquired[Connection]]:
-            return _acquire(pools, pool, tts._api_key, timeout, fresh=fresh, caller=conversation)
+async def ask_or_make_room(
+    ask: Callable[[float], Awaitable[Acquired[Connection]]],
+    timeout: float,
+    make_room: Callable[[], Collection[asyncio.Future[Any]] | None],
+) -> Acquired[Connection]:
+    """Ask again after a refusal, if this process gives sessions back."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
+    try:
+        return await ask(timeout)
+    except DialFailedError as failure:
+        if failure.kind is not FailureKind.REFUSED:
+            raise
+        closing = make_room()
+        if not closing:
+            raise
+    await asyncio.wait(closing, timeout=ROOM_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+    return await ask(max(0.0, deadline - loop.time()))
 
-        acquired = await acquire()
-        if conversation is not None:
-            conversation.speaks(tts, pool)
-        if self.has_failed:  # since the pool handed out this connection
-            raise PoolClosedError("the pool failed")
-        exchange = Exchange(
-            acquired,
-            pool,
-            frames=[],
-            supervisor=pools.supervisor,
-            acquire_fresh=lambda: acquire(fresh=True),
-            first_audio=pools.first_audio,
-            on_replayed=turn.replayed,
-        )
-        lease = Lease(
-            exchange, pools.supervisor, connect=lambda: self._plugins_own(tts, timeout, opts)
-        )
-        turn.begin(lease, pools, usage)
-        turn.acquired(acquired.waited, reused=acquired.reused)
-        return lease
 
-    def _use(self, pools: PoolManager, tts: Any) -> Pool[Connection]:
-        job = _job()
-        if job is not None and pools.is_first_use_by(job):
-            # Nothing calls `TTS.aclose()` when a job ends.
-            job.add_shutdown_callback(lambda: pools.end_with(job))
-        opts = tts._opts
-        take = pools.pool_for if pools.is_over(job) else pools.register
-        return take(tts, key_of(tts, opts), lambda: self._connector(pools, tts, opts))
-
-    def _plugins_own(self, tts: Any, timeout: float, opts: Any) -> Any:
-        """Open a WebSocket with the plugin's own connect."""
-        if self._shape is Shape.TAKES_OPTIONS:
-            return self._connect(tts, timeout, opts if opts is not None else tts._opts)
-        return self._connect(tts, timeout)
-
-    def _connector(self, pools: PoolManager, tts: Any, opts: Any) -> Connect:
-        return Connector(self._connect, tts, opts, shape=self._shape, heartbeat=pools.heartbeat)
+async def _raise_errors(
+    acquire: Callable[[], Awaitable[Acquired[Connection] | BaseException]],
+) -> Acquired[Connection]:
+    acquired = await acquire()
+    if isinstance(acquired, BaseException):
+        raise acquired
+    return acquired
 
 
 def _job() -> Any:
@@ -327,60 +309,3 @@ def has_loop() -> bool:
     except RuntimeError:
         return False
     return True
-
-
-async def _acquire(
-    pools: PoolManager,
-    pool: Pool[Connection],
-    api_key: str,
-    timeout: float,
-    *,
-    fresh: bool,
-    caller: Conversation | None,
-) -> Acquired[Connection]:
-    """Acquire a connection. Raises what the plugin's own connect would have raised."""
-    ask = functools.partial(pool.acquire, fresh=fresh, caller=caller)
-    try:
-        return await _ask_or_make_room(ask, pools, api_key, timeout)
-    except DialFailedError as failure:
-        error = failure.error
-    except AcquireTimeoutError as late:
-        raise APIConnectionError("failed to connect to xAI") from late
-    if pool.is_defunct:
-        raise APIConnectionError("the HTTP session is closed")
-    # The plugin turns every exception of its connect into a network error. If it hides a fault, the
-    # fallback may still work, so the fault itself is raised.
-    hidden = error.__cause__ or error.__context__
-    if isinstance(hidden, Exception) and not isinstance(hidden, NETWORK_ERRORS):
-        raise hidden
-    # Outside of the `except`, so that no other error becomes the context of this one. A context
-    # that the plugin has suppressed is removed: it holds the headers of the request.
-    if error.__suppress_context__:
-        error.__context__ = None
-    raise with_status(error) from error.__cause__
-
-
-async def _ask_or_make_room(
-    ask: Callable[[float], Awaitable[Acquired[Connection]]],
-    pools: PoolManager,
-    api_key: str,
-    timeout: float,
-) -> Acquired[Connection]:
-    """Ask again after a refusal for the limit, if this process gives sessions back."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + timeout
-    try:
-        return await ask(timeout)
-    except DialFailedError as failure:
-        if failure.kind is not FailureKind.RATE_LIMITED:
-            raise
-        try:
-            closing = pools.make_room(api_key)
-        except Exception as fault:
-            # As an error of this dial it would be hidden behind the refusal, and come with each.
-            pools.supervisor.on_fault("making room", fault)
-            raise failure from None
-        if not closing:
-            raise
-    await asyncio.wait(closing, timeout=ROOM_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
-    return await ask(max(0.0, deadline - loop.time()))

@@ -29,38 +29,29 @@ class Signs:
         self._conversations: weakref.WeakKeyDictionary[Any, Conversation]
         self._conversations = weakref.WeakKeyDictionary()
 
-    def emit(self, wrapped: Any, session: Any, args: Any, kwargs: Any) -> Any:
-        """Wraps `AgentSession.emit`.
-
-        The session's own listeners run first: they may interrupt a reply or cancel it.
-        """
-        emitted = wrapped(*args, **kwargs)
-        note = functools.partial(self._note, session, *args, **kwargs)
-        self._provider.attempt("a sign of a reply", note)
-        return emitted
-
-    def _note(self, session: Any, event: str, arg: Any) -> None:
+    def emitted(self, session: Any, _: None, event: str, arg: Any) -> None:
+        """Runs after `AgentSession.emit`: the session's own listeners may interrupt a reply."""
         sign = _SIGNS.get(event)
-        if sign is None or self._provider.has_failed or not has_loop():
+        if sign is None or not has_loop():
             return
         conversation = self._conversation_of(session)
         # Left set: the framework creates the task that will speak after this event, and that task
         # inherits the context. So the session is known where the plugin asks for a connection.
         enter_conversation(conversation)
-        if _is_heard(session):
+        if event == "close" or _is_heard(session):
             sign(self, session, conversation, arg)
 
     def _conversation_of(self, session: Any) -> Conversation:
         conversation = self._conversations.get(session)
         if conversation is None:
-            conversation = self._conversations[session] = Conversation()
+            conversation = self._conversations[session] = Conversation(session)
         return conversation
 
     def _speech_created(self, session: Any, conversation: Conversation, event: Any) -> None:
         if event.source == "generate_reply" and _speaks_itself(session):
             return
         conversation.begin_reply(event.speech_handle)
-        attempt = functools.partial(self._provider.attempt, "the end of a reply")
+        attempt = functools.partial(self._provider.registry.attempt, "the end of a reply")
         event.speech_handle.add_done_callback(functools.partial(attempt, self._ended, conversation))
         self._expect_reply(session, conversation)
 
@@ -80,6 +71,9 @@ class Signs:
         is_realtime = isinstance(_model(session, "llm"), RealtimeModel)
         if event.new_state == "listening" and is_realtime and not _speaks_itself(session):
             self._expect(session, conversation)
+
+    def _closed(self, session: Any, conversation: Conversation, event: Any) -> None:
+        self._provider.leave(conversation)
 
     def _expect_reply(self, session: Any, conversation: Conversation) -> None:
         if conversation.replies_to_come:
@@ -101,6 +95,7 @@ _SIGNS = {
     "function_tools_executed": Signs._function_tools_executed,
     "agent_state_changed": Signs._agent_state_changed,
     "user_state_changed": Signs._user_state_changed,
+    "close": Signs._closed,
 }
 
 

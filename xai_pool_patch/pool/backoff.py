@@ -15,14 +15,14 @@ class FailureKind(enum.Enum):
 
     TRANSIENT = "transient"
     """The network or the server failed. The pool dials again later."""
-    RATE_LIMITED = "rate limited"
-    """There are too many sessions or requests. All pools of this API key pause."""
+    REFUSED = "refused"
+    """There are too many sessions or requests. All pools that dial this host pause."""
     PERMANENT = "permanent"
     """The server will refuse the same request again. The pool waits for a caller's dial."""
 
 
 class RateLimit:
-    """What the pools of one API key know about its rate limit. They share one object."""
+    """What the pools of one host know about its limit. They share one object."""
 
     def __init__(self) -> None:
         self.paused_until = -math.inf
@@ -48,7 +48,7 @@ class Backoff:
     def failed(self, failure_kind: FailureKind, now: float) -> None:
         if failure_kind is FailureKind.PERMANENT:
             self._own = math.inf
-        elif failure_kind is FailureKind.RATE_LIMITED and now >= self._rate_limit.paused_until:
+        elif failure_kind is FailureKind.REFUSED and now >= self._rate_limit.paused_until:
             self._rate_limit.paused_until = now + self._next_delay()
         elif now >= self.next_attempt:
             # A failure before that belongs to dials that began together. Counted one by one, four

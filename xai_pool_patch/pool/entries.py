@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,14 @@ class Reason(enum.Enum):
     SHUTDOWN = "shutdown"
 
 
+class Outcome(enum.Enum):
+    """How an utterance ended."""
+
+    FINISHED = "finished"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+
+
 class Poolable(Protocol):
     """What the pool needs of a connection."""
 
@@ -31,20 +40,28 @@ class Poolable(Protocol):
     @property
     def is_reusable(self) -> bool: ...
 
+    @property
+    def is_clearable(self) -> bool:
+        """Whether it can be known that a clear has worked."""
+
     round_trip: float | None
     """Seconds between a PING and its PONG; None while that is not known."""
 
     sent_stale_audio: bool
     """The server acknowledged a clear, and yet sent more of the cleared utterance."""
 
-    on_stale_audio: Callable[[], None] | None
-    """The connection calls this if it dropped such audio before anybody heard it."""
-
     async def clear(self) -> None:
-        """Make the connection reusable, or verify that it is; return when the outcome is known."""
+        """Make the connection reusable; return when the outcome is known."""
 
-    def close(self) -> asyncio.Task[None] | None:
-        """Close in the background. Returns the task that does so, if there is anything to do."""
+    def close(self, *, listen: bool = False) -> asyncio.Task[None] | None:
+        """Close in the background. Returns the task that does so, if there is anything to do.
+
+        Args:
+            listen: hear for a while whether the connection is alive.
+        """
+
+    def abort_if_closing(self) -> None:
+        """End it at once, if its Close was sent a while ago."""
 
 
 C = TypeVar("C", bound=Poolable)
@@ -74,11 +91,9 @@ class PoolEntry(Generic[C]):
     """From then on the pool does not hand it out."""
     made_at: float
     idle_since: float
-    verified_at: float
-    """When the connection, its session included, was last known to be alive."""
     lease_count: int = 0
     holder: object = None
-    """Whom it is leased to, if that caller has said who it is."""
+    """The caller that it is leased to, if that caller has said who it is."""
 
 
 @dataclass(eq=False)
@@ -89,6 +104,8 @@ class Waiter(Generic[C]):
     wants_fresh: bool
     caller: object = None
     """See `Pool.acquire`."""
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)
+    """A dial for this caller runs in it: trace hooks of the application find what they expect."""
     future: asyncio.Future[PoolEntry[C]] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -126,10 +143,10 @@ class Dial(Generic[C]):
     """A connection being made."""
 
     began: float
-    soft_timeout: SoftTimeout
-    """Once over, callers do not rely on this dial any more."""
     waiter: Waiter[C] | None
     """The caller that asked for it; None for a standby."""
+    soft_timeout: SoftTimeout = field(init=False)
+    """Once over, callers do not rely on this dial any more."""
     task: asyncio.Task[None] | None = None
     """None until `spawn()` returns. An eager dial runs before that."""
 
@@ -138,8 +155,6 @@ class Dial(Generic[C]):
 class Clear:
     """A `text.clear` on its way, or the acknowledgement."""
 
-    failure: Reason
-    """Why the pool closes the connection if the clear fails."""
     soft_timeout: SoftTimeout
     """Once over, callers do not rely on this clear any more."""
     task: asyncio.Task[None] | None = None

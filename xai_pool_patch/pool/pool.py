@@ -2,7 +2,7 @@
 
 Nothing here knows WebSockets, xAI or LiveKit. Each event (a caller asks, a connection comes back,
 a dial ends, the peer closes, time passes) changes plain state in one synchronous step. Then
-`_settle` decides what follows, and tasks of their own do the I/O. So no lock is needed.
+`settle` decides what follows, and tasks of their own do the I/O. So no lock is needed.
 
 From Python 3.12 on a dial is an eager task, and an application may make all tasks eager. Such a
 task runs inside `spawn()`, up to its first real wait, and may change the pool's state before
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import enum
+import functools
 import math
 import random
 from collections import deque
@@ -24,7 +26,7 @@ from ..options import PoolOptions
 from ..telemetry.pool_metrics import PoolMetrics
 from .backoff import Backoff, FailureKind
 from .clearing import Clearing
-from .entries import Acquired, C, Dial, Poolable, PoolEntry, Reason, Waiter
+from .entries import Acquired, C, Dial, Outcome, Poolable, PoolEntry, Reason, Waiter
 from .soft_timeout import SoftTimeout
 from .supervisor import Supervisor
 
@@ -32,11 +34,15 @@ __all__ = [
     "AcquireTimeoutError",
     "Acquired",
     "DialFailedError",
+    "Outcome",
     "Pool",
     "PoolClosedError",
     "Poolable",
     "Reason",
 ]
+
+CLOSE_TIMEOUT = 5.0
+"""Seconds that the end of a pool waits for its dials and closes."""
 
 DIAL_SOFT_TIMEOUT = 1.0
 """Seconds from its start in which callers rely on a dial that somebody else began. Then the pool
@@ -46,25 +52,45 @@ ROTATION_LEAD = 0.05
 """The pool replaces an idle connection this part of `max_age` before it expires: 90 s of 1,800 s.
 That leaves time for several attempts while the old connection still serves."""
 
+LINGER = 0.3
+"""Seconds that an idle connection stays while the pool keeps none. They bridge the gap between two
+sentences of a reply."""
+
 SPARE_IDLE_TIME = 5.0
-"""Seconds that an idle connection stays which nobody is expected to use: one dialled too late to be
-needed, or the rest of a burst. Each counts among the team's sessions."""
+"""Seconds that an idle connection stays which is not expected to be used: one dialled too late to
+be needed, or the rest of a burst. Each counts among the team's sessions."""
 
 PREWARM_LASTS = 3.0
 """Seconds that a connection made by `prewarm()` waits for its first use where nothing else keeps
 it. LiveKit prewarms when a session starts, and an agent that greets speaks within that time."""
 
-ON_DEMAND = 120.0
+ON_DEMAND_LASTS = 120.0
 """Seconds after a caller's refusal in which a lean pool dials for callers only, and keeps nothing.
 Dialling ahead and lingering hold a session about a third longer than an utterance needs. Where even
 speaking calls are too many, that third would cost others their reply."""
 
-AFTER_DIAL_AHEAD = 10.0
-"""The same after the refusal of a dial ahead of a reply, which costs nobody a reply. If many calls
-have begun at once, it is no sign that too many of them speak."""
+ROOM_LASTS = 5.0
+"""The same after a pool has let go of what was idle for a caller of another one: until that caller
+has its connection, nothing is dialled that would take its place."""
 
 SHORT_LIFE = 30.0
 """Seconds. If a server ends an unused connection sooner, the pool dials again with backoff only."""
+
+
+class Mode(enum.Enum):
+    """What a pool keeps: its name, the idle time of what is not needed, and what it dials ahead."""
+
+    WARM = ("warm", SPARE_IDLE_TIME, True, True)
+    LEAN = ("lean", LINGER, False, True)
+    ON_DEMAND = ("on demand", 0.0, False, False)
+
+    def __init__(
+        self, label: str, idle_time: float, keeps_min_size: bool, dials_for_replies: bool
+    ) -> None:
+        self.label = label
+        self.idle_time = idle_time
+        self.keeps_min_size = keeps_min_size
+        self.dials_for_replies = dials_for_replies
 
 
 ANYBODY = object()
@@ -104,13 +130,18 @@ class Pool(Generic[C]):
         backoff: decides when background dials may be made.
         metrics: gets the events.
         failure_kind_of: what the error of a dial means for the next dials.
-        on_rate_limited: called when a dial is refused for the rate limit.
+        on_dial_failed: called with the error of a dial.
+        make_room: called if a caller's dial takes too long: what is idle anywhere in this process
+            may take its place.
+        on_closed: called when a connection has been closed, and its place is free.
+        may_dial_ahead: whether there is a place for what no caller waits for. When that changes,
+            `settle` has to be called.
         is_defunct: whether `connect` can never succeed again, so that the pool should end quietly.
+        max_age: see `PoolOptions.max_age`; the application may want less.
         jitter: spreads the ages at which connections expire.
 
     Attributes:
-        is_lean: sessions are scarce, or the options say so: the pool keeps a connection only while
-            a reply is expected, and for `linger` after its last use.
+        is_lean: sessions are scarce, or the options say so.
     """
 
     def __init__(
@@ -123,8 +154,12 @@ class Pool(Generic[C]):
         backoff: Backoff,
         metrics: PoolMetrics,
         failure_kind_of: Callable[[Exception], FailureKind],
-        on_rate_limited: Callable[[], None],
+        on_dial_failed: Callable[[Exception], None],
+        make_room: Callable[[], object],
+        on_closed: Callable[[], None],
+        may_dial_ahead: Callable[[], bool],
         is_defunct: Callable[[], bool],
+        max_age: float,
         jitter: random.Random,
     ) -> None:
         self._connect = connect
@@ -134,8 +169,12 @@ class Pool(Generic[C]):
         self._backoff = backoff
         self.metrics = metrics
         self._failure_kind_of = failure_kind_of
-        self._on_rate_limited = on_rate_limited
+        self._on_dial_failed = on_dial_failed
+        self._make_room = make_room
+        self._on_closed = on_closed
+        self._may_dial_ahead = may_dial_ahead
         self._is_defunct = is_defunct
+        self._max_age = max_age
         self._jitter = jitter
         self._loop = asyncio.get_running_loop()
         self._entries: dict[C, PoolEntry[C]] = {}
@@ -143,14 +182,13 @@ class Pool(Generic[C]):
         self._clearing = Clearing[C](
             options,
             supervisor=supervisor,
-            backoff=backoff,
             metrics=metrics,
             on_ended=self._cleared,
-            on_overdue=self._settle,
+            on_overdue=self.settle,
         )
         self._dials: set[Dial[C]] = set()
         self._waiters: deque[Waiter[C]] = deque()
-        self._closing: set[asyncio.Task[None]] = set()
+        self._closing: dict[asyncio.Task[None], C] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._min_size = 0
         self._is_left = False
@@ -161,12 +199,30 @@ class Pool(Generic[C]):
         self.is_closed = False
 
     def __repr__(self) -> str:
-        state = "closed" if self.is_closed else "open"
-        return (
-            f"<Pool {state} idle={self.idle} leased={self.leased} clearing={self.clearing}"
+        state = "closed" if self.is_closed else self.mode.label
+        counts = (
+            f"idle={self.idle} leased={self.leased} clearing={self.clearing}"
             f" connecting={self.connecting} waiting={len(self._waiters)}"
-            f" closing={len(self._closing)} min_size={self._min_size}>"
+            f" closing={len(self._closing)} min_size={self._min_size}"
         )
+        return f"<Pool {state} {counts}{self._why_nothing_is_dialled()}>"
+
+    def _why_nothing_is_dialled(self) -> str:
+        now = self._loop.time()
+        if self.mode is Mode.ON_DEMAND:
+            return f", dials for callers only for {self._on_demand_until - now:.1f} s"
+        if self._missing() <= 0:
+            return ""
+        if not self._may_dial_ahead():
+            return ", no place for a standby"
+        pause = self._backoff.next_attempt - now
+        return f", next dial in {pause:.1f} s" if pause > 0.0 else ""
+
+    @property
+    def mode(self) -> Mode:
+        if self._now() < self._on_demand_until:
+            return Mode.ON_DEMAND
+        return Mode.LEAN if self.is_lean else Mode.WARM
 
     @property
     def connections(self) -> tuple[C, ...]:
@@ -192,6 +248,11 @@ class Pool(Generic[C]):
     @property
     def connecting(self) -> int:
         return len(self._dials)
+
+    @property
+    def closing(self) -> int:
+        """Connections whose Close is not answered yet: the server may count them still."""
+        return len(self._closing)
 
     @property
     def is_empty(self) -> bool:
@@ -228,7 +289,7 @@ class Pool(Generic[C]):
         entry = None if fresh else self._take_idle(caller)
         if entry is not None:
             if self._expected:
-                self._settle()  # it may have been the one that was ready for somebody else
+                self.settle()  # it may have been the one that was ready for another caller
             self.metrics.reused()
             return Acquired(entry.connection, waited=0.0, reused=True, fresh=False)
         asked = self._now()
@@ -239,59 +300,55 @@ class Pool(Generic[C]):
         # the same, and fails to send, as on a connection that ends during its use.
         return Acquired(entry.connection, waited, reused=False, fresh=entry.lease_count == 1)
 
-    def release(self, connection: C) -> None:
-        """Give a connection back after an utterance that was answered in full."""
-        entry = self._entries.get(connection)
-        if entry is None:
-            return  # the peer ended it, or the pool gave up on it, while it was leased
-        if self.is_closed:
-            self._remove(entry, Reason.SHUTDOWN)
-        elif not connection.is_reusable:
-            self._remove(entry, Reason.FAILED)
-        else:
-            # In this order: `_offer` may lend the connection to a caller that waits. `_came_back`
-            # would then forget that caller as the holder. Expected again while it speaks, it would
-            # get a second connection.
-            self._came_back(entry)
-            self._offer(entry)
-        self._settle()
+    def give_back(self, connection: C, outcome: Outcome) -> None:
+        """Take a connection back after an utterance.
 
-    def release_cut_off(self, connection: C) -> None:
-        """Give a connection back after an utterance that was interrupted.
-
-        The pool keeps it as it is if the server owes nothing, else clears it or closes it.
+        The pool keeps it if the server owes nothing. After an interruption it clears it, if it may.
         """
         entry = self._entries.get(connection)
         if entry is None:
-            return
+            return  # the peer ended it, or the pool gave up on it, while it was leased
+        # In this order: `_offer` may lend the connection to a caller that waits. `_came_back` would
+        # then forget that caller as the holder. Expected again while it speaks, it would get a
+        # second connection.
         self._came_back(entry)
-        if self.is_closed or not self._clearing.clears_interrupted:
-            self._remove(entry, Reason.INTERRUPTED)
-        elif connection.is_reusable:
-            self._offer(entry)
-        else:
-            self._clearing.begin(entry, Reason.INTERRUPTED)
-        self._settle()
-
-    def discard(self, connection: C, reason: Reason) -> None:
-        """Close a connection in the background, and forget it."""
-        entry = self._entries.get(connection)
-        if entry is not None:
+        is_clean = outcome is not Outcome.FAILED and connection.is_reusable
+        if self.is_closed:
+            reason = Reason.INTERRUPTED if outcome is Outcome.INTERRUPTED else Reason.SHUTDOWN
             self._remove(entry, reason)
-            self._settle()
+        elif outcome is Outcome.INTERRUPTED and not self._clearing.clears_interrupted:
+            self._remove(entry, Reason.INTERRUPTED)
+        elif is_clean:
+            self._offer(entry)
+        elif outcome is Outcome.INTERRUPTED and connection.is_clearable:
+            self._clearing.begin(entry)
+        else:
+            is_cut_off = outcome is Outcome.INTERRUPTED
+            self._remove(entry, Reason.INTERRUPTED if is_cut_off else Reason.FAILED)
+        self.settle()
 
-    def evict(self, connection: C) -> None:
-        """Discard a connection that failed, and all idle ones that are as old or older.
+    def give_away(self, connection: C) -> None:
+        """Forget a connection, which the application goes on to use."""
+        entry = self._entries.pop(connection, None)
+        if entry is not None:
+            connection.on_lost = None
+            self.settle()
 
-        A restart of the server or a network that forgot the connection most likely ended those too.
+    def evict(self, connection: C, *, listen: bool, with_others: bool) -> None:
+        """Close a leased connection that failed.
+
+        Args:
+            listen: hear first whether it is alive after all: see `Poolable.close`.
+            with_others: close all idle ones that are as old or older, too. A restart of the server
+                or a NAT that dropped the connection most likely ended those as well.
         """
         failed = self._entries.get(connection)
         if failed is None:
             return
-        for entry in [m for m in self._idle if m.made_at <= failed.made_at]:
-            self._remove(entry, Reason.LOST)
-        self._remove(failed, Reason.LOST)
-        self._settle()
+        self._remove(failed, Reason.LOST, listen=listen)
+        if with_others:
+            self._close_idle(Reason.LOST, made_by=failed.made_at)
+        self.settle()
 
     # For those who know what comes
 
@@ -309,13 +366,13 @@ class Pool(Generic[C]):
             # that session. Counted side by side, the two would have a connection each.
             self._expected.pop(ANYBODY, None)
             self._expected[caller] = max(until, self._expected.get(caller, until))
-            self._settle()
+            self.settle()
 
     def withdraw(self, caller: object) -> None:
         """Do not expect that caller any more."""
         if self._expected.pop(caller, None) is not None:
             self.metrics.sign_unused()
-            self._settle()
+            self.settle()
 
     def prewarm(self) -> None:
         """Dial one connection in the background if there is none, for whoever asks first."""
@@ -333,7 +390,7 @@ class Pool(Generic[C]):
     def resize(self, min_size: int) -> None:
         """Keep this many connections from now on, idle or not."""
         self._min_size, self._is_left = min_size, False
-        self._settle_soon()
+        self.settle_soon()
 
     def leave(self) -> dict[object, float]:
         """Nobody speaks with this key now. Keep what has been used, in case somebody comes back.
@@ -343,33 +400,41 @@ class Pool(Generic[C]):
         """
         self._min_size, self._is_left = 0, True
         expected, self._expected = self._expected, {}
-        self._settle_soon()
+        self.settle_soon()
         return expected
 
     def set_lean(self, is_lean: bool) -> None:
         """See `is_lean`."""
         if self.is_lean != is_lean:
             self.is_lean = is_lean
-            # Not at once: the refusal of a dial may have made it lean, and that dial's waiter has
-            # not failed yet (`_dial_failed`). The pool would dial for it again.
-            self._settle_soon()
+            self.settle_soon()
 
-    def close_idle(self) -> list[asyncio.Task[None]]:
-        """Close all idle connections in the background.
+    def let_go(self) -> list[asyncio.Task[None]]:
+        """Close all idle connections in the background, to make room for a caller elsewhere.
 
         Returns:
             The tasks that do so, and those that were closing a connection before.
         """
-        for entry in list(self._idle):
-            self._remove(entry, Reason.SURPLUS)
-        self._settle()
+        if self._idle:  # else it may be the caller's own pool, on a slow line
+            self._go_on_demand(ROOM_LASTS, "others need the connection")
+            self._close_idle(Reason.SURPLUS)
+            self.settle()
         return list(self._closing)
 
-    def _settle_soon(self) -> None:
+    def _go_on_demand(self, seconds: float, reason: str) -> None:
+        self._on_demand_until = max(self._now() + seconds, self._on_demand_until)
+        self.metrics.on_demand(self._on_demand_until - self._now(), reason)
+
+    def abort_closing(self) -> None:
+        """Wait no longer for the answers to Close frames that have been on their way for long."""
+        for connection in list(self._closing.values()):
+            connection.abort_if_closing()
+
+    def settle_soon(self) -> None:
         # A TTS registers and asks for a connection in one step of the event loop. Dialled at once,
         # the standby would serve that caller, who would then learn of a failed dial only after a
         # second one. A step later the caller has a dial of its own, and that one counts.
-        self._supervisor.call_at(self._now(), self._settle)
+        self._supervisor.call_at(self._now(), self.settle)
 
     def close(self) -> None:
         """End the pool: close leased connections when they come back, and the others now.
@@ -382,11 +447,13 @@ class Pool(Generic[C]):
             self._timer.cancel()
             self._timer = None
         self._expected.clear()
-        for entry in [*self._idle, *self._clearing.under_way]:
-            self._remove(entry, Reason.SHUTDOWN)
+        self._close_idle(Reason.SHUTDOWN)
+        for entry in list(self._clearing.under_way):
+            if entry in self._clearing.under_way:
+                self._remove(entry, Reason.SHUTDOWN)
         # A caller may have relied on a clear that has just been dropped. Nothing else would dial
         # for it now.
-        self._settle()
+        self.settle()
 
     def abandon(self) -> None:
         """End the pool after a fault: callers that wait go on without it, at once.
@@ -402,9 +469,9 @@ class Pool(Generic[C]):
             held.clear()
 
     async def aclose(self) -> None:
-        """End the pool, and wait up to `close_timeout` for its dials and closes."""
+        """End the pool, and wait up to `CLOSE_TIMEOUT` for its dials and closes."""
         self.close()
-        deadline = self._now() + self._options.close_timeout
+        deadline = self._now() + CLOSE_TIMEOUT
         # Dials first: one that succeeds now is closed at once, which adds to `_closing`.
         await self._finish({dial.task for dial in self._dials if dial.task}, deadline)
         await self._finish(set(self._closing), deadline)
@@ -431,14 +498,14 @@ class Pool(Generic[C]):
         )
         try:
             self._waiters.append(waiter)
-            self._settle()
+            self.settle()
             return await waiter.future
         except asyncio.CancelledError:
             # The caller was cancelled after accept() and before its task ran again. Without this
             # the connection would stay leased for ever, to nobody.
             entry = waiter.unclaimed
             if entry is not None:
-                self.release(entry.connection)
+                self.give_back(entry.connection, Outcome.FINISHED)
             raise
         finally:
             expiry.cancel()
@@ -475,10 +542,9 @@ class Pool(Generic[C]):
 
     def _offer(self, entry: PoolEntry[C]) -> None:
         """Hand a clean connection to the first caller that accepts it; else it becomes idle."""
-        entry.verified_at = self._now()
-        if entry.verified_at >= entry.expires_at:
+        if self._now() >= entry.expires_at:
             # During its lease or its clear, when `_retire_aged` does not look at it. A caller that
-            # waits would get it before `_settle` could close it.
+            # waits would get it before `settle` could close it.
             self._remove(entry, Reason.EXPIRED)
             return
         for waiter in self._waiters:
@@ -489,7 +555,7 @@ class Pool(Generic[C]):
                 self._lend(entry, waiter.caller)
                 return
         if self.is_closed:
-            # The pool has ended during the dial. `_settle` closes nothing in such a pool, so an
+            # The pool has ended during the dial. `settle` closes nothing in such a pool, so an
             # idle connection would stay open for ever.
             self._remove(entry, Reason.SHUTDOWN)
             return
@@ -527,13 +593,20 @@ class Pool(Generic[C]):
         return next((waiter for waiter in reversed(waiting) if waiter not in have_dials), None)
 
     def _dial(self, waiter: Waiter[C] | None, timeout: float) -> None:
-        soft_timeout = SoftTimeout(self._supervisor, DIAL_SOFT_TIMEOUT, self._settle)
-        dial = Dial(self._now(), soft_timeout, waiter)
+        dial = Dial(self._now(), waiter)
+        late = functools.partial(self._dial_is_late, dial)
+        dial.soft_timeout = SoftTimeout(self._supervisor, DIAL_SOFT_TIMEOUT, late)
         # Before spawn(): an eager dial may end before spawn() returns. Added afterwards, it would
         # stay in `_dials` for ever, and callers would rely on it.
         self._dials.add(dial)
         run = self._run_dial(dial, timeout)
-        dial.task = self._supervisor.spawn(run, name="xai_pool_patch.dial", eager=True)
+        context = waiter.context if waiter is not None else None
+        dial.task = self._supervisor.spawn(run, "xai_pool_patch.dial", eager=True, context=context)
+
+    def _dial_is_late(self, dial: Dial[C]) -> None:
+        if dial.waiter is not None:
+            self._make_room()
+        self.settle()
 
     async def _run_dial(self, dial: Dial[C], timeout: float) -> None:
         outcome: C | Exception
@@ -567,57 +640,56 @@ class Pool(Generic[C]):
         self.metrics.connected(now - dial.began)
         if dial.waiter is not None:
             self._backoff.succeeded()
-        lifetime = self._options.max_age * self._jitter.uniform(0.9, 1.0)
+        lifetime = self._max_age * self._jitter.uniform(0.9, 1.0)
         entry = PoolEntry(
             connection,
-            rotate_at=now + lifetime - self._options.max_age * ROTATION_LEAD,
+            rotate_at=now + lifetime - self._max_age * ROTATION_LEAD,
             expires_at=now + lifetime,
             made_at=now,
             idle_since=now,
-            verified_at=now,
         )
         self._entries[connection] = entry
         connection.on_lost = lambda: self._lost(entry)
-        connection.on_stale_audio = self._clearing.stop_clearing
         self._offer(entry)
-        if self._is_left and dial.waiter is None and entry in self._idle:
+        is_unwanted = self._is_left and dial.waiter is None and self._missing() < 0
+        if is_unwanted and entry in self._idle:
             self._remove(entry, Reason.SURPLUS)  # the voice was changed again during the dial
         elif not connection.is_reusable:
             # The reader of an eager loop runs while the connection is made, and may meet its end
             # before `on_lost` is set. Nobody would take the dead connection out again.
             self._lost(entry)
-        self._settle()
+        self.settle()
 
     def _dial_failed(self, dial: Dial[C], error: Exception) -> None:
         failure_kind = self._failure_kind_of(error)
         self._backoff.failed(failure_kind, self._now())
-        if failure_kind is FailureKind.RATE_LIMITED:
-            if self.is_lean:  # before `_on_rate_limited`, which may make it so
-                seconds = AFTER_DIAL_AHEAD if dial.waiter is None else ON_DEMAND
-                until = self._now() + seconds * self._jitter.uniform(0.8, 1.0)
-                self._on_demand_until = max(until, self._on_demand_until)
-            self._on_rate_limited()
+        if failure_kind is FailureKind.REFUSED:
+            self.metrics.rate_limited()
+            if self.is_lean and dial.waiter is not None:
+                seconds = ON_DEMAND_LASTS * self._jitter.uniform(0.8, 1.0)
+                self._go_on_demand(seconds, "refused, though nothing was kept")
         if dial.waiter is not None:
-            # Before `_settle`, which would dial for this waiter again.
+            # Before anything that settles, which would dial for this waiter again.
             dial.waiter.fail(DialFailedError(error, failure_kind))
-        elif not self.is_defunct:
+        self._on_dial_failed(error)  # may make this pool lean, which was asked for above
+        if dial.waiter is None and not self.is_defunct:
             self.metrics.standby_failed(error, self._backoff.next_attempt - self._now())
-        self._settle()
+        self._supervisor.call_at(self._now(), self._on_closed)
+        self.settle()
 
     # Losing and closing
 
-    def _cleared(self, entry: PoolEntry[C], failure: Reason | None) -> None:
-        if failure is None:
+    def _cleared(self, entry: PoolEntry[C]) -> None:
+        if entry.connection.is_reusable:
             self._offer(entry)
         else:
-            self._remove(entry, failure)
-        self._settle()
+            self._remove(entry, Reason.INTERRUPTED)
+        self.settle()
 
     def _lost(self, entry: PoolEntry[C]) -> None:
         # First: such a server has acknowledged the clear. `ended` counts a clear that failed, and
         # might log that clears are not acknowledged.
-        if entry.connection.sent_stale_audio:
-            self._clearing.stop_clearing()
+        self._note_stale_audio(entry)
         if entry in self._clearing.under_way:
             # At once, though the task of the clear would find out a step later: until then callers
             # would rely on this clear.
@@ -629,27 +701,45 @@ class Pool(Generic[C]):
             # here on, a server that ends idle connections after some seconds would cost a turn.
             self._backoff.failed(FailureKind.TRANSIENT, entry.made_at)
         self._remove(entry, Reason.LOST if entry in self._idle else Reason.FAILED)
-        self._settle()
+        self.settle()
 
-    def _remove(self, entry: PoolEntry[C], reason: Reason) -> None:
+    def _note_stale_audio(self, entry: PoolEntry[C]) -> None:
+        if entry.connection.sent_stale_audio:
+            self._clearing.stop_clearing()
+
+    def _remove(self, entry: PoolEntry[C], reason: Reason, *, listen: bool = False) -> None:
         now, idle_for = self._now(), None
         if entry in self._idle:
             self._idle.remove(entry)
             idle_for = now - entry.idle_since
         del self._entries[entry.connection]
         self._clearing.drop(entry)
+        self._note_stale_audio(entry)
         self.metrics.closed(reason.value, now - entry.made_at, idle_for)
         # A lease may be collected after its loop was closed. Nothing can be sent then, and the
         # task of a close would never run.
         if not self._loop.is_closed():
-            task = entry.connection.close()
+            task = entry.connection.close(listen=listen)
             if task is not None:
-                self._closing.add(task)
-                task.add_done_callback(self._closing.discard)
+                self._closing[task] = entry.connection
+                run = self._supervisor.run
+                task.add_done_callback(functools.partial(run, self._has_closed))
+            else:
+                self._supervisor.call_at(now, self._on_closed)
+
+    def _close_idle(self, reason: Reason, *, made_by: float = math.inf) -> None:
+        # Looked up again after each: a log handler that runs the loop lets callers ask meanwhile,
+        # and one of a list made beforehand may be in use by then.
+        while entry := next((each for each in self._idle if each.made_at <= made_by), None):
+            self._remove(entry, reason)
+
+    def _has_closed(self, task: asyncio.Task[None]) -> None:
+        del self._closing[task]
+        self._on_closed()
 
     # What follows from the state
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Do whatever the state calls for. Every change of the state must be followed by this.
 
         Each rule that depends on time returns when it has to run again if nothing else happens.
@@ -660,8 +750,11 @@ class Pool(Generic[C]):
         if not self.is_closed:
             # `_forget_late` first: the others count those who are expected. They would keep a
             # connection for somebody who is not, until something else happens.
-            rules = (self._forget_late, self._retire_aged, self._trim, self._verify, self._top_up)
-            self._arm(min([rule() for rule in rules]))
+            rules = (self._forget_late, self._retire_aged, self._trim, self._top_up)
+            self._arm(min([self._on_demand_ends(), *[rule() for rule in rules]]))
+
+    def _on_demand_ends(self) -> float:
+        return self._on_demand_until if self.mode is Mode.ON_DEMAND else math.inf
 
     def _forget_late(self) -> float:
         """Expect nobody any more who should have asked by now."""
@@ -675,6 +768,8 @@ class Pool(Generic[C]):
         """Close idle connections that are replaced or expired."""
         now, due = self._now(), math.inf
         for entry in list(self._idle):
+            if entry not in self._idle:
+                continue  # taken while the one before was logged: see `_close_idle`
             if now < entry.rotate_at:
                 due = min(due, entry.rotate_at)
             elif now >= entry.expires_at or self._fresh() >= self._wanted():
@@ -685,7 +780,7 @@ class Pool(Generic[C]):
 
     def _trim(self) -> float:
         """Close connections that nobody needs, when they have been idle for some time."""
-        while self._idle and self._fresh() + len(self._dials) > self._wanted():
+        while self._idle and self._missing() < 0:
             due = self._idle[0].idle_since + self._idle_time()
             if self._now() < due:
                 return due
@@ -693,35 +788,15 @@ class Pool(Generic[C]):
         return math.inf
 
     def _idle_time(self) -> float:
-        """How long a connection stays that nobody needs."""
-        if self._is_on_demand:
-            return 0.0
-        if self.is_lean:
-            return self._options.linger
-        if len(self._entries) == 1:
+        """How long a connection stays that is not needed."""
+        if self.mode is Mode.WARM and len(self._entries) == 1:
             return self._options.max_idle_time  # the only one: the next turn may come yet
-        return min(SPARE_IDLE_TIME, self._options.max_idle_time)
-
-    def _verify(self) -> float:
-        """Verify an idle connection. One at a time: callers may need the others."""
-        now, due = self._now(), math.inf
-        if self._clearing.under_way:
-            return due  # `_cleared` settles when it has ended
-        for entry in self._idle:
-            verify_at = self._clearing.verify_at(entry)
-            if verify_at <= now:
-                # Before begin(): an eager clear may fail before begin() returns. `_remove` would
-                # then have taken the connection out of `_idle`, and a second remove() raises.
-                self._idle.remove(entry)
-                self._clearing.begin(entry, Reason.LOST)
-                return math.inf
-            due = min(due, verify_at)
-        return due
+        return min(self.mode.idle_time, self._options.max_idle_time)
 
     def _top_up(self) -> float:
         """Dial what is missing, unless background dials have to pause."""
-        missing = self._wanted() - self._fresh() - len(self._dials)
-        if missing <= 0:
+        missing = self._missing()
+        if missing <= 0 or not self._may_dial_ahead():
             return math.inf
         if self._now() < self._backoff.next_attempt:
             return self._backoff.next_attempt
@@ -729,15 +804,18 @@ class Pool(Generic[C]):
             self.close()
             return math.inf
         for _ in range(missing):
-            self._dial(None, self._standby_timeout)
+            if self._may_dial_ahead():  # each may take the last place
+                self._dial(None, self._standby_timeout)
         return math.inf
+
+    def _missing(self) -> int:
+        """Connections that are wanted and not there, not even as a dial; negative for a surplus."""
+        return self._wanted() - self._fresh() - len(self._dials)
 
     def _wanted(self) -> int:
         """Connections to have, whether idle, leased or being dialled."""
-        if self._is_on_demand:
-            return 0
-        kept = 0 if self.is_lean else self._min_size
-        if not self._expected:
+        kept = self._min_size if self.mode.keeps_min_size else 0
+        if not self._expected or not self.mode.dials_for_replies:
             return kept
         holders = {entry.holder for entry in self._entries.values()}
         expected = len(self._expected.keys() - holders)
@@ -747,20 +825,16 @@ class Pool(Generic[C]):
         waiting = sum(not waiter.future.done() for waiter in self._waiters)
         return max(kept, self.leased + waiting + expected)
 
-    @property
-    def _is_on_demand(self) -> bool:
-        return self.is_lean and self._now() < self._on_demand_until
-
     def _fresh(self) -> int:
         """Connections that are not about to be replaced."""
         now = self._now()
-        return len(self._entries) - sum(1 for m in self._idle if m.rotate_at <= now)
+        return len(self._entries) - sum(1 for each in self._idle if each.rotate_at <= now)
 
     def _arm(self, due: float) -> None:
         """Settle again at that time, if nothing happens before."""
         # A rule may have ended the pool (`_top_up`), and a dial that an eager loop ran inside it
         # may have settled and set the timer already. A timer that is early is left alone: it costs
-        # one more `_settle`, which sets the next one.
+        # one more `settle`, which sets the next one.
         is_set = self._timer is not None and self._timer.when() <= due
         if self.is_closed or due == math.inf or is_set or self._loop.is_closed():
             return
@@ -769,10 +843,10 @@ class Pool(Generic[C]):
         self._timer = self._supervisor.call_at(due, self._on_timer)
 
     def _on_timer(self) -> None:
-        # Before `_settle`: `_arm` would take the timer that runs now for one that is still to come,
+        # Before `settle`: `_arm` would take the timer that runs now for one that is still to come,
         # and set no other. Then time would change nothing any more.
         self._timer = None
-        self._settle()
+        self.settle()
 
     def _now(self) -> float:
         return self._loop.time()

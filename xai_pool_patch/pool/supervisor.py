@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import sys
-from collections.abc import Awaitable, Callable, Collection, Coroutine
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Protocol, TypeVar
 
 OnFault = Callable[[str, Exception], None]
 """Takes the name of the operation that failed, and the exception."""
+
+
+CLOSE_TIMEOUT = 5.0
+"""Seconds a peer has to answer a Close frame after a fault."""
 
 
 class Socket(Protocol):
@@ -18,20 +23,27 @@ class Socket(Protocol):
     def close(self) -> Awaitable[object]: ...
 
 
+T = TypeVar("T")
+
+
 def spawn(
-    coroutine: Coroutine[Any, Any, None], name: str, *, eager: bool = False
-) -> asyncio.Task[None]:
+    coroutine: Coroutine[Any, Any, T],
+    name: str,
+    *,
+    eager: bool = False,
+    context: contextvars.Context | None = None,
+) -> asyncio.Task[T]:
     """Start a task that belongs to the pool, not to the turn that happens to start it.
 
     An eager one runs at once, up to its first real wait, if Python can do that (3.12). The loop
     would first run whatever else is ready, such as nine other callers.
 
-    The task has an empty context. Otherwise the turn's trace span, stream and TTS would live as
-    long as the connection. If a loop is closed without cancelling its tasks, asyncio does not warn
-    about this one: its socket is gone with the loop, and there is nothing to do about it.
+    The task has an empty context, unless one is given. Otherwise the turn's trace span, stream and
+    TTS would live as long as the connection. If a loop is closed without cancelling its tasks,
+    asyncio does not warn about this one: its socket is gone with the loop.
     """
-    loop, context = asyncio.get_running_loop(), contextvars.Context()
-    task: asyncio.Task[None]
+    loop, context = asyncio.get_running_loop(), context or contextvars.Context()
+    task: asyncio.Task[T]
     if eager and sys.version_info >= (3, 12) and loop.get_task_factory() is None:
         task = asyncio.Task(coroutine, loop=loop, name=name, context=context, eager_start=True)
     else:
@@ -40,31 +52,54 @@ def spawn(
     return task
 
 
+async def within(seconds: float, coroutine: Coroutine[Any, Any, T], name: str) -> T:
+    """Do what `asyncio.wait_for` does.
+
+    Before Python 3.12 that makes a task of its own, and a loop that is closed in the meantime
+    complains about it.
+
+    Raises:
+        asyncio.TimeoutError: it took longer, and was cancelled.
+    """
+    loop, task = asyncio.get_running_loop(), spawn(coroutine, name)
+    try:
+        await asyncio.wait([task], timeout=seconds)
+    finally:
+        if not loop.is_closed() and not task.done():
+            task.cancel()
+    if not task.done():
+        raise asyncio.TimeoutError
+    return task.result()
+
+
 class Supervisor:
     """Owns the tasks, timers and sockets of one event loop.
 
     Args:
         on_fault: takes what a task or a timer raised. None of them should raise.
-        close_timeout: seconds a peer has to answer a Close frame.
 
     Attributes:
         sockets: every WebSocket that was opened for the pools and has not ended.
         is_stopped: a fault has stopped everything.
     """
 
-    def __init__(self, on_fault: OnFault, close_timeout: float) -> None:
+    def __init__(self, on_fault: OnFault) -> None:
         self.on_fault = on_fault
-        self._close_timeout = close_timeout
         self.sockets: set[Socket] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._goodbyes: set[asyncio.Task[None]] = set()
         self.is_stopped = False
 
     def spawn(
-        self, coroutine: Coroutine[Any, Any, None], name: str, *, eager: bool = False
+        self,
+        coroutine: Coroutine[Any, Any, None],
+        name: str,
+        *,
+        eager: bool = False,
+        context: contextvars.Context | None = None,
     ) -> asyncio.Task[None]:
         """Start a task whose exception is a fault."""
-        task = spawn(coroutine, name, eager=eager)
+        task = spawn(coroutine, name, eager=eager, context=context)
         # Not for `stop` alone: asyncio has only weak references to its tasks. One that nothing else
         # refers to may be collected before it has ended.
         self._tasks.add(task)
@@ -76,38 +111,35 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         return loop.call_at(when, self.run, callback, context=contextvars.Context())
 
-    def run(self, callback: Callable[[], object]) -> None:
+    def run(self, callback: Callable[..., object], *args: object) -> None:
         """Call a function for the event loop: its exception is a fault."""
         # `stop` ends no timers. Those that were set before it come here, and one that always sets
         # the next, as a watch for refusals does, would go on for ever.
         if self.is_stopped:
             return
         try:
-            callback()
+            callback(*args)
         except Exception as fault:
             self.on_fault("timer", fault)
 
-    def stop(self, in_use: Collection[Socket]) -> None:
-        """End everything after a fault, except for sockets that an utterance goes on over.
+    def stop(self) -> None:
+        """End everything after a fault.
 
         This shares no code with how connections are closed otherwise, which may be what failed.
         """
         self.is_stopped = True
         for task in list(self._tasks):
             task.cancel()
-        for ws in self.sockets.difference(in_use):
-            self.say_goodbye(ws)
+        for ws in list(self.sockets):
+            self.sockets.discard(ws)
+            # Not one of `_tasks`: a second fault would cancel it.
+            goodbye = spawn(_say_goodbye(ws), name="xai_pool_patch.goodbye")
+            self._goodbyes.add(goodbye)
+            goodbye.add_done_callback(self._goodbyes.discard)
+            # Not by the task: a loop that ends cancels it, maybe before its first step.
+            goodbye.add_done_callback(functools.partial(_hang_up, ws))
 
-    def say_goodbye(self, ws: Socket) -> None:
-        """Close a socket in the background, if no connection does so."""
-        # A second fault calls `stop` again. It must neither close this socket a second time, nor
-        # cancel the goodbye: so that is none of `_tasks`.
-        self.sockets.discard(ws)
-        goodbye = spawn(_say_goodbye(ws, self._close_timeout), name="xai_pool_patch.goodbye")
-        self._goodbyes.add(goodbye)
-        goodbye.add_done_callback(self._goodbyes.discard)
-
-    async def stopped(self) -> None:
+    async def wait_stopped(self) -> None:
         """Wait until the Close frames that `stop` sent are answered, or too late."""
         if self._goodbyes:
             await asyncio.wait(self._goodbyes)
@@ -118,14 +150,17 @@ class Supervisor:
             self.on_fault(task.get_name(), fault)
 
 
-async def _say_goodbye(ws: Socket, close_timeout: float) -> None:
+async def _say_goodbye(ws: Socket) -> None:
     closing = asyncio.ensure_future(ws.close())
-    await asyncio.wait([closing], timeout=close_timeout)
+    await asyncio.wait([closing], timeout=CLOSE_TIMEOUT)
     closing.cancel()
     # A cancelled task needs steps of its own to end. exception() would raise before that.
     await asyncio.wait([closing])
     if not closing.cancelled():
         closing.exception()  # the socket was gone already: asyncio must not log that
+
+
+def _hang_up(ws: Socket, _: object) -> None:
     response = getattr(ws, "_response", None)
     if response is not None:
         response.close()

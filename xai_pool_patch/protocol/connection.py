@@ -5,32 +5,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import aiohttp
 from aiohttp import WSMsgType
 
 from ..pool.soft_timeout import SoftTimeout
-from ..pool.supervisor import Supervisor
+from ..pool.supervisor import Supervisor, within
+from ..sessions.refusal import says_refused
 from ..telemetry.log import LogEvent, log_event
-from .utterance import Stage, UtteranceTracker, type_of
+from .host import Host
+from .utterance import Stage, UtteranceTracker, parsed, type_of
 
 IDENTIFIER = re.compile(r"[a-z_]{1,20}(\.[a-z_]{1,20})?")
-ENDINGS = (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR)
+DATA = (WSMsgType.TEXT, WSMsgType.BINARY)
 CLOSED_MESSAGE = aiohttp.WSMessage(WSMsgType.CLOSED, None, None)
 
-SUSPICIOUS = 2
-"""The heartbeat stops after so many connections in a row that ended without a PONG. A single one
-may have lost its peer."""
+CLOSE_TIMEOUT = 5.0
+"""Seconds the peer has to answer a Close frame, in the background; then the socket is aborted.
+Without a Close frame xAI may count the session for up to 600 s more."""
+CLOSE_COUNTS = 1.0
+"""Seconds after which a Close frame has reached the peer, though it has not answered."""
 
-SAYS_RATE_LIMITED = re.compile(
-    r"(session|connection|concurren|rate|request)\w*\W+(\w+\W+)?limit"
-    r"|too many|limit (was )?(reached|exceeded)",
-    re.IGNORECASE,
-)
-"""In the text of an error frame. xAI documents neither a text nor a code for it."""
+FRESH = 5.0
+"""Seconds after the handshake in which a Close is the server's answer to it."""
 
 TEXT_CLEAR = '{"type":"text.clear"}'
 
@@ -47,51 +48,17 @@ class State(enum.Enum):
 
 
 @dataclass(eq=False)
-class _Fence:
-    """See `Connection.ping_as_fence`."""
+class _Probe:
+    """A PING that left just ahead of an utterance's first text. See `Connection.probe`."""
 
     token: bytes
-    soft_timeout: SoftTimeout
-    is_overdue: bool = False
-    """The PONG took so long that it no longer separates old audio from new."""
-    held: list[tuple[aiohttp.WSMessage, str]] = field(default_factory=list)
-    """Audio that came before the PONG, with its type."""
-
-
-class Heartbeat:
-    """The PINGs by which aiohttp finds a peer that has vanished: it ends the connection.
-
-    If a server answers no PING at all, new connections send none. Otherwise aiohttp would end one
-    connection after the other without a Close frame, and the server would count each as a session
-    long after. A PONG on any connection starts the heartbeat again.
-
-    Args:
-        interval: see `PoolOptions.heartbeat`.
-
-    Attributes:
-        are_late: a PING left ahead of a text, and its PONG came after the answer to that text, or
-            never. PONGs of this server do not show which utterance an answer is for.
-    """
-
-    def __init__(self, interval: float) -> None:
-        self.are_late = False
-        self._interval = interval
-        self._unanswered = 0
-
-    @property
-    def interval(self) -> float | None:
-        """Seconds between the PINGs of the next connection; None for no PINGs."""
-        return self._interval if self._unanswered < SUSPICIOUS else None
-
-    def answered(self) -> None:
-        """A PONG came."""
-        self._unanswered = 0
-
-    def unanswered(self) -> None:
-        """A connection ended that never got a PONG."""
-        self._unanswered += 1
-        if self._unanswered == SUSPICIOUS:
-            log_event(LogEvent.PINGS_UNANSWERED)
+    began: float
+    separates: bool
+    """What comes before its PONG may be of an older utterance."""
+    timeout: SoftTimeout | None = None
+    is_answered: bool = False
+    held: aiohttp.WSMessage | None = None
+    """An `audio.done` that came ahead of any audio."""
 
 
 class Connection:
@@ -102,19 +69,20 @@ class Connection:
     `autoping=False`, so that PINGs and PONGs reach the reader.
 
     Args:
-        supervisor: owns the tasks.
-        heartbeat: learns whether PINGs are answered.
-        close_timeout: seconds the peer has to answer a Close frame.
-        on_rate_limited: called for an error frame that says that there are too many sessions.
+        supervisor: owns the tasks and timers.
+        host: what is known about the server, and learns from this connection.
+        heartbeat: see `PoolOptions.heartbeat`.
+        is_shared: several TTS instances may use it.
+        on_refused: called if the server's first answer says that there are too many sessions.
 
     Attributes:
         sink: takes what the reader reads; None while the connection is idle.
         reader: the task that reads.
-        unhandled: the message that the reader has read and not passed on yet.
         last_heard: when the last message came, a PONG included; time of the event loop.
         round_trip: seconds that the last PONG took; None while none has come.
         sent_stale_audio: the server acknowledged a clear, and yet sent more of the cleared
             utterance.
+        is_given_away: the application uses it, and hears whatever comes.
     """
 
     def __init__(
@@ -122,29 +90,34 @@ class Connection:
         ws: aiohttp.ClientWebSocketResponse,
         *,
         supervisor: Supervisor,
-        heartbeat: Heartbeat,
-        close_timeout: float,
-        on_rate_limited: Callable[[], None],
+        host: Host,
+        heartbeat: float,
+        is_shared: bool,
+        on_refused: Callable[[], None],
     ) -> None:
         self.ws = ws
+        self.host = host
         self._supervisor = supervisor
         self._heartbeat = heartbeat
+        self._is_shared = is_shared
+        self._on_refused = on_refused
         self.utterance = UtteranceTracker()
         self.state = State.OPEN
         self.on_lost: Callable[[], None] | None = None
-        self.on_stale_audio: Callable[[], None] | None = None
         self._loop = asyncio.get_running_loop()
-        self.last_heard = self._loop.time()
+        self._opened_at = self.last_heard = self._loop.time()
         self.round_trip: float | None = None
         self.sent_stale_audio = False
+        self.is_given_away = False
         self.sink: Sink | None = None
-        self.unhandled: aiohttp.WSMessage | None = None
+        self._has_answered = False
         self._pinged_at: dict[bytes, float] = {}
-        self._fence: _Fence | None = None
-        self._close_timeout = close_timeout
-        self._on_rate_limited = on_rate_limited
+        self._probe: _Probe | None = None
         self._closer: asyncio.Task[None] | None = None
+        self._close_sent_at: float | None = None
+        self._sign_of_life: asyncio.Future[None] = self._loop.create_future()
         self._transport = transport_of(ws)
+        self._beat_timer = self._beat_in(heartbeat)
         self.reader = supervisor.spawn(self._read(), name="xai_pool_patch.reader")
 
     def __repr__(self) -> str:
@@ -153,12 +126,25 @@ class Connection:
 
     @property
     def is_reusable(self) -> bool:
-        return self.state is State.OPEN and self.utterance.is_clean
+        utterance = self.utterance
+        is_trusted = not (utterance.was_cleared and self.host.pongs_unordered)
+        is_as_made = not (utterance.was_configured and self._is_shared)
+        return self.state is State.OPEN and utterance.is_clean and is_trusted and is_as_made
+
+    @property
+    def is_clearable(self) -> bool:
+        """Whether PONGs can show that nothing more comes of a cleared utterance."""
+        return self.round_trip is not None and not self.host.pongs_unordered
 
     @property
     def is_over(self) -> bool:
         """The reader has ended."""
         return self.reader.done()
+
+    @property
+    def is_in_step(self) -> bool:
+        """Whatever comes now answers the current utterance, not an older one."""
+        return self._probe is None or not self._probe.separates or self._probe.is_answered
 
     def attach(self, sink: Sink) -> None:
         """Pass everything that is read from now on to a sink."""
@@ -167,7 +153,7 @@ class Connection:
     def detach(self) -> None:
         """Pass nothing on any more."""
         self.sink = None
-        self._lift_fence()
+        self._end_probe()
 
     async def ping(self) -> None:
         """Send a PING. Its PONG sets `last_heard` and `round_trip`."""
@@ -179,34 +165,51 @@ class Connection:
         self._pinged_at = {token: now}
         return token
 
-    async def ping_as_fence(self, timeout: float) -> None:
-        """Send a PING ahead of an utterance's first text, to separate old audio from new.
+    async def probe(self, on_silence: Callable[[], None]) -> None:
+        """Send a PING just ahead of an utterance's first text, on a connection that was idle.
 
-        Audio that comes before the PONG left the server before the text arrived there. The
-        connection holds such audio, and drops it when the PONG comes. If no PONG comes within
-        `timeout`, the plugin hears the held audio, and PINGs to this server are not used as fences
-        any more. The same follows if audio comes before the PONG of a connection's first utterance,
-        where no audio can be old.
+        It asks for a sign of life: `on_silence` is called if nothing at all comes in time. And it
+        separates old audio from new: what comes before its PONG may have left the server before the
+        text arrived there (`is_in_step`). Only an `audio.done` by itself is no audio: it waits for
+        the PONG or the end of that time, and is then either overtaken by audio or the answer.
 
-        After a clear the connection is stricter: it passes on no audio without a PONG. Only the
-        acknowledgement says that nothing more comes of the cleared utterance, and the PONG is the
-        only check of that.
+        A server whose PONGs are known to come out of order is only asked for a sign of life, and
+        one that has never answered a PING is asked for nothing.
         """
         token = self._new_token()
-        if self._trusts_pongs or self.utterance.was_cleared:
-            on_end = self._fence_timed_out
-            self._fence = _Fence(token, SoftTimeout(self._supervisor, timeout, on_end))
+        if self.round_trip is not None:
+            separates = not (self.utterance.is_unused or self.host.pongs_unordered)
+            probe = self._probe = _Probe(token, self._loop.time(), separates)
+            patience = self.host.patience(self.round_trip)
+            on_end = functools.partial(self._probe_over, probe, on_silence)
+            probe.timeout = SoftTimeout(self._supervisor, patience, on_end)
         await self.ws.ping(token)
 
-    def sending(self, frame: object) -> None:
-        """Follow a frame that is about to be sent.
+    def _probe_over(self, probe: _Probe, on_silence: Callable[[], None]) -> None:
+        held, probe.held = probe.held, None
+        if held is not None and self.utterance.stage in (Stage.AWAITING, Stage.EMPTY):
+            self._end_probe()
+            self._accept(held, "audio.done")
+            # If it was of an older utterance, the answer is still to come. The next utterance must
+            # not get it.
+            self.utterance.stage = Stage.DIRTY
+        elif self.last_heard <= probe.began:
+            on_silence()
+
+    def _end_probe(self) -> None:
+        if self._probe is not None and self._probe.timeout is not None:
+            self._probe.timeout.stop()
+        self._probe = None
+
+    def sending(self, frame: object) -> str:
+        """Follow a frame that is about to be sent, and return its type.
 
         Call this before the send: a send that is cancelled may have left all the same.
         """
-        self.utterance.sent(frame)
+        return self.utterance.sent(frame)
 
     async def clear(self) -> None:
-        """Send a `text.clear`: the server cancels the current utterance, or owes nothing already.
+        """Send a `text.clear`: the server cancels the current utterance.
 
         Returns when the acknowledgement has come, or cannot come any more. `is_reusable` says
         which. The connection must not be leased.
@@ -214,7 +217,7 @@ class Connection:
         over = self._loop.create_future()
 
         def take(message: aiohttp.WSMessage, type_: str) -> None:
-            if not over.done() and (message.type in ENDINGS or not self.utterance.awaits_clear):
+            if not over.done() and (message.type not in DATA or not self.utterance.awaits_clear):
                 over.set_result(None)
 
         self.attach(take)
@@ -231,8 +234,12 @@ class Connection:
         finally:
             self.detach()
 
-    def close(self) -> asyncio.Task[None] | None:
-        """Send a Close frame in the background, wait up to `close_timeout`, then abort.
+    def close(self, *, listen: bool = False) -> asyncio.Task[None] | None:
+        """Send a Close frame in the background, wait up to `CLOSE_TIMEOUT`, then abort.
+
+        Args:
+            listen: first wait as long for a sign of life, from which `host` learns how patient it
+                has to be.
 
         Returns:
             The task that does so; None if the peer has closed the socket already.
@@ -242,18 +249,24 @@ class Connection:
         if self.ws.closed:
             self._abort()
         elif self._closer is None:
-            self._closer = self._supervisor.spawn(self._shut(), name="xai_pool_patch.close")
+            self._closer = self._supervisor.spawn(self._shut(listen), name="xai_pool_patch.close")
         return self._closer
 
-    async def _shut(self) -> None:
-        # Not wait_for(): before Python 3.12 it makes a task of its own, and a loop that is closed
-        # in the meantime complains about that task.
-        closing = self._supervisor.spawn(self._send_close(), name="xai_pool_patch.close_frame")
+    def abort_if_closing(self) -> None:
+        """Give up waiting for the peer's Close, if ours has most likely arrived."""
+        sent_at = self._close_sent_at
+        if sent_at is not None and self._loop.time() >= sent_at + CLOSE_COUNTS:
+            self._abort()
+
+    async def _shut(self, listen: bool) -> None:
+        if listen:
+            await asyncio.wait([self._sign_of_life], timeout=CLOSE_TIMEOUT)
+        self._close_sent_at = self._loop.time()
         try:
-            await asyncio.wait([closing], timeout=self._close_timeout)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await within(CLOSE_TIMEOUT, self._send_close(), "xai_pool_patch.close_frame")
         finally:
             if not self._loop.is_closed():
-                closing.cancel()
                 self._abort()
         await asyncio.wait([self.reader])
 
@@ -271,71 +284,146 @@ class Connection:
             with contextlib.suppress(AttributeError):
                 self._transport.abort()
 
+    # While nothing is heard
+
+    def _beat_in(self, seconds: float) -> asyncio.TimerHandle:
+        return self._supervisor.call_at(self._loop.time() + seconds, self._beat)
+
+    def _beat(self) -> None:
+        """Send a PING if nothing has been heard for an interval.
+
+        aiohttp's own heartbeat sets a timer anew for each message.
+        """
+        now = self._loop.time()
+        if now < self.last_heard + self._heartbeat:
+            self._beat_timer = self._beat_in(self.last_heard + self._heartbeat - now)
+            return
+        self._supervisor.spawn(self._ping_quietly(), name="xai_pool_patch.heartbeat")
+        overdue = functools.partial(self._beat_over, now)
+        SoftTimeout(self._supervisor, self._heartbeat / 2, overdue)
+
+    async def _ping_quietly(self) -> None:
+        with contextlib.suppress(OSError):  # the reader reports the end
+            await self.ping()
+
+    def _beat_over(self, began: float) -> None:
+        if self.reader.done():
+            return
+        if self.last_heard <= began and self.host.answers_pings:
+            self._lose()
+            self._abort()
+        else:
+            self._beat_timer = self._beat_in(self._heartbeat / 2)
+
+    # Reading
+
     async def _read(self) -> None:
         try:
             await self.ping()  # so that the round trip is known before the first probe
-            while self.state is State.OPEN:
-                self.unhandled = await self.ws.receive()
-                await self._handle(self.unhandled)
-                self.unhandled = None
+            while True:
+                message = await self.ws.receive()
+                self.last_heard = self._loop.time()
+                if message.type in DATA:
+                    self._take(message)
+                elif message.type is WSMsgType.PING:
+                    await self.ws.pong(message.data)
+                elif message.type is WSMsgType.PONG:
+                    self._take_pong(bytes(message.data))
+                else:
+                    self._take_end(message)
+                    break
         except OSError:  # a PING or PONG into a socket that has just died
             self._lose()
-        except Exception as fault:
-            self._supervisor.on_fault("reading", fault)
-            return  # the supervisor keeps the socket: an utterance may go on over it
         finally:
             # No `on_lost` here. If the reader was cancelled, the loop is ending, and the pool would
             # dial a new connection on it.
             if self.state is State.OPEN:
                 self.state = State.LOST
+            self._beat_timer.cancel()
+            self._gave_a_sign()  # or never will
             self._deliver(CLOSED_MESSAGE)
         self._supervisor.sockets.discard(self.ws)
 
-    async def _handle(self, message: aiohttp.WSMessage) -> None:
-        if message.type in ENDINGS:
-            if isinstance(message.data, aiohttp.ServerTimeoutError) and self.round_trip is None:
-                self._heartbeat.unanswered()
-            self._lift_fence()
-            self._deliver(message)
-            self._lose()
-            return
-        self.last_heard = self._loop.time()
-        if message.type is WSMsgType.PING:
-            await self.ws.pong(message.data)
-        elif message.type is WSMsgType.PONG:
-            self._take_pong(bytes(message.data))
-        else:
-            self._take(message, type_of(message.data))
+    def _take_end(self, message: aiohttp.WSMessage) -> None:
+        is_first_answer = not self._has_answered and self._is_fresh
+        if is_first_answer and message.type is WSMsgType.CLOSE and says_refused(message.data):
+            self._on_refused()
+        self._deliver(message)
+        self._lose()
+
+    @property
+    def _is_fresh(self) -> bool:
+        is_young = self._loop.time() < self._opened_at + FRESH
+        return self.utterance.is_first or (self.utterance.is_unused and is_young)
 
     def _take_pong(self, token: bytes) -> None:
         pinged_at = self._pinged_at.pop(token, None)
         if pinged_at is not None:
             self.round_trip = self.last_heard - pinged_at
-            self._heartbeat.answered()
-        if self._fence is not None and token == self._fence.token:
-            was_stale = bool(self._fence.held)
-            self._lift_fence()
-            self.utterance.is_unambiguous = True
-            if was_stale:
-                self._dropped_stale_audio()
+            self.host.answered(self.round_trip)
+            self._gave_a_sign()
+        probe = self._probe
+        if probe is not None and token == probe.token:
+            probe.is_answered = True
 
-    def _take(self, message: aiohttp.WSMessage, type_: str) -> None:
-        if type_ == "audio.delta" and self.utterance.is_first and self._awaits_early_pong:
-            self._heartbeat.are_late = True
-            self._lift_fence()
-        if self._fence is not None and type_.startswith("audio."):
-            if self._trusts_pongs and not self._fence.is_overdue:
-                self._fence.held.append((message, type_))
-            else:
-                self._distrust()
+    def _gave_a_sign(self) -> None:
+        if not self._sign_of_life.done():
+            self._sign_of_life.set_result(None)
+
+    def _take(self, message: aiohttp.WSMessage) -> None:
+        type_ = type_of(message.data)
+        if type_ == "audio.delta" and self.utterance.is_speaking and self.sink is not None:
+            self.sink(message, type_)  # the most frequent message changes nothing
             return
-        if type_ == "error" and SAYS_RATE_LIMITED.search(message.data):
-            self._on_rate_limited()
-        may_be_heard = self.utterance.received(type_)
+        if self.state is not State.OPEN:
+            for pinged_at in self._pinged_at.values():  # it was evicted for its silence
+                self.host.answered(self.last_heard - pinged_at)
+            self._gave_a_sign()
+            return
+        is_first_answer, self._has_answered = not self._has_answered, True
+        if is_first_answer and type_ == "error" and self._is_fresh:
+            self._take_first_error(message)
+        is_answer = type_.startswith("audio.")
+        if is_answer and self.utterance.is_first and self._awaits_pong:
+            self.host.pongs_unordered = True
+        if is_answer and self._probe is not None and self._hold(message, type_):
+            return
+        self._accept(message, type_)
+
+    def _take_first_error(self, message: aiohttp.WSMessage) -> None:
+        if says_refused(error_message=parsed(message.data).get("message")):
+            self._on_refused()
+
+    @property
+    def _awaits_pong(self) -> bool:
+        """A PING left ahead of the utterance, and its PONG has not come yet."""
+        return self.round_trip is None if self._probe is None else not self._probe.is_answered
+
+    def _hold(self, message: aiohttp.WSMessage, type_: str) -> bool:
+        """Keep an `audio.done` that comes by itself, until it is known what it answers."""
+        assert self._probe is not None
+        if not self._probe.separates:
+            self._end_probe()
+        elif type_ == "audio.done" and not self._probe.is_answered:
+            if self.utterance.stage in (Stage.ASKED, Stage.AWAITING, Stage.EMPTY):
+                self._probe.held = message
+                return True
+        elif self._probe.is_answered:
+            self._end_probe()  # what was held is older than this
+        return False
+
+    def _accept(self, message: aiohttp.WSMessage, type_: str) -> None:
+        if not self.is_in_step and type_.startswith("audio."):
+            self.sent_stale_audio |= self.utterance.was_cleared
+            self._deliver(message, type_)  # the exchange gives this connection up
+            return
+        if self.is_given_away:
+            self._deliver(message, type_)
+            return
+        is_asked_for = self.utterance.received(type_)
         is_idle_and_dirty = self.sink is None and self.utterance.stage is Stage.DIRTY
-        if not may_be_heard and self.utterance.was_cleared:
-            self._distrust()
-        elif not may_be_heard or is_idle_and_dirty:
+        if not is_asked_for or is_idle_and_dirty:
+            self.sent_stale_audio |= not is_asked_for and self.utterance.was_cleared
             self._lose()
         elif self.sink is None:
             # The type comes from the server and may be anything, so only plain words are logged.
@@ -344,44 +432,6 @@ class Connection:
         else:
             self._deliver(message, type_)
 
-    @property
-    def _trusts_pongs(self) -> bool:
-        return self.round_trip is not None and not self._heartbeat.are_late
-
-    @property
-    def _awaits_early_pong(self) -> bool:
-        """A PING left ahead of the utterance, and its PONG has not come yet."""
-        return self._fence is not None or self.round_trip is None
-
-    def _fence_timed_out(self) -> None:
-        fence = self._fence
-        if fence is None:
-            return
-        self._heartbeat.are_late |= bool(fence.held)
-        if self.utterance.was_cleared:
-            fence.is_overdue = True
-            if fence.held:
-                self._distrust()
-            return
-        self._lift_fence()
-        for message, type_ in fence.held:
-            self._take(message, type_)
-
-    def _lift_fence(self) -> None:
-        if self._fence is not None:
-            self._fence.soft_timeout.stop()
-            self._fence = None
-
-    def _dropped_stale_audio(self) -> None:
-        log_event(LogEvent.STALE_AUDIO)
-        if self.utterance.was_cleared and self.on_stale_audio is not None:
-            self.on_stale_audio()
-
-    def _distrust(self) -> None:
-        """Give the connection up: audio of a cleared utterance came, or may have come."""
-        self.sent_stale_audio = True
-        self._lose()
-
     def _deliver(self, message: aiohttp.WSMessage, type_: str = "") -> None:
         if self.sink is not None:
             self.sink(message, type_)
@@ -389,7 +439,7 @@ class Connection:
     def _lose(self) -> None:
         if self.state is State.OPEN:
             self.state = State.LOST
-            self._lift_fence()
+            self._end_probe()
             if self.on_lost is not None:
                 self.on_lost()
 

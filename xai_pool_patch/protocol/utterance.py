@@ -29,11 +29,9 @@ class Stage(enum.Enum):
     EMPTY = "empty"
     """An `audio.done` for an utterance without text."""
     CLEARING = "clearing"
-    """The acknowledgement of a `text.clear`. Audio of the utterance may come before it."""
-    VERIFYING = "verifying"
-    """The acknowledgement of a `text.clear` and nothing else: there is no utterance to cancel."""
+    """The acknowledgement of a `text.clear`. Anything of the utterance may come before it."""
     DIRTY = "dirty"
-    """Nobody can say. Such a connection never serves another utterance."""
+    """Unknown. Such a connection never serves another utterance."""
 
 
 # A frame that is not listed for a stage makes the connection dirty. So does every frame that is
@@ -45,25 +43,25 @@ _AFTER_SENDING = {
     (Stage.ASKED, "text.done"): Stage.AWAITING,
     (Stage.SPEAKING, "text.delta"): Stage.SPEAKING,
     (Stage.SPEAKING, "text.done"): Stage.FINISHING,
-    (Stage.CLEAN, "text.clear"): Stage.VERIFYING,
     (Stage.ASKED, "text.clear"): Stage.CLEARING,
     (Stage.SPEAKING, "text.clear"): Stage.CLEARING,
     (Stage.AWAITING, "text.clear"): Stage.CLEARING,
     (Stage.FINISHING, "text.clear"): Stage.CLEARING,
     (Stage.EMPTY, "text.clear"): Stage.CLEARING,
+    **{(stage, "session.update"): stage for stage in Stage},
 }
 _AFTER_RECEIVING = {
     (Stage.ASKED, "audio.delta"): Stage.SPEAKING,
     (Stage.SPEAKING, "audio.delta"): Stage.SPEAKING,
     (Stage.AWAITING, "audio.delta"): Stage.FINISHING,
     (Stage.FINISHING, "audio.delta"): Stage.FINISHING,
+    (Stage.AWAITING, "audio.done"): Stage.CLEAN,
     (Stage.FINISHING, "audio.done"): Stage.CLEAN,
     (Stage.EMPTY, "audio.delta"): Stage.FINISHING,
     (Stage.EMPTY, "audio.done"): Stage.CLEAN,
     (Stage.CLEARING, "audio.delta"): Stage.CLEARING,
-    (Stage.CLEARING, "audio.done"): Stage.VERIFYING,
+    (Stage.CLEARING, "audio.done"): Stage.CLEARING,
     (Stage.CLEARING, "audio.clear"): Stage.CLEAN,
-    (Stage.VERIFYING, "audio.clear"): Stage.CLEAN,
 }
 
 _DELTA = re.compile(r'\{\s*"type"\s*:\s*"((?:audio|text)\.delta)"\s*,')
@@ -78,21 +76,19 @@ class UtteranceTracker:
     """Follows one connection from utterance to utterance.
 
     Attributes:
+        is_unused: no utterance has begun on this connection.
+        is_first: no utterance came before this one, so everything answers this one.
         was_cleared: a `text.clear` interrupted an utterance on this connection. Only the server's
             acknowledgement says that nothing more comes of it.
-        has_words: the utterance has something to speak. xAI does not document whether it answers
-            blanks and punctuation by silence, by `audio.done` alone or by an error.
-        is_unambiguous: everything from now on is known to answer this utterance.
-        is_first: no utterance came before this one, so everything answers this one.
+        was_configured: a `session.update` changed how this connection speaks.
     """
 
     def __init__(self) -> None:
         self.stage = Stage.CLEAN
-        self.was_cleared = False
-        self.has_words = False
-        self.is_unambiguous = False
+        self.is_unused = True
         self.is_first = False
-        self._is_unused = True
+        self.was_cleared = False
+        self.was_configured = False
 
     def __repr__(self) -> str:
         return f"<UtteranceTracker {self.stage.value}>"
@@ -102,56 +98,45 @@ class UtteranceTracker:
         return self.stage is Stage.CLEAN
 
     @property
-    def awaits_clear(self) -> bool:
-        return self.stage in (Stage.CLEARING, Stage.VERIFYING)
+    def is_speaking(self) -> bool:
+        """Audio has come, and more of it changes nothing."""
+        return self.stage is Stage.FINISHING or self.stage is Stage.SPEAKING
 
     @property
-    def _may_stay_silent(self) -> bool:
-        """Whether an `audio.done` without audio would belong to this utterance.
+    def awaits_clear(self) -> bool:
+        return self.stage is Stage.CLEARING
 
-        Words are answered by audio, so after words it must belong to another utterance.
-        """
-        return self.stage is Stage.AWAITING and (self.is_unambiguous or not self.has_words)
-
-    def sent(self, frame: object) -> None:
-        """Follow a frame to the server.
+    def sent(self, frame: object) -> str:
+        """Follow a frame to the server, and return its type.
 
         Call this before the send: a send that is cancelled may have left all the same.
         """
         type_ = type_of(frame)
-        if self.is_clean:
-            self.has_words = self.is_unambiguous = False
-            self.is_first, self._is_unused = self._is_unused, False
-        if type_ == "text.delta" and not self.has_words:
-            self.has_words = any(map(str.isalnum, str(_parsed(frame).get("delta"))))
+        self.was_configured |= type_ == "session.update"
+        if self.is_clean and type_ != "session.update":
+            self.is_first, self.is_unused = self.is_unused, False
         self.stage = _AFTER_SENDING.get((self.stage, type_), Stage.DIRTY)
         self.was_cleared |= self.stage is Stage.CLEARING
+        return type_
 
     def received(self, type_: str) -> bool:
         """Follow a frame from the server. False for audio that nobody asked for."""
         is_answer = type_.startswith("audio.")
-        may_be_heard = not (is_answer and self._is_unasked(type_))
-        if type_ == "audio.done" and self._may_stay_silent:
-            self.stage = Stage.CLEAN
-        elif is_answer or type_ in ("error", UNREADABLE):
+        is_asked_for = not (is_answer and self.is_clean)
+        if is_answer or type_ in ("error", UNREADABLE):
             self.stage = _AFTER_RECEIVING.get((self.stage, type_), Stage.DIRTY)
-        return may_be_heard
-
-    def _is_unasked(self, type_: str) -> bool:
-        if self.stage is Stage.EMPTY and type_ == "audio.delta":
-            return self.was_cleared and not self.is_unambiguous
-        return self.is_clean
+        return is_asked_for
 
 
 def type_of(frame: object) -> str:
     """The type of a text frame; `UNREADABLE` if there is none."""
     if isinstance(frame, str) and (delta := _DELTA.match(frame)):
         return delta[1]
-    type_ = _parsed(frame).get("type")
+    type_ = parsed(frame).get("type")
     return type_ if isinstance(type_, str) else UNREADABLE
 
 
-def _parsed(frame: object) -> dict[str, Any]:
+def parsed(frame: object) -> dict[str, Any]:
     """The JSON object in a frame; empty if there is none."""
     if not isinstance(frame, str):
         return {}

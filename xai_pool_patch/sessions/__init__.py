@@ -15,7 +15,7 @@ def store_from(redis_url: str | None, named: str = "redis_url") -> Store:
     """The store of this process. Connects to nothing.
 
     Args:
-        redis_url: names a Redis for a fleet; None for a file, which only this machine sees.
+        redis_url: a Redis for several machines; None for a file, which only this machine sees.
         named: the option or variable that has the URL, for the error.
 
     Raises:

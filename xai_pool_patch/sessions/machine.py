@@ -24,7 +24,8 @@ class MachineStore(Store):
             folders for temporary files, as two containers have, do not know of each other.
 
     Raises:
-        PermissionError: the folder or the file is somebody else's, a link, or others may write it.
+        PermissionError: the folder or the file belongs to another user, is a link, or is writable
+            by others.
         OSError: it cannot be used.
     """
 
@@ -85,11 +86,11 @@ def _new_file(path: Path) -> Path:
 def _check(found: os.stat_result, is_expected_type: Callable[[int], bool]) -> None:
     """
     Raises:
-        PermissionError: it is of another type, somebody else's, or writable by others.
+        PermissionError: it is of another type, belongs to another user, or is writable by others.
     """
     if not is_expected_type(found.st_mode):
         raise PermissionError("not of the expected type")
     if _HAS_OWNERS and found.st_uid != os.getuid():
-        raise PermissionError("somebody else's")
+        raise PermissionError("belongs to another user")
     if _HAS_OWNERS and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise PermissionError("writable by others")

@@ -1,4 +1,4 @@
-"""The one bit that a process has for each host: somebody was refused there a moment ago."""
+"""The one bit that a process has for each host: a process was refused there a moment ago."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class _Known:
     share: float = 0.0
     """Seconds that this process waits after the end."""
     began: float = -math.inf
+    reason: str = ""
 
 
 class Shortage:
@@ -90,6 +91,11 @@ class Shortage:
         """The last refusal was met by this process."""
         return self._known.own_end == self._known.end
 
+    @property
+    def reason(self) -> str:
+        """What the last of it was."""
+        return self._known.reason
+
     def refused(self, status: int | None) -> bool:
         """Take note of a refusal that this process met. Returns whether others need to hear of it.
 
@@ -100,13 +106,25 @@ class Shortage:
         is_news = self._known.end - now <= LENGTH - STEP
         if is_news:
             end = now + LENGTH * self._uniform(1.0 - JITTER, 1.0 + JITTER)
-            self._extend(now, end, own_end=end)
+            self._extend(now, end, own_end=end, reason="a refusal to this process")
         began = self._known.began
         if now - began > LONG and began != self._warned_of:
             self._warned_of = began
             seconds = round(now - began, 1)
             log_event(LogEvent.SHORTAGE_LASTS, host=self.host, status=status, for_s=seconds)
         return is_news
+
+    def failed(self) -> None:
+        """Take note of a handshake that failed on its way to the server, or was stopped by a proxy.
+
+        It may have been a refusal, so this process is careful. Others do not hear of it: one
+        machine's bad line must not cost a fleet.
+        """
+        now = self._monotonic()
+        if self._known.end - now <= LENGTH - STEP:
+            end = now + LENGTH * self._uniform(1.0 - JITTER, 1.0 + JITTER)
+            own_end = self._known.own_end
+            self._extend(now, end, own_end=own_end, reason="a failed handshake")
 
     def learn(self, until: float | None) -> None:
         """Take note of the end that a store has. One that makes no sense is ignored.
@@ -119,7 +137,8 @@ class Shortage:
             now = self._monotonic()
             end = self._end_of(until, now)
             if end > max(now, self._known.end + SAME_END):
-                self._extend(now, end, own_end=self._known.own_end)
+                own_end = self._known.own_end
+                self._extend(now, end, own_end=own_end, reason="a refusal to another process")
 
     def news_for(self, until: float | None) -> float | None:
         """The end that a store should have in place of that one; None if it need not change."""
@@ -128,11 +147,11 @@ class Shortage:
         is_news = own_end > max(now, end_there + SAME_END)
         return self._wall() + own_end - now if is_news else None
 
-    def _extend(self, now: float, end: float, own_end: float) -> None:
+    def _extend(self, now: float, end: float, *, own_end: float, reason: str) -> None:
         is_on = now < self.until
         known = self._known if is_on else _Known(share=self._uniform(0.0, SPREAD), began=now)
         # One assignment of one value: a thread that reads never sees half of it.
-        self._known = replace(known, end=end, own_end=own_end)
+        self._known = replace(known, end=end, own_end=own_end, reason=reason)
 
     def _end_of(self, until: float, now: float) -> float:
         """The end on the monotonic clock; -inf for one that makes no sense."""

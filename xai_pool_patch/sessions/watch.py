@@ -7,14 +7,14 @@ import math
 import random
 from collections.abc import Callable
 
-from ..pool.supervisor import Supervisor
+from ..pool.supervisor import Supervisor, within
 from ..telemetry.log import LogEvent, log_event
 from .shortage import Shortage
 from .store import Store
 
 SHORTEST_INTERVAL, LONGEST_INTERVAL = 0.8, 1.4
 """Seconds between two looks. Twice the longest is less than the 2.1 s after which LiveKit has
-retried a refused utterance twice: by then whoever holds an idle connection has let go of it."""
+retried a refused utterance twice: by then every process has let go of its idle connections."""
 
 TIMEOUT = 1.0
 """Seconds that one look may take."""
@@ -30,7 +30,7 @@ class ShortageWatch:
         store: None if there is none that can be used: then the watch is always lean.
         supervisor: owns the tasks and timers.
         on_change: called when `is_lean` or the shortage may have changed.
-        wants_to_know: somebody holds an idle connection, which others may need.
+        wants_to_know: this process holds an idle connection, which others may need.
         uniform: spreads the looks of many processes.
     """
 
@@ -63,7 +63,7 @@ class ShortageWatch:
 
     @property
     def is_lean(self) -> bool:
-        """Pools keep nothing between replies: sessions are scarce, or nobody could say so."""
+        """Pools keep nothing between replies: sessions are scarce, or no refusal is heard."""
         return self.shortage.is_on or self._is_heard is False
 
     def begin(self) -> None:
@@ -89,6 +89,11 @@ class ShortageWatch:
             self._look_now()
         self._tell()
 
+    def failed(self) -> None:
+        """A handshake failed on its way: see `Shortage.failed`."""
+        self.shortage.failed()
+        self._tell()
+
     def _tick(self) -> None:
         self._tell()
         if not self._is_heard or self.shortage.is_on or self._wants_to_know():
@@ -104,7 +109,7 @@ class ShortageWatch:
 
     async def _try_to_exchange(self, store: Store) -> None:
         try:
-            await asyncio.wait_for(self._exchange(store), TIMEOUT)
+            await within(TIMEOUT, self._exchange(store), "xai_pool_patch.exchange")
         except Exception as error:
             self._failed(store, error)
         else:
@@ -117,7 +122,8 @@ class ShortageWatch:
         self.shortage.learn(found)
         self._operation = "write"
         if not self._is_heard:
-            # One that can only be read would show that to the first refusal, which nobody hears.
+            # One that can only be read would show that to the first refusal, which no other
+            # process then hears.
             await store.probe(self.shortage.host)
         news = self.shortage.news_for(found)
         if news is not None:
@@ -144,8 +150,7 @@ class ShortageWatch:
         if (is_on, is_lean) == (self._was_on, self._was_lean):
             return
         if is_on and not self._was_on:
-            reason = "this process" if self.shortage.is_own else "another process"
-            seconds = round(self.shortage.seconds_left, 1)
+            reason, seconds = self.shortage.reason, round(self.shortage.seconds_left, 1)
             log_event(LogEvent.SESSIONS_SCARCE, reason=reason, for_s=seconds)
         elif self._was_on and not is_on:
             log_event(LogEvent.SESSIONS_SUFFICE)

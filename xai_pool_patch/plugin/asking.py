@@ -1,0 +1,188 @@
+"""Asks a TTS what it would ask aiohttp for, with the first step of the plugin's own connect.
+
+Nothing is awaited before the plugin calls `ws_connect`. So its connect can be run up to there
+against a session that raises instead of connecting: with the arguments, to learn the request, or
+with the error of a dial, to learn what the plugin makes of it. Nothing reaches the network.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from types import ModuleType
+from typing import Any
+
+import aiohttp
+from livekit.agents.utils import ConnectionPool
+
+from ..protocol.request import Request
+from .patching import Wrapper
+from .releases import Shape
+
+SHORTEST_AGE = 30.0
+"""Seconds. An application that wants its connections to be younger wants no pool."""
+
+
+def _below_ours(function: Any) -> Any:
+    while isinstance(function, Wrapper):
+        function = function.__wrapped__
+    return function
+
+
+class _AskedError(BaseException):
+    """Carries the arguments of `ws_connect` through the plugin's `except Exception`."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.arguments = args, kwargs
+
+
+class _Session:
+    """In place of the TTS's HTTP session, for one synchronous step."""
+
+    def __init__(self, session: Any, error: BaseException | None) -> None:
+        self._session = session
+        self._error = error
+        self._thread = threading.get_ident()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def ws_connect(self, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == self._thread:
+            raise self._error if self._error is not None else _AskedError(args, kwargs)
+        return self._session.ws_connect(*args, **kwargs)  # another thread uses the same TTS
+
+
+class Asking:
+    """Knows which TTS instances connect as the plugin was published, and asks them.
+
+    Args:
+        module: the plugin, before it is patched.
+        shape: how it gets its connections.
+    """
+
+    def __init__(self, module: ModuleType, shape: Shape) -> None:
+        self._type: type = module.TTS
+        self._shape = shape
+        self._is_native = shape is Shape.NATIVE_POOL
+        names = ["_connect_ws", "_ensure_session"]
+        if self._is_native:
+            names.append("_connect_pooled_ws")
+        self._published = {name: _below_ours(vars(self._type)[name]) for name in names}
+        self._wrapped = next((name for name in names if not self._is_plain(name)), None)
+        self._current = self._published.copy()
+
+    def _is_plain(self, name: str) -> bool:
+        function = self._published[name]
+        return inspect.isfunction(function) and not hasattr(function, "__wrapped__")
+
+    def patched(self) -> None:
+        """The patches are applied: what the class has now is the plugin's own, or ours."""
+        self._current = {name: vars(self._type)[name] for name in self._published}
+
+    def has_session(self, tts: Any) -> bool:
+        """Whether the TTS has an HTTP session. Outside of a job there may be none."""
+        try:
+            tts._ensure_session()
+        except RuntimeError:
+            return False
+        return True
+
+    def why_not(self, tts: Any, *, is_connecting: bool = False) -> str | None:
+        """Why this TTS has to connect by itself; None if it connects as published.
+
+        Args:
+            is_connecting: the plugin's own `_connect_ws` is being called, so what overrides it has
+                its way.
+        """
+        if self._wrapped is not None:
+            return f"TTS.{self._wrapped} is wrapped"
+        if self._is_native:
+            reason = self._why_not_native(vars(tts).get("_pool"))
+            if reason is not None:
+                return reason
+            tts = self._connecting(tts)
+        for name, current in self._current.items():
+            if is_connecting and name == "_connect_ws" and not self._is_native:
+                continue
+            if name in vars(tts) or self._looked_up(type(tts), name) is not current:
+                return f"{name} is not the plugin's own"
+        if not self.has_session(tts):
+            return "there is no HTTP session outside a job"
+        if not isinstance(tts._session, aiohttp.ClientSession):
+            return "its HTTP session is not an aiohttp.ClientSession"
+        return None
+
+    def _looked_up(self, tts_type: type, name: str) -> Any:
+        return next((vars(each)[name] for each in tts_type.__mro__ if name in vars(each)), None)
+
+    def _why_not_native(self, native: Any) -> str | None:
+        if type(native) is not ConnectionPool:
+            return "_pool is not the plugin's own"
+        connects = getattr(native._connect_cb, "__func__", None)
+        if connects is not self._published["_connect_pooled_ws"]:
+            return "_pool._connect_cb is not the plugin's own"
+        duration = native._max_session_duration
+        if duration is not None and duration < SHORTEST_AGE:
+            return "_pool._max_session_duration allows next to no reuse"
+        return None
+
+    def request_of(self, tts: Any, opts: Any, owner: object) -> Request | None:
+        """What this TTS would ask for now; None if that cannot be known or compared.
+
+        Args:
+            opts: the options to speak with; None for the TTS's current ones.
+            owner: see `Request`.
+        """
+        asked = self._first_step(tts, opts, None)
+        if not isinstance(asked, _AskedError):
+            return None
+        args, kwargs = asked.arguments
+        try:
+            session = self._connecting(tts)._ensure_session()
+            return Request(session, args, kwargs, max_age=self._max_age(tts), owner=owner)
+        except (TypeError, ValueError, IndexError):
+            return None
+
+    def error_for(self, tts: Any, opts: Any, error: Exception) -> BaseException:
+        """What the plugin's connect raises after that error of aiohttp; the error itself if the
+        connect awaits something before."""
+        raised = self._first_step(tts, opts, error)
+        return error if raised is None else raised
+
+    def connect(self, tts: Any, opts: Any, timeout: float) -> Any:
+        """The coroutine of the plugin's own connect."""
+        if self._is_native:
+            return vars(tts)["_pool"]._connect_cb(timeout)
+        connect = self._published["_connect_ws"]
+        if self._shape is Shape.TAKES_OPTIONS:
+            return connect(tts, timeout, opts if opts is not None else tts._opts)
+        return connect(tts, timeout)
+
+    def _connecting(self, tts: Any) -> Any:
+        """The TTS that connects: a copy of a TTS shares the native pool of the original."""
+        return vars(tts)["_pool"]._connect_cb.__self__ if self._is_native else tts
+
+    def _max_age(self, tts: Any) -> float:
+        duration = vars(tts)["_pool"]._max_session_duration if self._is_native else None
+        return float("inf") if duration is None else float(duration)
+
+    def _first_step(self, tts: Any, opts: Any, error: Exception | None) -> BaseException | None:
+        """Run the plugin's connect up to `ws_connect`, which raises; returns what leaves it."""
+        connecting = self._connecting(tts)
+        attributes = vars(connecting)
+        connecting._ensure_session()
+        session = attributes["_session"]
+        asked = _Session(session, error)
+        coroutine = self.connect(tts, opts, 0.0)
+        # Last: left in place by an exception of ours, it would keep the TTS from connecting.
+        attributes["_session"] = asked
+        try:
+            coroutine.send(None)
+        except (Exception, _AskedError) as raised:
+            return raised
+        finally:
+            coroutine.close()
+            attributes["_session"] = session
+        return None

@@ -1,0 +1,39 @@
+"""What the connections of one event loop have learnt about one server."""
+
+from __future__ import annotations
+
+from ..pool.round_trips import RoundTrips
+
+PROBE = RoundTrips(4, at_least=0.25, at_most=1.5)
+"""Time for a sign of life after the PING that leaves just ahead of an utterance's first text."""
+
+MARGIN = 1.5
+"""A server whose PONG was late may take half as long again the next time."""
+DECAY = 0.9
+"""What each PONG leaves of the slowest one: fifteen prompt PONGs make up for one that took 3 s."""
+LONGEST_PATIENCE = 10.0
+"""Seconds. However late PONGs were, a connection that says nothing for so long is replaced."""
+
+
+class Host:
+    """How a server answers PINGs.
+
+    Attributes:
+        answers_pings: a PONG has come. Until then, silence says nothing about a connection.
+        pongs_unordered: the answer to a text came ahead of the PONG for an earlier PING. So PONGs
+            of this server do not show which utterance an answer is for.
+    """
+
+    def __init__(self) -> None:
+        self.answers_pings = False
+        self.pongs_unordered = False
+        self._slowest = 0.0
+
+    def answered(self, seconds: float) -> None:
+        """A PING was answered after so many seconds, by a PONG or by anything else."""
+        self.answers_pings = True
+        self._slowest = max(seconds, DECAY * self._slowest)
+
+    def patience(self, round_trip: float | None) -> float:
+        """Seconds after a PING in which a connection has to give a sign of life."""
+        return min(LONGEST_PATIENCE, max(PROBE.seconds(round_trip), MARGIN * self._slowest))

@@ -1,0 +1,81 @@
+"""What a TTS asks aiohttp for when it connects: the key of a pool, and what the pool dials."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import aiohttp
+import yarl
+
+
+class Request:
+    """A call of `ClientSession.ws_connect`. Two that are equal open interchangeable connections.
+
+    The repr shows nothing of it: the headers have the API key, and a voice may be a customer's own.
+
+    Args:
+        session: compared by identity.
+        args: the positional arguments; the first is the URL.
+        kwargs: the keyword arguments.
+        max_age: seconds after which the application wants no connection to be used any more.
+        owner: whose the connections are, if nobody else may have them; compared by identity.
+
+    Attributes:
+        host: the URL's host and port.
+
+    Raises:
+        TypeError, ValueError, IndexError: the arguments cannot be compared, or have no URL.
+    """
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        max_age: float,
+        owner: object = None,
+    ) -> None:
+        url = yarl.URL(args[0])
+        self.host = f"{url.host}:{url.port}"
+        self.session = session
+        self.max_age = max_age
+        self.owner = owner
+        self._args = args
+        self._kwargs = dict(kwargs)
+        self._identity = (id(session), _frozen(args), _frozen(kwargs), max_age, id(owner))
+        self._hash = hash(self._identity)
+
+    def __repr__(self) -> str:
+        return "<Request>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Request) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    async def connect(self, timeout: float) -> aiohttp.ClientWebSocketResponse | Exception:
+        """Open the WebSocket. PINGs and PONGs reach its reader.
+
+        Returns:
+            The WebSocket, or what aiohttp or a hook of the application has raised. What this raises
+            is a fault of the package.
+        """
+        arguments = {**self._kwargs, "autoping": False}
+        try:
+            opening = self.session.ws_connect(*self._args, **arguments)
+            return await asyncio.wait_for(opening, timeout)
+        except Exception as error:
+            return error
+
+
+def _frozen(value: Any) -> Hashable:
+    """The value, so that it can be compared later though the application may change it."""
+    if isinstance(value, Mapping):
+        return tuple((key, _frozen(each)) for key, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_frozen, value))
+    return value  # type: ignore[no-any-return]
