@@ -13,7 +13,7 @@ from livekit.agents import APIConnectOptions, APIError
 from livekit.plugins import xai
 
 import xai_pool_patch
-from xai_pool_patch.testing import End, FakeServer
+from xai_pool_patch.testing import End, FakeServer, isolated, pool_is_ready
 from xai_pool_patch.testing.fixtures import fake_xai_server as fake_xai_server
 
 pytestmark = pytest.mark.asyncio
@@ -95,10 +95,11 @@ async def test_a_wrong_key_is_an_error(quick_server: FakeServer) -> None:
 @pytest.mark.usefixtures("patched")
 async def test_a_server_far_away() -> None:
     """A server of its own, 150 ms away. The handshake takes place before the turn."""
-    async with FakeServer(round_trip=0.15) as server, server.client_session() as http:
-        tts = my_tts(api_key=server.behaviour.api_key, http_session=http)
-        tts.prewarm()  # as AgentSession does at its start
-        await server.wait_for(lambda server: server.open_count == 1)
-        await say(tts, "Good morning.")
-        assert len(server.handshakes) == 1
-        await tts.aclose()
+    with isolated():  # as the fixture does
+        async with FakeServer(round_trip=0.15) as server, server.client_session() as http:
+            tts = my_tts(api_key=server.behaviour.api_key, http_session=http)
+            tts.prewarm()  # as AgentSession does at its start
+            await pool_is_ready()
+            await say(tts, "Good morning.")
+            assert len(server.handshakes) == 1
+            await tts.aclose()
