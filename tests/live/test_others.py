@@ -209,23 +209,22 @@ async def test_a_dial_does_not_call_del_or_init_subclass_of_the_application(
 async def test_a_wrapper_is_called_from_when_it_is_set_until_it_is_removed(
     patched: None, name: str
 ) -> None:
-    """A1: each dial looks up who wraps the plugin's ways to connect."""
+    """K2: while it is there, the native pool serves; afterwards the shared one does again."""
     calls: list[str] = []
     original: Any = vars(xai.TTS)[name]
     async with line_to() as line:
         tts = line.tts()
         await two_turns(line, tts)
-        for count, is_wrapped in enumerate([True, False], 2):
-            theirs = wrapped_plainly(original, lambda self: calls.append(self.model))
-            setattr(xai.TTS, name, theirs if is_wrapped else original)
-            try:
-                await interrupted(line, tts)
-                await line.server.wait_for(lambda s, n=count: len(s.connections) == n)  # type: ignore[misc]
-                await two_turns(line, tts)
-            finally:
-                setattr(xai.TTS, name, original)
-            assert len(line.server.connections) == count
-        assert len(calls) == 2
+        setattr(xai.TTS, name, wrapped_plainly(original, lambda self: calls.append(self.model)))
+        try:
+            await two_turns(line, tts)
+        finally:
+            setattr(xai.TTS, name, original)
+        # Before the dial and after it. The native pool knows the other one from the TTS's making.
+        assert len(calls) == (2 if name == "_connect_ws" else 0)
+        assert len(line.server.connections) == 2
+        await two_turns(line, tts)
+        assert len(line.server.connections) == 2
         await tts.aclose()
 
 
@@ -271,7 +270,6 @@ async def test_a_connect_method_may_be_set_and_removed_between_turns(patched: No
             return dial(*args)
 
         tts._connect_ws = mine
-        assert type(tts._pool) is ConnectionPool
         await two_turns(line, tts)
         assert (len(calls), len(line.server.connections)) == (1, 2)
         del tts._connect_ws

@@ -106,8 +106,10 @@ class PooledConnections(ConnectionPool[aiohttp.ClientWebSocketResponse]):
     def _close_native(self) -> None:
         """Close what the native pool opened before it was replaced. It is never read."""
         native = self._native
-        if native._connections and has_loop():
-            native.invalidate()
+        # Only what is not in use: before 1.7 `invalidate()` would close that, too.
+        for ws in list(native._available):
+            native.remove(ws)
+        if native._to_close and has_loop():
             spawn(native._drain_to_close(), name="xai_pool_patch.close_native")
 
 
