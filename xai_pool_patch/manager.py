@@ -254,13 +254,13 @@ class PoolManager:
     def abandon(self) -> None:
         """After a fault, end all tasks and close all sockets. Utterances in progress fail."""
         self.supervisor.stop()
-        for lease in list(self.leases):
-            lease.mark_closed()
         for pool in [*self.pools.values(), *self._ending]:
             pool.abandon()
         self.pools = {}
         self._watches.clear()
         self._users.clear()
+        for lease in list(self.leases):
+            lease.mark_closed()
 
     def _end_unused(self, requests: Collection[Request | None]) -> list[Pool[Connection]]:
         used = {request for user in self._users.values() for request in user.requests}

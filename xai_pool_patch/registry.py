@@ -124,14 +124,15 @@ class Registry:
         """After a fault of the pools, close them all. The plugin then connects by itself."""
         level = logging.DEBUG if self.has_failed else logging.ERROR
         self.has_failed = True
+        # First: what follows may be what failed, and would not be heard of.
+        failed_open()
+        log_event(LogEvent.FAULT, level=level, operation=operation, error=fault)
         for loop, manager in self._loops.managers.items():
             if is_running(loop):
                 manager.abandon()
             else:
                 with contextlib.suppress(RuntimeError):  # the loop is closed
                     loop.call_soon_threadsafe(manager.abandon)
-        failed_open()
-        log_event(LogEvent.FAULT, level=level, operation=operation, error=fault)
 
     def close(self) -> None:
         """End every pool, in its own loop. Leased connections are closed when they come back."""

@@ -57,6 +57,8 @@ GUARDS = {
     "registry.Registry.is_open",
     "manager.PoolManager._make.connect",
     "plugin.provider.ConnectionProvider.close",
+    "plugin.provider.ConnectionProvider.close_if_over",
+    "plugin.provider.ConnectionProvider.lease",
     "plugin.native_pool.PooledConnections.__getattr__",
     "plugin.native_pool.PooledConnections.__setattr__",
     "plugin.native_pool.PooledConnections._native",
