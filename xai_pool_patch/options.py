@@ -54,8 +54,8 @@ class PoolOptions:
 
     heartbeat: float = 20.0
     """Interval of WebSocket PINGs. They keep NATs and load balancers from forgetting a connection,
-    and show within 1.5 times this interval that a peer has vanished. A server that never answers
-    a PING gets no more of them."""
+    and show within 1.5 times this interval that a peer has vanished. If a server
+    has never answered a PING, silence ends no connection."""
 
     answer_timeout: float = 20.0
     """Time from the end of an utterance's text in which a reused connection has to answer. Then the
