@@ -281,7 +281,8 @@ class PoolManager:
         for host in ended:
             self._watches.pop(host).end()
         is_last = bool(ended) and not self._watches and not self._loop.is_closed()
-        if is_last and self._store is not None:
+        # A task for nothing would never run if this is the loop's last step, and Python would warn.
+        if is_last and self._store is not None and self._store.keeps_open:
             close = self._store.aclose()
             self._closing_store = self.supervisor.spawn(close, "xai_pool_patch.store")
 

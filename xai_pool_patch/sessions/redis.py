@@ -34,6 +34,7 @@ class RedisStore(Store):
     """
 
     name = "redis"
+    keeps_open = True
 
     def __init__(self, url: str) -> None:
         super().__init__()

@@ -21,9 +21,11 @@ class Store:
 
     Attributes:
         name: part of log records.
+        keeps_open: `aclose` has something to do.
     """
 
     name: str
+    keeps_open = False
 
     def __init__(self) -> None:
         self._start()
