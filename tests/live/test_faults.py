@@ -6,44 +6,60 @@ Each fault comes in the second turn of a conversation, on a connection that the 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 from livekit.agents import APIConnectOptions
 
 import xai_pool_patch
-from tests.kit import Heard, Line, all_closed, connections, line_to, quick, speak
+from tests.kit import ONCE, Heard, Line, all_closed, connections, line_to, quick, speak
+from tests.live.never_worse import ANSWER_TIMEOUT, LIVEKITS_OWN, WARM, as_far_as_xai
 from tests.live.peer import until
-from xai_pool_patch import PoolOptions
 from xai_pool_patch.testing import Ending, FakeServer, Utterance
 
+PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
 ROUND_TRIP = 0.02
 SECONDS_PER_CHARACTER = 0.02
 TEXT = "This is the second turn."
-OPTIONS = PoolOptions(heartbeat=0.4)
 FOUR_MIB = '{"type":"news","filler":"' + "x" * 4 * 1024 * 1024 + '"}'
-
+OLD_AUDIO = '{"type":"audio.delta","delta":"CQAJAAkACQAJAAkA"}'
 
 pytestmark = pytest.mark.usefixtures("patched")
 
 
-@pytest.fixture
-def patched() -> Iterator[None]:
-    xai_pool_patch.install(OPTIONS)
-    yield
-    xai_pool_patch.uninstall()
+@dataclass
+class Row:
+    """What the table says of a fault. The retries are LiveKit's own, and so are the errors."""
+
+    heard: str
+    errors: int
+    first_audio: float
+
+
+def _rows() -> dict[str, Row]:
+    cells = [
+        [cell.strip() for cell in line.strip("| ").split("|")]
+        for line in PAGE.read_text("utf-8").splitlines()
+        if line.startswith("| ")
+    ]
+    return {
+        name.replace("`", ""): Row(heard, int(errors), float(first_audio.removesuffix(" s")))
+        for name, heard, errors, first_audio in cells[1:]
+    }
+
+
+ROWS = _rows()
 
 
 @dataclass
 class Fault:
-    """What happens to the second turn, and what becomes of it."""
+    """What happens to the second turn."""
 
     inject: Callable[[Line], Awaitable[None]]
     replays: int = 1
-    errors: int = 0
 
 
 def behaving(**faults: Any) -> Callable[[Line], Awaitable[None]]:
@@ -90,66 +106,75 @@ async def stray_done_in_flight(line: Line) -> None:
     await line.server.broadcast('{"type":"audio.done","trace_id":"stray"}')
 
 
+async def old_audio_in_flight(line: Line) -> None:
+    await line.server.broadcast(OLD_AUDIO)
+
+
 FAULTS = {
-    "reset as the turn begins": Fault(reset_in_flight),
     "Close as the turn begins": Fault(close_in_flight),
+    "reset as the turn begins": Fault(reset_in_flight),
     "error frame as the turn begins": Fault(error_in_flight),
-    "audio.done that nobody asked for": Fault(stray_done_in_flight, replays=0),
-    "half-open at checkout": Fault(freeze),
+    "old audio as the turn begins": Fault(old_audio_in_flight),
+    "stray audio.done as the turn begins": Fault(stray_done_in_flight, replays=0),
+    "half-open as the turn begins": Fault(freeze),
     "error frame as the first answer": Fault(behaving(error_on_text="Deadline expired")),
-    "Close before the first audio": Fault(behaving(end_before_audio=Ending.CLOSE)),
-    "reset before the first audio": Fault(behaving(end_before_audio=Ending.RESET)),
-    "half-open before the first audio": Fault(behaving(end_before_audio=Ending.SILENT)),
-    "answers PINGs and nothing else": Fault(behaving(mute=True), replays=0, errors=1),
+    "Close instead of the first audio": Fault(behaving(end_before_audio=Ending.CLOSE)),
+    "reset instead of the first audio": Fault(behaving(end_before_audio=Ending.RESET)),
     "malformed JSON": Fault(behaving(raw_before_audio=["{not json"])),
     "a frame of 4 MiB": Fault(behaving(raw_before_audio=[FOUR_MIB])),
-    "an unknown type": Fault(behaving(raw_before_audio=['{"type":"news"}']), replays=0),
+    "PINGs are not answered any more": Fault(behaving(answer_pings=False)),
+    "an unknown message type": Fault(behaving(raw_before_audio=['{"type":"news"}']), replays=0),
     "a binary frame": Fault(behaving(raw_before_audio=[b"\x00\x01"]), replays=0),
-    "stops answering PINGs": Fault(behaving(answer_pings=False)),
-    "Close after the first audio": Fault(
-        behaving(end_after_audio=Ending.CLOSE), replays=0, errors=1
-    ),
-    "reset after the first audio": Fault(
-        behaving(end_after_audio=Ending.RESET), replays=0, errors=1
-    ),
-    "half-open after the first audio": Fault(
-        behaving(end_after_audio=Ending.SILENT), replays=0, errors=1
-    ),
+    "PINGs are answered, and nothing else": Fault(behaving(mute=True), replays=0),
+    "half-open after the text arrived": Fault(behaving(end_before_audio=Ending.SILENT), replays=0),
+    "Close after the first audio": Fault(behaving(end_after_audio=Ending.CLOSE), replays=0),
+    "reset after the first audio": Fault(behaving(end_after_audio=Ending.RESET), replays=0),
+    "half-open after the first audio": Fault(behaving(end_after_audio=Ending.SILENT), replays=0),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
-async def test_a_fault_of_a_reused_connection_reaches_the_plugin_only_after_audio(
-    name: str,
-) -> None:
-    """Before the first audio another connection speaks, and there is no error."""
-    fault = FAULTS[name]
-    async with line_to(
-        quick(pace=20.0, speech_per_character=SECONDS_PER_CHARACTER), ROUND_TRIP
-    ) as line:
+async def test_a_fault_of_a_reused_connection_costs_what_the_table_says(name: str) -> None:
+    """Before the first audio another connection speaks, or the framework's retry is heard."""
+    fault, row = FAULTS[name], ROWS[name]
+    async with as_far_as_xai(pace=20.0, speech_per_character=SECONDS_PER_CHARACTER) as line:
         tts = line.tts()
         await speak(tts, "This is the first turn.")
         await _until_round_trip_is_known()
-        heard = await _second_turn(line, tts, fault)
-        assert len(line.errors) == fault.errors
-        assert xai_pool_patch.stats()["replays"] == fault.replays
+        heard = await _second_turn(line, tts, fault, LIVEKITS_OWN)
+        assert (len(line.errors), xai_pool_patch.stats()["replays"]) == (row.errors, fault.replays)
+        assert heard.first_audio == pytest.approx(row.first_audio, abs=0.01)
         _check_samples(line, heard)
-        if not fault.errors:
+        is_whole = row.heard.startswith("all")
+        assert (heard.error is None) == is_whole
+        if is_whole:
             whole = len(TEXT.replace(" ", "")) * SECONDS_PER_CHARACTER
             # The framework may end a sentence with a hundredth of a second of silence.
             assert heard.seconds == pytest.approx(whole, abs=0.011)
             metric = line.metrics[-1]
-            assert metric.connection_reused == (fault.replays == 0)
-            assert (metric.acquire_time > 0) == (fault.replays > 0)
+            is_first_try = not (fault.replays or row.errors)
+            assert (metric.connection_reused, metric.acquire_time == 0.0) == (is_first_try,) * 2
             line.server.network.unfreeze()
+            await until(lambda: xai_pool_patch.stats()["idle"])
             after = await speak(tts, "And a third turn.")
             assert after.samples == {line.server.utterance_for("And a third turn.").number}
+            assert after.first_audio is not None
+            assert after.first_audio < WARM
         await tts.aclose()
 
 
-async def _second_turn(line: Line, tts: Any, fault: Fault) -> Heard:
+def test_the_table_has_all_faults_and_no_other() -> None:
+    assert ROWS.keys() == FAULTS.keys()
+
+
+async def _second_turn(
+    line: Line,
+    tts: Any,
+    fault: Fault,
+    options: APIConnectOptions = ONCE,
+) -> Heard:
     injecting = asyncio.create_task(_inject(line, fault))
-    heard = await speak(tts, TEXT, APIConnectOptions(max_retry=0, timeout=2.0))
+    heard = await speak(tts, TEXT, options)
     await injecting
     return heard
 
@@ -271,14 +296,12 @@ async def test_a_dead_session_is_an_error_and_its_retry_is_heard() -> None:
         assert heard.samples == {line.server.utterances[-1].number}
         assert [type(event.error).__name__ for event in line.errors] == ["APITimeoutError"]
         took = asyncio.get_running_loop().time() - began
-        assert OPTIONS.answer_timeout < took < OPTIONS.answer_timeout + 1.0
+        assert ANSWER_TIMEOUT < took < ANSWER_TIMEOUT + 1.0
         await tts.aclose()
 
 
 async def test_the_replacement_speaks_though_the_pong_comes_after_the_probe() -> None:
-    """L4, L5: the dial that the missing PONG began serves the turn, however late it ends."""
-    xai_pool_patch.uninstall()
-    xai_pool_patch.install(dataclasses.replace(OPTIONS, heartbeat=20.0))
+    """L4: the dial that the missing PONG began serves the turn, however late it ends."""
     async with line_to(quick(), ROUND_TRIP) as line:
         tts, behaviour = line.tts(), line.server.behaviour
         await speak(tts, "First.")
