@@ -678,6 +678,17 @@ async def test_only_a_close_that_has_arrived_is_aborted(seconds: float) -> None:
         assert (took < 0.5) == (seconds > CLOSE_COUNTS)
 
 
+async def test_who_waits_from_the_close_on_waits_long_enough() -> None:
+    """S4: a timer that is set with it does not come a moment too early."""
+    async with connection(answers_close=False) as (live, _, _):
+        loop = asyncio.get_running_loop()
+        closing, began = live.close(), loop.time()
+        assert closing is not None
+        loop.call_later(CLOSE_COUNTS, live.abort_if_closing)
+        await closing
+        assert loop.time() - began == pytest.approx(CLOSE_COUNTS, abs=0.1)
+
+
 async def test_closing_a_connection_that_the_peer_has_closed_does_nothing() -> None:
     """close() returns None."""
     async with connection() as (live, peer, watch):

@@ -249,6 +249,9 @@ class Connection:
         if self.ws.closed:
             self._abort()
         elif self._closer is None:
+            if not listen:
+                # Not in `_shut`, a step later: whoever waits for `CLOSE_COUNTS` begins now.
+                self._close_sent_at = self._loop.time()
             self._closer = self._supervisor.spawn(self._shut(listen), name="xai_pool_patch.close")
         return self._closer
 
@@ -261,7 +264,7 @@ class Connection:
     async def _shut(self, listen: bool) -> None:
         if listen:
             await asyncio.wait([self._sign_of_life], timeout=CLOSE_TIMEOUT)
-        self._close_sent_at = self._loop.time()
+            self._close_sent_at = self._loop.time()
         try:
             with contextlib.suppress(asyncio.TimeoutError):
                 await within(CLOSE_TIMEOUT, self._send_close(), "xai_pool_patch.close_frame")
