@@ -70,6 +70,22 @@ async def test_one_dial_however_many_signs(network: Network, pool: Pool[Wire]) -
 
 
 @with_pool()
+async def test_who_waits_is_not_dialled_for_as_expected_too(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """S2: a reply that waits is given up for the next one, which gets its dial."""
+    pool.expect(ANN, now() + 10.0)
+    given_up = asyncio.create_task(pool.acquire(10.0, caller=ANN))
+    await asyncio.sleep(HANDSHAKE / 2)
+    pool.expect(ANN, now() + 10.0)
+    given_up.cancel()
+    await asyncio.wait([given_up])
+    await pool.acquire(10.0, caller=ANN)
+    await asyncio.sleep(HANDSHAKE)
+    assert len(network.wires) == 1
+
+
+@with_pool()
 async def test_each_expected_caller_has_one(pool: Pool[Wire]) -> None:
     """S2: two sessions of one voice reply at the same time."""
     pool.resize(1)

@@ -817,13 +817,14 @@ class Pool(Generic[C]):
         kept = self._min_size if self.mode.keeps_min_size else 0
         if not self._expected or not self.mode.dials_for_replies:
             return kept
-        holders = {entry.holder for entry in self._entries.values()}
-        expected = len(self._expected.keys() - holders)
+        waiting = [waiter.caller for waiter in self._waiters if not waiter.future.done()]
+        # A session speaks one reply at a time: what it has, or waits for, is for the next one, too.
+        served = {*waiting, *(entry.holder for entry in self._entries.values())}
+        expected = len(self._expected.keys() - served)
         if not expected:
             return kept
         # Those in use and those that others wait for are not for the expected ones.
-        waiting = sum(not waiter.future.done() for waiter in self._waiters)
-        return max(kept, self.leased + waiting + expected)
+        return max(kept, self.leased + len(waiting) + expected)
 
     def _fresh(self) -> int:
         """Connections that are not about to be replaced."""
