@@ -45,6 +45,7 @@ GUARDS = {
     "plugin.native_pool.PoolAttribute.__get__",
     "plugin.native_pool.PoolAttribute.__set__",
     "plugin.wrappers._bound.bound",
+    "plugin.wrappers.Wrappers.before.wrapper",
     "plugin.wrappers.Wrappers.after.wrapper",
     "plugin.wrappers.Wrappers.run_ws",
     "plugin.wrappers.Wrappers.connect_ws",

@@ -47,7 +47,7 @@ from xai_pool_patch.protocol.request import Request
 from xai_pool_patch.testing import End
 
 CLASSES = (plugin_module.TTS, plugin_module.SynthesizeStream, AgentSession)
-STEPS = 6 if HAS_NATIVE_POOL else 8
+STEPS = 7 if HAS_NATIVE_POOL else 9
 """Of uninstall(): so many attributes are patched, and then there are the pools."""
 
 

@@ -41,7 +41,7 @@ from tests.session.fakes import (
     ToolCall,
 )
 from tests.session.test_adapters import ONE_TURN, OTHER_KEY, two_lines
-from tests.session.test_session import Speaker
+from tests.session.test_session import Speaker, session_of
 from xai_pool_patch import PoolOptions
 from xai_pool_patch.demo.conversation import Loudspeaker
 from xai_pool_patch.plugin import conversation
@@ -49,7 +49,7 @@ from xai_pool_patch.plugin.conversation import current_conversation
 from xai_pool_patch.pool import pool
 
 LEAN = PoolOptions(warm="reply")
-UNPATCHED_EMIT = vars(AgentSession)["emit"]
+UNPATCHED_EMIT, UNPATCHED_START = vars(AgentSession)["emit"], vars(AgentSession)["start"]
 
 
 @pytest.fixture
@@ -608,15 +608,63 @@ def test_sessions_in_threads() -> None:
     assert problems == []
 
 
-# The wrapper itself.
+async def stays_closed(line: Line) -> None:
+    """For an hour, in which nothing is dialled either."""
+    await all_closed(line.server)
+    seen = line.server.network.accepted
+    await asyncio.sleep(3600.0)
+    assert (line.server.network.accepted, line.server.open_count) == (seen, 0)
+    assert xai_pool_patch.stats()["pools"] == 0
 
 
-def test_uninstall_restores_emit() -> None:
+@pytest.mark.parametrize("says", ["Hello.", ""], ids=["heard", "silent"])
+async def test_the_end_of_a_session_with_four_agents(says: str, patched: None) -> None:
+    """S6a: each has a voice of its own, and perhaps never said a word."""
+    async with line_to(round_trip=0.02) as line:
+        agents = [Speaker(line.tts(voice=f"voice {number}")) for number in range(4)]
+        own = line.tts(voice="own")
+        async with session_of(Agent(instructions=""), tts=own) as (session, _):
+            for agent in (*agents, agents[0]):
+                await agent.take_over(session)
+                await (session.say(says).wait_for_playout() if says else asyncio.sleep(1.0))
+        await stays_closed(line)
+
+
+@pytest.mark.parametrize("says", ["Hello. And again.", ""], ids=["heard", "silent"])
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        lambda tts, other: tts,
+        lambda tts, other: FallbackAdapter([tts, other]),
+        lambda tts, other: StreamAdapter(
+            tts=tts, sentence_tokenizer=tokenize.basic.SentenceTokenizer()
+        ),
+    ],
+    ids=["itself", "fallback", "sentences"],
+)
+async def test_the_end_of_a_session_with_an_adapter(
+    arrange: Callable[[xai.TTS, xai.TTS], Any], says: str, patched: None
+) -> None:
+    """S6a: a call that is hung up before its first word, too."""
+    async with line_to() as line:
+        ttss = line.tts(voice="ara"), line.tts(voice="eve")
+        async with session_of(Agent(instructions=""), tts=arrange(*ttss)) as (session, _):
+            await (session.say(says).wait_for_playout() if says else asyncio.sleep(1.0))
+            assert line.server.open_count
+        await stays_closed(line)
+
+
+# The wrappers themselves.
+
+
+def test_uninstall_restores_the_session() -> None:
     """Exactly."""
     xai_pool_patch.install()
     assert vars(AgentSession)["emit"] is not UNPATCHED_EMIT
+    assert vars(AgentSession)["start"] is not UNPATCHED_START
     xai_pool_patch.uninstall()
     assert vars(AgentSession)["emit"] is UNPATCHED_EMIT
+    assert vars(AgentSession)["start"] is UNPATCHED_START
 
 
 async def test_an_emit_that_nobody_knows(

@@ -29,6 +29,10 @@ class Signs:
         self._conversations: weakref.WeakKeyDictionary[Any, Conversation]
         self._conversations = weakref.WeakKeyDictionary()
 
+    def starting(self, session: Any) -> None:
+        """Runs before `AgentSession.start`, which prewarms and emits nothing before."""
+        enter_conversation(self._conversation_of(session))
+
     def emitted(self, session: Any, _: None, event: str, arg: Any) -> None:
         """Runs after `AgentSession.emit`: the session's own listeners may interrupt a reply."""
         sign = _SIGNS.get(event)
