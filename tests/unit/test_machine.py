@@ -407,11 +407,10 @@ class Agents(RuleBasedStateMachine):
     @precondition(lambda self: self.pools.pools)
     @rule()
     def let_go(self) -> None:
-        pools = list(self.pools.pools.values())
-        had_idle = [pool for pool in pools if pool.idle]
+        had_idle = [pool for pool in self.pools.pools.values() if pool.idle]
         self.inside(self.pools.let_go)
         assert all(pool.mode is Mode.ON_DEMAND for pool in had_idle)
-        assert not any(pool.idle for pool in pools)
+        assert not any(pool.idle for pool in had_idle)
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
