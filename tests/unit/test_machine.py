@@ -546,7 +546,7 @@ class Agents(RuleBasedStateMachine):
         if any(pool.connecting for pool in self.pools.pools.values()):
             self.let(1.0)  # a rotation, of all moments in this one
         assert self.waiting == [], "a caller was forgotten"
-        users = self.pools._users.values()
+        users = list(self.pools._users.values())  # it is an iterator
         for request, pool in self.pools.pools.items():
             is_used = any(user.current == request for user in users)
             least = self.options.min_size if is_used and pool.mode is Mode.WARM else 0
