@@ -17,7 +17,7 @@ from . import report
 from .cases import CASES
 from .fleet_command import fleet
 from .helpers import HelperFailedError
-from .need import need
+from .need import Turns, need
 from .peers.command import peers
 from .profile import profile
 from .runs import COSTS, FLEET, Bench, CostResult, crew_at_work, measure_case, measure_fleet
@@ -38,20 +38,8 @@ app.command()(sessions)
 @app.callback(invoke_without_command=True)
 def bench(
     context: typer.Context,
-    turns: Annotated[
-        int,
-        typer.Option(
-            metavar="N", help="Turns of each case, for either plugin.", callback=arguments.turns
-        ),
-    ] = 40,
-    rtt: Annotated[
-        float,
-        typer.Option(
-            metavar="MS",
-            help="Round trip to the fake server, in ms.",
-            callback=arguments.milliseconds,
-        ),
-    ] = 150.0,
+    turns: Turns = 40,
+    rtt: arguments.RoundTrip = 150.0,
     only: Annotated[
         list[str] | None,
         typer.Option("--case", metavar="NAME", help="Measure this one; may be given repeatedly."),

@@ -29,22 +29,17 @@ SITUATIONS = {
 }
 """The rows of the table: the cases that they are measured by, and what they are called."""
 
+Turns = Annotated[
+    int,
+    typer.Option(
+        metavar="N", help="Turns of each case, for either plugin.", callback=arguments.turns
+    ),
+]
+
 
 def need(
-    turns: Annotated[
-        int,
-        typer.Option(
-            metavar="N", help="Turns of each case, for either plugin.", callback=arguments.turns
-        ),
-    ] = 20,
-    rtt: Annotated[
-        float,
-        typer.Option(
-            metavar="MS",
-            help="Round trip to the fake server, in ms.",
-            callback=arguments.milliseconds,
-        ),
-    ] = 150.0,
+    turns: Turns = 20,
+    rtt: arguments.RoundTrip = 150.0,
 ) -> None:
     """Print as Markdown what a caller waits in each situation, unpatched and patched.
 

@@ -138,14 +138,7 @@ def demo(
     turns: Annotated[
         int, typer.Option(metavar="N", help="Turns of the conversation.", callback=arguments.turns)
     ] = 10,
-    rtt: Annotated[
-        float,
-        typer.Option(
-            metavar="MS",
-            help="Round trip to the fake server, in ms.",
-            callback=arguments.milliseconds,
-        ),
-    ] = 150.0,
+    rtt: arguments.RoundTrip = 150.0,
     interrupt: Annotated[
         float,
         typer.Option(

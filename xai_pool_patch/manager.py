@@ -319,7 +319,6 @@ class PoolManager:
     def _set_lean(self, host: str) -> None:
         for pool in self._pools_at(host):
             pool.set_lean(self._is_lean(host))
-            pool.settle_soon()
 
     def _is_lean(self, host: str) -> bool:
         if self._options.warm == "auto":

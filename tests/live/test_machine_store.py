@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.kit import event_of
+from tests.live.forks import fork_that_reads
 from tests.unit.pool_kit import no_fault
 from xai_pool_patch.pool.supervisor import Supervisor
 from xai_pool_patch.sessions import Store
@@ -381,18 +382,7 @@ async def test_a_process_that_was_forked(store: MachineStore) -> None:
     """It has a thread of its own, and goes its own ways by chance."""
     wanted = in_seconds()
     await store.write(HOST, wanted)
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            # The parent's loop is here in mid-run: only another thread can have one.
-            found: list[float | None] = []
-            thread = threading.Thread(target=lambda: found.append(asyncio.run(store.read(HOST))))
-            thread.start()
-            thread.join(30.0)
-            status = 0 if found and found[0] is not None else 2
-        finally:
-            os._exit(status)
+    child = fork_that_reads(store, HOST)
     _, status = await asyncio.to_thread(os.waitpid, child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
 

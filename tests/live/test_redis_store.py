@@ -21,6 +21,7 @@ import redis
 import trustme
 
 from tests.kit import event_of
+from tests.live.forks import fork_that_reads
 from tests.live.redis_kit import RedisServer, redis_server
 from tests.unit.pool_kit import no_fault
 from xai_pool_patch.errors import InvalidOptionError
@@ -236,18 +237,7 @@ async def test_several_event_loops(store: RedisStore, server: RedisServer) -> No
 async def test_a_process_that_was_forked(store: RedisStore, server: RedisServer) -> None:
     """It has a connection of its own: answers must not go to the other process."""
     await store.write(HOST, in_seconds())
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            # The parent's loop is here in mid-run: only another thread can have one.
-            found: list[float | None] = []
-            thread = threading.Thread(target=lambda: found.append(asyncio.run(store.read(HOST))))
-            thread.start()
-            thread.join(30.0)
-            status = 0 if found and found[0] is not None else 2
-        finally:
-            os._exit(status)
+    child = fork_that_reads(store, HOST)
     for _ in range(20):
         assert await store.read(HOST) is not None
     _, status = await asyncio.to_thread(os.waitpid, child, 0)

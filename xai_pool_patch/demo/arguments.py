@@ -1,10 +1,11 @@
-"""Checks the values of the commands' options."""
+"""The options that several commands have, and the checks of options' values."""
 
 from __future__ import annotations
 
 import errno
 import os
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -30,6 +31,12 @@ def milliseconds(value: float) -> float:
             f"must be a number of milliseconds from 0 to {LONGEST_ROUND_TRIP}, not {value:g}"
         )
     return value
+
+
+RoundTrip = Annotated[
+    float,
+    typer.Option(metavar="MS", help="Round trip to the fake server, in ms.", callback=milliseconds),
+]
 
 
 def idle_time(value: float | None) -> float | None:

@@ -81,8 +81,9 @@ class ConnectionProvider:
             Exception: as the plugin's own connect does, if the network or the server fails.
         """
         try:
-            is_served = self.serves(tts, is_connecting=True)
-            lease = await self._lease(turn, tts, timeout, opts) if is_served else None
+            keep = self.serves(tts)
+            is_served = keep or self.serves(tts, is_connecting=True)
+            lease = await self._lease(turn, tts, timeout, opts, keep) if is_served else None
         except PoolClosedError:
             return None
         except Exception as fault:
@@ -93,15 +94,14 @@ class ConnectionProvider:
         return lease
 
     async def _lease(
-        self, turn: Turn, tts: Any, timeout: float, opts: Any
+        self, turn: Turn, tts: Any, timeout: float, opts: Any, keep: bool
     ) -> Lease | BaseException | None:
         manager = turn.manager = self.registry.here()
-        pool = self._use(manager, tts, opts, is_turn=True)
+        pool = self._use(manager, tts, opts, is_turn=True, keep=keep)
         if pool is None:
             return None
-        usage = manager.usage(
-            tts
-        )  # now, since the TTS may be closed before the connection is there
+        # Now, since the TTS may be closed before the connection is there.
+        usage = manager.usage(tts)
         conversation = current_conversation()
         acquire = functools.partial(self._acquire, pool, tts, timeout, opts, conversation)
         acquired = await acquire()
@@ -214,7 +214,13 @@ class ConnectionProvider:
         return self._use(manager, tts) if is_in_use else None
 
     def _use(
-        self, manager: PoolManager, tts: Any, opts: Any = None, *, is_turn: bool = False
+        self,
+        manager: PoolManager,
+        tts: Any,
+        opts: Any = None,
+        *,
+        is_turn: bool = False,
+        keep: bool = True,
     ) -> Pool[Connection] | None:
         request = self._asking.request_of(tts, opts, manager.owner_of(tts))
         if request is None:
@@ -224,7 +230,7 @@ class ConnectionProvider:
         if job is not None and manager.is_first_use_by(job):
             # Nothing calls `TTS.aclose()` when a job ends.
             job.add_shutdown_callback(lambda: manager.end_with(job))
-        keep = not manager.is_over(job) and self.serves(tts)
+        keep = keep and not manager.is_over(job)
         pool = manager.register(tts, request, is_turn=is_turn, keep=keep)
         if manager.is_unsteady(tts):
             self._leave_alone(tts, "each turn asks for another connection")

@@ -28,7 +28,7 @@ from .backoff import Backoff, FailureKind
 from .clearing import Clearing
 from .entries import Acquired, C, Dial, Outcome, Poolable, PoolEntry, Reason, Waiter
 from .soft_timeout import SoftTimeout
-from .supervisor import Supervisor
+from .supervisor import CLOSE_TIMEOUT, Supervisor
 
 __all__ = [
     "AcquireTimeoutError",
@@ -40,9 +40,6 @@ __all__ = [
     "Poolable",
     "Reason",
 ]
-
-CLOSE_TIMEOUT = 5.0
-"""Seconds that the end of a pool waits for its dials and closes."""
 
 DIAL_SOFT_TIMEOUT = 1.0
 """Seconds from its start in which callers rely on a dial that somebody else began. Then the pool
@@ -405,9 +402,8 @@ class Pool(Generic[C]):
 
     def set_lean(self, is_lean: bool) -> None:
         """See `is_lean`."""
-        if self.is_lean != is_lean:
-            self.is_lean = is_lean
-            self.settle_soon()
+        self.is_lean = is_lean
+        self.settle_soon()  # also for what was held back while sessions were scarce
 
     def let_go(self) -> list[asyncio.Task[None]]:
         """Close all idle connections in the background, to make room for a caller elsewhere.

@@ -14,7 +14,8 @@ OnFault = Callable[[str, Exception], None]
 
 
 CLOSE_TIMEOUT = 5.0
-"""Seconds a peer has to answer a Close frame after a fault."""
+"""Seconds the peer has to answer a Close frame, in the background; then the socket is aborted.
+Without a Close frame xAI may count the session for up to 600 s more."""
 
 
 class Socket(Protocol):

@@ -14,7 +14,7 @@ import aiohttp
 from aiohttp import WSMsgType
 
 from ..pool.soft_timeout import SoftTimeout
-from ..pool.supervisor import Supervisor, within
+from ..pool.supervisor import CLOSE_TIMEOUT, Supervisor, within
 from ..sessions.refusal import says_refused
 from ..telemetry.log import LogEvent, log_event
 from .host import Host
@@ -24,9 +24,6 @@ IDENTIFIER = re.compile(r"[a-z_]{1,20}(\.[a-z_]{1,20})?")
 DATA = (WSMsgType.TEXT, WSMsgType.BINARY)
 CLOSED_MESSAGE = aiohttp.WSMessage(WSMsgType.CLOSED, None, None)
 
-CLOSE_TIMEOUT = 5.0
-"""Seconds the peer has to answer a Close frame, in the background; then the socket is aborted.
-Without a Close frame xAI may count the session for up to 600 s more."""
 CLOSE_COUNTS = 1.0
 """Seconds after which a Close frame has reached the peer, though it has not answered."""
 

@@ -62,7 +62,6 @@ class Attempt:
     """A connection that carries the utterance."""
 
     connection: Connection
-    is_fresh: bool
     sent: int = 0
     """How many of the frames have been sent on this connection."""
     is_sending: bool = False
@@ -156,7 +155,7 @@ class Exchange:
     # Sending
 
     def _begin(self, acquired: Acquired[Connection]) -> Attempt:
-        attempt = self._attempt = Attempt(acquired.connection, acquired.fresh)
+        attempt = self._attempt = Attempt(acquired.connection)
         self.connection = attempt.connection
         self.connection.attach(functools.partial(self._hear, attempt))
         return attempt

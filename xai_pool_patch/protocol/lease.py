@@ -62,7 +62,6 @@ class Lease(aiohttp.ClientWebSocketResponse):
         self.is_closed = False
         self._exchange = exchange
         self._is_receiving = False
-        self._is_given_away = False
 
     def __repr__(self) -> str:
         return f"<Lease {'closed' if self.is_closed else 'open'} {self._exchange!r}>"
@@ -78,6 +77,10 @@ class Lease(aiohttp.ClientWebSocketResponse):
         """A `session.update` changed how its connection speaks."""
         return self._exchange.connection.utterance.was_configured
 
+    @property
+    def _is_given_away(self) -> bool:
+        return self._exchange.connection.is_given_away
+
     def end(self, outcome: Outcome) -> None:
         """The utterance is over: give the connection back. Never waits.
 
@@ -87,7 +90,6 @@ class Lease(aiohttp.ClientWebSocketResponse):
         if self._is_given_away:
             return
         if outcome is Outcome.FINISHED and not self.is_closed:
-            self._is_given_away = True
             self._exchange.give_away()
         else:
             self.mark_closed()
