@@ -21,8 +21,10 @@ from prometheus_client import generate_latest
 import xai_pool_patch
 from tests.kit import API_KEY, Heard, line_to, quick, speak
 from tests.live.test_errors import FAILURES, REFUSALS
-from tests.live.test_faults import FAULTS, OPTIONS, ROUND_TRIP, TEXT, _inject
+from tests.live.test_faults import FAULTS, ROUND_TRIP, TEXT, _inject
+from xai_pool_patch import PoolOptions
 
+OPTIONS = PoolOptions(heartbeat=0.4)
 VOICE = "somebodys-own-voice"
 FIRST_TEXT = "Whatever was spoken first."
 SECRETS = (
