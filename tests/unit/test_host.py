@@ -50,3 +50,15 @@ def test_only_an_answer_shows_that_pings_are_answered() -> None:
     assert not Host().answers_pings
     assert after(0.1).answers_pings
     assert not Host().pongs_unordered
+
+
+def test_two_ends_by_themselves_in_a_row_say_that_pongs_are_late() -> None:
+    """L4c: one may be of an older utterance."""
+    host = Host()
+    host.held_an_end()
+    assert not host.pongs_unordered
+    host.was_in_order()
+    host.held_an_end()
+    assert not host.pongs_unordered
+    host.held_an_end()
+    assert host.pongs_unordered

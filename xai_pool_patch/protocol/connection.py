@@ -190,6 +190,7 @@ class Connection:
             # If it was of an older utterance, the answer is still to come. The next utterance must
             # not get it.
             self.utterance.stage = Stage.DIRTY
+            self.host.held_an_end()
         elif self.last_heard <= probe.began:
             on_silence()
 
@@ -365,6 +366,8 @@ class Connection:
         probe = self._probe
         if probe is not None and token == probe.token:
             probe.is_answered = True
+            if probe.held is None:
+                self.host.was_in_order()
 
     def _gave_a_sign(self) -> None:
         if not self._sign_of_life.done():
