@@ -71,9 +71,11 @@ BY_THE_SERVER_ALONE = [
         "stale_audio",
         "broken_telemetry",
         "wordless",
+        "job_processes",
     )
 ]
-"""These tests depend on the server or the application. Only `THOROUGH` plugins run them."""
+"""These tests depend on the server, the application or the worker. Only `THOROUGH` plugins run
+them."""
 TOUCH_THE_PLUGIN = [
     *["tests/live", "tests/session", "tests/wheel.py"],
     "tests/demo/test_check.py::test_the_installed_plugin",

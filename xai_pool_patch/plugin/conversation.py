@@ -83,12 +83,10 @@ class Conversation:
     def speaks(self, tts: Any, pool: Pool[Connection]) -> None:
         """A reply has got its connection from that pool, which expects it no more."""
         self.tts = tts
-        if self._expected_by is not pool:
-            self.withdraw()  # another TTS speaks than the one that was expected to
-        elif self.is_expected and self.replies_to_come > 1:
+        if self._expected_by is pool and self.is_expected and self.replies_to_come > 1:
             pool.expect(self, self._expected_until)  # one that is queued speaks next
         else:
-            self._expected_by = None
+            self.withdraw()  # of another pool too, and of a sign that came while it waited
 
     def close(self) -> list[Any]:
         """The session is over. Returns the TTS instances that no other session uses."""
