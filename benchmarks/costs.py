@@ -61,7 +61,7 @@ class Load:
     conversation, and all together enough to keep the processor awake: woken from its sleep for
     every single message it takes several times as long for anything."""
     connections_per_server: int = 10
-    """A fake server wakes everybody on it at every change: twice as many cost it four times as
+    """A fake server wakes all its tasks at every change: twice as many cost it four times as
     much."""
 
     @property

@@ -143,7 +143,7 @@ def _against_unpatched(crew: Crew) -> Measured:
 NO_WAITING = 1e6
 """Messages per second."""
 
-# No goal but the last was set by anybody: the others show when the pool becomes dearer than it was.
+# Only the last goal was set from outside: the others show when the pool becomes dearer than it was.
 COSTS = (
     Cost(
         "hit",

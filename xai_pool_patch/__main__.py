@@ -327,7 +327,7 @@ def probe(
     from .probe import report, run
 
     if fake:
-        from . import testing  # noqa: F401 - what is missing for it is found before anybody is asked
+        from . import testing  # noqa: F401 - what is missing for it is found before the question
     console = Console(quiet=as_json, highlight=False)
     questions = run.chosen(idle=idle, deadline=deadline, sessions=sessions)
     _confirm(report.announcement(questions, fake=fake), yes=yes, console=console)

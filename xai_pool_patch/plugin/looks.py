@@ -61,7 +61,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Imported:
-    """A module as it is now, whoever has changed it since its import."""
+    """A module as it is now, with all changes since its import."""
 
     module: ModuleType
 

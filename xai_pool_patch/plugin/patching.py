@@ -52,7 +52,7 @@ class Patch:
         setattr(self.owner, self.name, self._ours)
 
     def undo(self) -> None:
-        """Restore the attribute. Beneath somebody else's wrapper, ours stays and passes through."""
+        """Restore the attribute. Beneath a foreign wrapper, ours stays and passes through."""
         self.switch.clear()
         if vars(self.owner).get(self.name) is not self._ours:
             log_event(LogEvent.COVERED, attribute=f"{self.owner.__name__}.{self.name}")

@@ -42,7 +42,7 @@ class Shape(enum.Enum):
 
 @dataclass(frozen=True)
 class Release:
-    """Versions of the plugin with one and the same `tts.py`, which somebody has read."""
+    """Versions of the plugin with one and the same `tts.py`, which has been read."""
 
     versions: tuple[str, ...]
     shape: Shape

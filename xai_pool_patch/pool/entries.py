@@ -77,7 +77,7 @@ class Acquired(Generic[C]):
     reused: bool
     """The connection was idle when the caller asked."""
     fresh: bool
-    """The pool dialled it while the caller waited, and nobody has used it before."""
+    """The pool dialled it while the caller waited, and it is unused."""
 
 
 @dataclass(eq=False)
@@ -114,7 +114,7 @@ class Waiter(Generic[C]):
         """Take the connection. False if the caller does not want one any more, or not this one."""
         # A waiter leaves the pool's queue only when its task runs again. Until then its future may
         # be done: served, failed, or cancelled with the caller. set_result() would raise here,
-        # in the middle of somebody else's release().
+        # in the middle of another caller's release().
         if self.future.done() or (self.wants_fresh and entry.lease_count):
             return False
         self.future.set_result(entry)
@@ -132,7 +132,7 @@ class Waiter(Generic[C]):
         """The connection that it accepted, for a caller who was cancelled before waking up."""
         # The caller may also be cancelled between fail() and waking up. result() would raise that
         # error in place of the cancellation, and a task that was cancelled would go on. exception()
-        # marks the error as seen as well. Otherwise asyncio would log that nobody retrieved it.
+        # marks the error as seen as well. Otherwise asyncio would log that it was never retrieved.
         if self.future.cancelled() or not self.future.done() or self.future.exception():
             return None
         return self.future.result()

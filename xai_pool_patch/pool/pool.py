@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 DIAL_SOFT_TIMEOUT = 1.0
-"""Seconds from its start in which callers rely on a dial that somebody else began. Then the pool
+"""Seconds from its start in which callers rely on a dial that was begun for others. Then the pool
 dials for them. A handshake takes 0.45 to 0.6 s in production (livekit/agents issue 6078)."""
 
 ROTATION_LEAD = 0.05
@@ -269,9 +269,9 @@ class Pool(Generic[C]):
 
         Args:
             timeout: seconds the whole wait may take.
-            fresh: take only a connection that nobody has used and that has not been idle. It is for
+            fresh: take only a connection that is unused and has not been idle. It is for
                 the replay of an utterance under way, so a pool that has ended dials it too.
-            caller: whoever was announced by `expect`, if anybody was.
+            caller: the caller that `expect` announced, if there was one.
 
         Raises:
             DialFailedError: the dial made for this caller failed.
@@ -372,12 +372,12 @@ class Pool(Generic[C]):
             self.settle()
 
     def prewarm(self) -> None:
-        """Dial one connection in the background if there is none, for whoever asks first."""
+        """Dial one connection in the background if there is none, for the first caller."""
         if not self._entries and not self._dials:
             self.expect(ANYBODY, self._now() + PREWARM_LASTS)
 
     def _fulfil(self, caller: object) -> None:
-        """A caller asks for a connection: nobody needs to expect it any more."""
+        """A caller asks for a connection, so it is not expected any more."""
         for expected in {caller, ANYBODY} & self._expected.keys():
             del self._expected[expected]
             self.metrics.sign_used()
@@ -390,7 +390,7 @@ class Pool(Generic[C]):
         self.settle_soon()
 
     def leave(self) -> dict[object, float]:
-        """Nobody speaks with this key now. Keep what has been used, in case somebody comes back.
+        """No TTS speaks with this key now. Keep what has been used, in case one comes back.
 
         Returns:
             The callers that were expected here, and until when.
@@ -498,14 +498,14 @@ class Pool(Generic[C]):
             return await waiter.future
         except asyncio.CancelledError:
             # The caller was cancelled after accept() and before its task ran again. Without this
-            # the connection would stay leased for ever, to nobody.
+            # the connection would stay leased for ever.
             entry = waiter.unclaimed
             if entry is not None:
                 self.give_back(entry.connection, Outcome.FINISHED)
             raise
         finally:
             expiry.cancel()
-            # `_offer` has removed it if it was served; nobody has if it failed or was cancelled.
+            # `_offer` has removed it if it was served, but not if it failed or was cancelled.
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
 
@@ -524,7 +524,7 @@ class Pool(Generic[C]):
         return None
 
     def _lend(self, entry: PoolEntry[C], caller: object) -> None:
-        # A standby resets the backoff only when somebody uses it. A server may accept handshakes
+        # A standby resets the backoff only when a caller uses it. A server may accept handshakes
         # and then end the connections: reset by the dial, the pool would dial without a pause.
         # After a permanent refusal only a caller's dial resets it (`_dial_succeeded`).
         if not entry.lease_count and self._backoff.next_attempt < math.inf:
@@ -570,12 +570,12 @@ class Pool(Generic[C]):
     def _next_to_dial_for(self) -> Waiter[C] | None:
         """The caller to dial for, if fewer connections are on their way than callers wait.
 
-        Dials count, whoever began them, and so do clears, unless they take longer than they should.
+        All dials count, and so do clears, unless they take longer than they should.
         The last caller in line is next: those before it have dials of their own, or rely on a
-        dial or clear that somebody else began.
+        dial or clear that was begun for others.
         """
         # A waiter that was served, failed or cancelled leaves the queue when its task runs again.
-        # Counted until then, it would get a dial that nobody waits for.
+        # Counted until then, it would get a dial without a caller.
         waiting = [waiter for waiter in self._waiters if not waiter.future.done()]
         if not waiting:
             return None
@@ -652,7 +652,7 @@ class Pool(Generic[C]):
             self._remove(entry, Reason.SURPLUS)  # the voice was changed again during the dial
         elif not connection.is_reusable:
             # The reader of an eager loop runs while the connection is made, and may meet its end
-            # before `on_lost` is set. Nobody would take the dead connection out again.
+            # before `on_lost` is set. The dead connection would stay in the pool.
             self._lost(entry)
         self.settle()
 
@@ -745,7 +745,7 @@ class Pool(Generic[C]):
         self._dial_for_waiters()
         if not self.is_closed:
             # `_forget_late` first: the others count those who are expected. They would keep a
-            # connection for somebody who is not, until something else happens.
+            # connection for a caller who is not, until something else happens.
             rules = (self._forget_late, self._retire_aged, self._trim, self._top_up)
             self._arm(min([self._on_demand_ends(), *[rule() for rule in rules]]))
 
@@ -753,7 +753,7 @@ class Pool(Generic[C]):
         return self._on_demand_until if self.mode is Mode.ON_DEMAND else math.inf
 
     def _forget_late(self) -> float:
-        """Expect nobody any more who should have asked by now."""
+        """Expect no caller any more that should have asked by now."""
         now = self._now()
         for caller in [caller for caller, until in self._expected.items() if until <= now]:
             del self._expected[caller]
@@ -775,7 +775,7 @@ class Pool(Generic[C]):
         return due
 
     def _trim(self) -> float:
-        """Close connections that nobody needs, when they have been idle for some time."""
+        """Close connections that are not needed, when they have been idle for some time."""
         while self._idle and self._missing() < 0:
             due = self._idle[0].idle_since + self._idle_time()
             if self._now() < due:

@@ -39,7 +39,7 @@ Sink = Callable[[aiohttp.WSMessage, str], None]
 class State(enum.Enum):
     OPEN = "open"
     LOST = "lost"
-    """The peer ended the connection, or sent something that nobody asked for."""
+    """The peer ended the connection, or sent something unasked."""
     CLOSING = "closing"
     """The pool closes the connection."""
 
@@ -248,7 +248,7 @@ class Connection:
             self._abort()
         elif self._closer is None:
             if not listen:
-                # Not in `_shut`, a step later: whoever waits for `CLOSE_COUNTS` begins now.
+                # Not in `_shut`, a step later: the wait for `CLOSE_COUNTS` begins now.
                 self._close_sent_at = self._loop.time()
             self._closer = self._supervisor.spawn(self._shut(listen), name="xai_pool_patch.close")
         return self._closer

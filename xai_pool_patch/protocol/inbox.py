@@ -27,7 +27,7 @@ class Inbox:
             self._arrival.set_result(None)
 
     def close(self) -> None:
-        """Nobody receives any more. Shares no code with `put`, which may be what failed."""
+        """The plugin receives no more. Shares no code with `put`, which may be what failed."""
         self._is_closed = True
         if self._arrival is not None and not self._arrival.done():
             self._arrival.set_result(None)

@@ -20,7 +20,7 @@ class Request:
         args: the positional arguments; the first is the URL.
         kwargs: the keyword arguments.
         max_age: seconds after which the application wants no connection to be used any more.
-        owner: whose the connections are, if nobody else may have them; compared by identity.
+        owner: what the connections belong to, if they are not shared; compared by identity.
 
     Attributes:
         host: the URL's host and port.

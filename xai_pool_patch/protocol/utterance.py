@@ -65,8 +65,8 @@ _AFTER_RECEIVING = {
 }
 
 _DELTA = re.compile(r'\{\s*"type"\s*:\s*"((?:audio|text)\.delta)"\s*,')
-"""Detects the most frequent frames without parsing them. If the rest of one is malformed, whoever
-parses it reports that, and the pool discards the connection all the same."""
+"""Detects the most frequent frames without parsing them. If the rest of one is malformed, the
+plugin reports that when it parses it, and the pool discards the connection all the same."""
 
 UNREADABLE = "unreadable"
 """The type of a frame that is not a JSON object with a type."""
@@ -120,7 +120,7 @@ class UtteranceTracker:
         return type_
 
     def received(self, type_: str) -> bool:
-        """Follow a frame from the server. False for audio that nobody asked for."""
+        """Follow a frame from the server. False for audio that no text asked for."""
         is_answer = type_.startswith("audio.")
         is_asked_for = not (is_answer and self.is_clean)
         if is_answer or type_ in ("error", UNREADABLE):

@@ -1,6 +1,6 @@
-"""What `install()` did, told where somebody hears it.
+"""What `install()` did, told where it is heard.
 
-`install()` is called before LiveKit sets up logging. What nobody has heard then is told again, once
+`install()` is called before LiveKit sets up logging. What was not heard then is told again, once
 in each process: as soon as LiveKit logs anything, or at the first turn or prewarm.
 """
 
@@ -30,9 +30,9 @@ _waiting = _Waiting()
 
 @harmless
 def announce(event: LogEvent, *, level: int | None = None, **fields: Any) -> None:
-    """Log an event of `install()`, and once more if nobody has heard it.
+    """Log an event of `install()`, and once more if it was not heard.
 
-    A WARNING that nobody has heard is on stderr: so `logging` does.
+    A WARNING that no handler takes is on stderr: so `logging` does.
     """
     level = event.level if level is None else level
     is_heard = _is_heard(level)
@@ -44,7 +44,7 @@ def announce(event: LogEvent, *, level: int | None = None, **fields: Any) -> Non
 
 @harmless
 def retell() -> None:
-    """Tell what has not been heard, if somebody hears it now."""
+    """Tell what has not been heard, if a handler takes it now."""
     heard = [each for each in _untold if _is_heard(each[1])]
     for each in heard:
         _untold.remove(each)

@@ -479,7 +479,7 @@ class FakeServer:
             await session.send(frame)
 
     def note_change(self) -> None:
-        """Wakes everybody who waits for a change of the records or of the behaviour."""
+        """Wakes all tasks that wait for a change of the records or of the behaviour."""
         self._next_change.set_result(None)
         # Not the running loop: a synchronous fixture may set a field while none runs.
         self._next_change = self._next_change.get_loop().create_future()
@@ -627,7 +627,7 @@ class _Session:
         self._note_end(end)
         if end is End.SERVER_CLOSE:
             self._connection.close_code = code
-            # run() goes on to close: aiohttp waits for the client's answer only when nobody is
+            # run() goes on to close: aiohttp waits for the client's answer only when no task is
             # inside receive().
             self._reader.cancel()
             return
