@@ -178,6 +178,19 @@ def test_others_are_refused_at_the_same_time(clock: Clock) -> None:
     assert not shortage.refused(429)
 
 
+def test_a_refusal_after_a_failed_handshake(clock: Clock) -> None:
+    """Others have heard of none of the two, and hear of the refusal. It shortens nothing."""
+    shortage = clock.shortage()
+    shortage.failed()
+    assert shortage.news_for(None) is None
+    until = shortage.until
+    clock.now += 1.0
+    assert shortage.refused(429)
+    assert shortage.news_for(None) is not None
+    assert shortage.until >= until
+    assert not shortage.refused(429)
+
+
 @pytest.mark.parametrize("ahead", [math.nan, math.inf, -math.inf, 241.0, 1e300, -1e300, 0.0, -1.0])
 def test_nonsense(clock: Clock, ahead: float) -> None:
     """It is no shortage, and changes none."""

@@ -32,6 +32,8 @@ class _Known:
     """Times are those of the monotonic clock."""
 
     end: float = -math.inf
+    refused_end: float = -math.inf
+    """By the last refusal of any process, which a failed handshake may have put off."""
     own_end: float = -math.inf
     """By the last refusal of this process."""
     share: float = 0.0
@@ -89,7 +91,7 @@ class Shortage:
     @property
     def is_own(self) -> bool:
         """The last refusal was met by this process."""
-        return self._known.own_end == self._known.end
+        return self._known.own_end == self._known.refused_end
 
     @property
     def reason(self) -> str:
@@ -103,10 +105,11 @@ class Shortage:
             status: of the handshake; None if the server said so in another way.
         """
         now = self._monotonic()
-        is_news = self._known.end - now <= LENGTH - STEP
+        # Not by `end`: of a failed handshake a moment ago, others have not heard.
+        is_news = self._known.refused_end - now <= LENGTH - STEP
         if is_news:
-            end = now + LENGTH * self._uniform(1.0 - JITTER, 1.0 + JITTER)
-            self._extend(now, end, own_end=end, reason="a refusal to this process")
+            end = self._end_after(now)
+            self._extend(now, end, "a refusal to this process", refused_end=end, own_end=end)
         began = self._known.began
         if now - began > LONG and began != self._warned_of:
             self._warned_of = began
@@ -122,9 +125,7 @@ class Shortage:
         """
         now = self._monotonic()
         if self._known.end - now <= LENGTH - STEP:
-            end = now + LENGTH * self._uniform(1.0 - JITTER, 1.0 + JITTER)
-            own_end = self._known.own_end
-            self._extend(now, end, own_end=own_end, reason="a failed handshake")
+            self._extend(now, self._end_after(now), "a failed handshake")
 
     def learn(self, until: float | None) -> None:
         """Take note of the end that a store has. One that makes no sense is ignored.
@@ -136,9 +137,8 @@ class Shortage:
             self._last_read = until
             now = self._monotonic()
             end = self._end_of(until, now)
-            if end > max(now, self._known.end + SAME_END):
-                own_end = self._known.own_end
-                self._extend(now, end, own_end=own_end, reason="a refusal to another process")
+            if end > max(now, self._known.refused_end + SAME_END):
+                self._extend(now, end, "a refusal to another process", refused_end=end)
 
     def news_for(self, until: float | None) -> float | None:
         """The end that a store should have in place of that one; None if it need not change."""
@@ -147,11 +147,14 @@ class Shortage:
         is_news = own_end > max(now, end_there + SAME_END)
         return self._wall() + own_end - now if is_news else None
 
-    def _extend(self, now: float, end: float, *, own_end: float, reason: str) -> None:
+    def _end_after(self, now: float) -> float:
+        return now + LENGTH * self._uniform(1.0 - JITTER, 1.0 + JITTER)
+
+    def _extend(self, now: float, end: float, reason: str, **others: float) -> None:
         is_on = now < self.until
         known = self._known if is_on else _Known(share=self._uniform(0.0, SPREAD), began=now)
         # One assignment of one value: a thread that reads never sees half of it.
-        self._known = replace(known, end=end, own_end=own_end, reason=reason)
+        self._known = replace(known, end=max(end, known.end), reason=reason, **others)
 
     def _end_of(self, until: float, now: float) -> float:
         """The end on the monotonic clock; -inf for one that makes no sense."""
