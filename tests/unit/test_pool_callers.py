@@ -22,6 +22,7 @@ from tests.unit.pool_kit import (
 from xai_pool_patch.pool.backoff import FailureKind
 from xai_pool_patch.pool.pool import (
     DIAL_SOFT_TIMEOUT,
+    OVERLAP,
     AcquireTimeoutError,
     DialFailedError,
     Outcome,
@@ -54,6 +55,29 @@ async def test_the_next_caller_takes_over_an_abandoned_dial(
     acquired = await pool.acquire(10.0)
     assert acquired.waited == about(HANDSHAKE - 0.3)
     assert len(network.dialled_at) == 1
+
+
+@with_pool()
+async def test_a_caller_begins_anew_before_it_gives_up(network: Network, pool: Pool[Wire]) -> None:
+    """P3: as livekit-agents 1.5 does. The abandoned dial serves it, and no other is made."""
+    caller = object()
+    given_up = asyncio.create_task(pool.acquire(10.0, caller=caller))
+    await asyncio.sleep(0.3)
+    anew = asyncio.create_task(pool.acquire(10.0, caller=caller))
+    await asyncio.sleep(0.0)
+    given_up.cancel()
+    assert (await anew).waited == about(HANDSHAKE - 0.3)
+    await asyncio.sleep(HANDSHAKE)
+    assert len(network.dialled_at) == 1
+
+
+@with_pool()
+async def test_a_caller_that_needs_two_connections(network: Network, pool: Pool[Wire]) -> None:
+    """P3: it gets both as soon as two callers would, but for the hundredth part of a second."""
+    caller = object()
+    both = await asyncio.gather(*(pool.acquire(10.0, caller=caller) for _ in range(2)))
+    assert [each.waited for each in both] == [about(HANDSHAKE), about(HANDSHAKE + OVERLAP)]
+    assert len(network.dialled_at) == 2
 
 
 @with_pool()

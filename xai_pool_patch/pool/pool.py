@@ -45,6 +45,10 @@ DIAL_SOFT_TIMEOUT = 1.0
 """Seconds from its start in which callers rely on a dial that was begun for others. Then the pool
 dials for them. A handshake takes 0.45 to 0.6 s in production (livekit/agents issue 6078)."""
 
+OVERLAP = 0.01
+"""Seconds after which a caller that waits already gets a second dial. livekit-agents 1.5 begins a
+preemptive reply just before it cancels the one that this replaces."""
+
 ROTATION_LEAD = 0.05
 """The pool replaces an idle connection this part of `max_age` before it expires: 90 s of 1,800 s.
 That leaves time for several attempts while the old connection still serves."""
@@ -278,6 +282,9 @@ class Pool(Generic[C]):
             AcquireTimeoutError: no connection came in time.
             PoolClosedError: the pool has ended.
         """
+        asked = self._now()
+        if caller is not None and self._waits(caller):
+            await asyncio.sleep(OVERLAP)
         if self.is_closed and not fresh:
             raise PoolClosedError("acquire() on a pool that has ended")
         # Before `_wait`, which settles. Counted as expected and as waiting, the caller would get
@@ -289,7 +296,6 @@ class Pool(Generic[C]):
                 self.settle()  # it may have been the one that was ready for another caller
             self.metrics.reused()
             return Acquired(entry.connection, waited=0.0, reused=True, fresh=False)
-        asked = self._now()
         entry = await self._wait(Waiter(asked + timeout, fresh, caller))
         waited = self._now() - asked
         self.metrics.waited(waited)
@@ -487,6 +493,9 @@ class Pool(Generic[C]):
             await asyncio.wait(late)
 
     # Waiting
+
+    def _waits(self, caller: object) -> bool:
+        return any(waiter.caller is caller and not waiter.future.done() for waiter in self._waiters)
 
     async def _wait(self, waiter: Waiter[C]) -> PoolEntry[C]:
         expiry = self._supervisor.call_at(
