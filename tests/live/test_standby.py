@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import gc
 import sys
 import threading
@@ -16,6 +15,7 @@ import xai_pool_patch
 from tests.kit import Line, all_closed, line_to, quick, speak
 from xai_pool_patch import PoolOptions
 from xai_pool_patch.protocol.connection import transport_of
+from xai_pool_patch.protocol.request import Request
 
 VOICES = ("ara", "eve")
 
@@ -217,18 +217,17 @@ async def test_a_standby_that_dies_during_its_dial_under_eager_tasks_is_replaced
     """P4: its reader saw its end before the pool had set `on_lost`."""
     asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined,unused-ignore]
     async with line_to() as line:
-        dial = xai.TTS._connect_ws
+        dial = Request.connect
 
-        @functools.wraps(dial)
-        async def dies_at_first(self: Any, *args: Any) -> Any:
-            ws = await dial(self, *args)
+        async def dies_at_first(request: Request, timeout: float) -> Any:
+            ws: Any = await dial(request, timeout)
             if len(line.server.connections) == 1:
                 line.server.reset_all()
                 while not (transport := transport_of(ws)) or not transport.is_closing():
                     await asyncio.sleep(0)
             return ws
 
-        monkeypatch.setattr(xai.TTS, "_connect_ws", dies_at_first)
+        monkeypatch.setattr(Request, "connect", dies_at_first)
         xai_pool_patch.install()
         tts = line.tts()
         tts.prewarm()
