@@ -65,6 +65,14 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    """From the root on, or from the package on."""
+    named = re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.[a-z]+)`", page.read_text())
+    for path in named:
+        assert any((root / path).exists() for root in (ROOT, ROOT / "xai_pool_patch")), path
+
+
 def test_the_release_workflow_runs_all_checks_of_ci() -> None:
     """The wheel that it publishes comes from a session of the matrix that exists."""
     release = (ROOT / ".github/workflows/release.yml").read_text()

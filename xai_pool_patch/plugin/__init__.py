@@ -1,8 +1,9 @@
 """Everything that knows LiveKit's xAI plugin: which releases there are, and how each is patched.
 
 `releases` detects the installed release, `patching` replaces and restores attributes, `wrappers`
-and `native_pool` are the replacements, `provider` and `connector` connect these to the pools.
-`signs` hears when an AgentSession is about to reply, `conversation` is what is known about it.
+and `native_pool` are the replacements, `provider` connects these to the pools. `asking` asks a TTS
+what it would connect to. `signs` hears when an AgentSession is about to reply, `conversation` is
+what is known about it.
 
 The modules import `manager` and the packages below it. Enter a new release of the plugin in
 `releases`. Only a release of a new shape needs more than that.
