@@ -52,29 +52,30 @@ def _python_for(environment: str) -> str:
     return min(THIS_PYTHON, NEWEST_FOR_FLOORS, key=Version) if floors else THIS_PYTHON
 
 
-RUNS = [(_python_for(environment), environment) for environment in ENVIRONMENTS] + [
-    (python, f"plugin-{version}")
-    for version in THOROUGH
-    for python in [*PYTHONS, SYSTEM]
-    if python != THIS_PYTHON
+WHOLE = (THIS_PYTHON, f"plugin-{THOROUGH[-1]}")
+"""This session runs all tests, as `make test` does with the other thorough plugin."""
+OTHERS = [
+    *((_python_for(environment), environment) for environment in ENVIRONMENTS),
+    *((python, f"plugin-{version}") for version in THOROUGH for python in [*PYTHONS, SYSTEM]),
 ]
-"""The sessions of the matrix: a Python, and what is installed."""
-WHOLE = [(THIS_PYTHON, f"plugin-{THOROUGH[-1]}")]
-"""This session runs all tests, as `make test` does with the other plugin. All other sessions run a
-fifth of the soak, and do not break each function."""
+RUNS = [WHOLE, *(run for run in dict.fromkeys(OTHERS) if run != WHOLE)]
+"""The sessions of the matrix: a Python, and what is installed. The longest is the first."""
 LESS = ["--soak-turns=400", "--ignore=tests/live/test_every_fault.py"]
-BY_THE_SERVER_ALONE = [
-    f"--ignore=tests/live/test_{name}.py"
-    for name in (
-        "machine_store",
-        "redis_store",
-        "stale_audio",
-        "broken_telemetry",
-        "wordless",
-        "job_processes",
-    )
+"""All other sessions run a fifth of the soak, and do not break each function."""
+
+
+def _without(*names: str) -> list[str]:
+    return [f"--ignore=tests/live/test_{name}.py" for name in names]
+
+
+TWICE = [
+    *_without("machine_store", "stale_audio", "broken_telemetry", "wordless", "late_pongs"),
+    *_without("job_processes", "nothing_on_the_loop", "redis_store", "install_order"),
 ]
-"""These tests depend on the server, the application or the worker. Only `THOROUGH` plugins run
+"""These tests depend on the server, the application or the worker, or start many processes. Beside
+`make test` and `WHOLE`, only the floors run them: they have other releases of what is imported."""
+OF_THE_PYTHON = _without("clearing", "reentrance", "soak")
+"""These tests depend on asyncio, not on the plugin. Of all plugins, only those of `THOROUGH` run
 them."""
 TOUCH_THE_PLUGIN = [
     *["tests/live", "tests/session", "tests/wheel.py"],
@@ -116,6 +117,16 @@ def _skip_if_redundant(session: nox.Session) -> None:
         session.skip(f"{SYSTEM} is the Python of python-{version}")
 
 
+def _left_out(python: str, environment: str) -> list[str]:
+    """What pytest need not run in one session."""
+    if (python, environment) == WHOLE:
+        return []
+    if environment.endswith("-floors"):
+        return LESS
+    is_thorough = any(f"-{version}" in environment for version in THOROUGH)
+    return [*LESS, *TWICE, *([] if is_thorough else OF_THE_PYTHON)]
+
+
 def _wheel() -> str:
     [wheel] = DIST.glob("*.whl")
     return str(wheel)
@@ -154,9 +165,7 @@ def matrix(session: nox.Session, environment: str) -> None:
     # nox points it into the session's own folder. A path of that length is too long for a socket.
     del session.env["TMPDIR"]
     shutil.rmtree("xai_pool_patch")
-    less = [] if (session.python, environment) in WHOLE else LESS
-    if not any(f"-{version}" in environment for version in THOROUGH):
-        less = [*less, *BY_THE_SERVER_ALONE]
+    less = _left_out(str(session.python), environment)
     arguments = [*BESIDE_ANOTHER_SESSION, *TOUCH_THE_PLUGIN, *less, *session.posargs]
     session.run("python", "-m", "pytest", *arguments)
 

@@ -7,8 +7,6 @@ import io
 import json
 import logging
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import structlog
 from livekit.agents.cli.log import ColoredFormatter, JsonFormatter
 
 import xai_pool_patch
-from tests.kit import event_of, line_to, quick, speak
+from tests.kit import event_of, line_to, python, quick, speak
 from xai_pool_patch import PoolOptions
 from xai_pool_patch.telemetry import announce, log
 from xai_pool_patch.telemetry.log import LogEvent, log_event
@@ -273,8 +271,7 @@ for _ in range(2):
 )
 def test_what_install_did_is_told_when_livekit_begins_to_log(before: str, told: str) -> None:
     """Its log is set up after install(). Once."""
-    code = IN_A_WORKER.format(before=before)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = python(IN_A_WORKER.format(before=before))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(told) == 1
 

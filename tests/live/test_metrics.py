@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +20,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 import xai_pool_patch
-from tests.kit import API_KEY, event_of, line_to, quick, speak
+from tests.kit import API_KEY, event_of, line_to, python, quick, speak
 from xai_pool_patch import PoolOptions
 from xai_pool_patch.telemetry import metrics
 from xai_pool_patch.telemetry.usage import Totals
@@ -154,13 +152,21 @@ def test_everything_is_there_at_0_before_anything_happens() -> None:
                 assert (metric.name, *([value] if value else [])) in shown
 
 
+def infos() -> list[float]:
+    """One value for each combination of versions that this process has had installed."""
+    return sorted(value for (name, _), value in samples().items() if name == "info")
+
+
 async def test_the_info_is_0_once_uninstalled() -> None:
     """And 1 again, without a second series, once it is installed again."""
-    for _ in range(2):
-        xai_pool_patch.install()
-        assert [v for (name, _), v in samples().items() if name == "info"] == [1.0]
-        xai_pool_patch.uninstall()
-        assert [v for (name, _), v in samples().items() if name == "info"] == [0.0]
+    xai_pool_patch.install()
+    installed = infos()
+    assert installed == [0.0] * (len(installed) - 1) + [1.0]
+    xai_pool_patch.uninstall()
+    assert infos() == [0.0] * len(installed)
+    xai_pool_patch.install()
+    assert infos() == installed
+    xai_pool_patch.uninstall()
 
 
 async def test_a_fault_is_counted(patched: None) -> None:
@@ -173,13 +179,7 @@ async def test_a_fault_is_counted(patched: None) -> None:
 
 
 def run(code: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, **environment},
-    )
+    done = python(textwrap.dedent(code), **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.kit import python
 
 TURNS = """
 import asyncio, logging, sys
@@ -54,29 +53,22 @@ print(*found, sep="\\n", file=sys.stderr)
 """
 
 
-def found(extra: str, env: dict[str, str]) -> list[str]:
-    code = TURNS.replace("EXTRA", extra)
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env
-    )
+def found(extra: str, **environment: str) -> list[str]:
+    done = python(TURNS.replace("EXTRA", extra), **environment)
     assert done.returncode == 0, done.stderr
     assert "reused a connection" in done.stdout
     return done.stderr.split("\n")[:-1]
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["one process", "a shared directory"])
-def test_nothing_is_imported_compiled_or_opened(
-    shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_imported_compiled_or_opened(shared: bool, tmp_path: Path) -> None:
     """Not for the first log record, and not for the metrics of a directory that all share."""
-    env = dict(os.environ)
-    if shared:
-        env["PROMETHEUS_MULTIPROC_DIR"] = str(tmp_path)
-    assert [line for line in found("pass", env) if line] == []
+    environment = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)} if shared else {}
+    assert [line for line in found("pass", **environment) if line] == []
 
 
-def test_the_hook_notices(tmp_path: Path) -> None:
+def test_the_hook_notices() -> None:
     """An import on the loop by this package is found."""
     code = "from xai_pool_patch import _version as our"
     code += "; exec(compile('import this', our.__file__, 'exec'))"
-    assert "import 'this'" in "\n".join(found(code, dict(os.environ)))
+    assert "import 'this'" in "\n".join(found(code))
