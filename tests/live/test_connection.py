@@ -707,7 +707,8 @@ async def test_an_abort_that_raises_is_no_fault(
         raise AttributeError("'NoneType' object has no attribute '_abort'")
 
     async with connection() as (live, peer, watch):
-        monkeypatch.setattr(live, "_transport", SimpleNamespace(abort=abort))
+        gone = SimpleNamespace(abort=abort, is_closing=lambda: by_the_peer)
+        monkeypatch.setattr(live, "_transport", gone)
         if by_the_peer:
             await asyncio.gather(peer.ws.close(), until(lambda: watch.lost))
             assert live.close() is None

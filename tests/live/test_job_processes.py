@@ -157,10 +157,11 @@ def test_a_real_prometheus_sees_the_truth(tmp_path: Path) -> None:
             stderr=subprocess.DEVNULL,
         )
         try:
-            waited = share("waits", "acquisitions")
-            refused = share("refused", "dials")
-            assert answer(own, waited) == pytest.approx(2 / 18)
-            assert answer(own, refused) == pytest.approx(1 / 5)
+            page = shown((tmp_path / "page.txt").read_text())
+            waits = page["xai_pool_patch_connection_wait_seconds_count"]
+            dials = 1 + page["xai_pool_patch_connect_seconds_count"]
+            assert answer(own, share("waits", "acquisitions")) == pytest.approx(waits / 18)
+            assert answer(own, share("refused", "dials")) == pytest.approx(1 / dials)
             for query in queries():
                 assert ask(own, query), query
         finally:
