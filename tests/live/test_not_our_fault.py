@@ -57,7 +57,8 @@ def in_a_call() -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_a_job() -> Iterator[None]:
-    token = _JobContextVar.set(mock.MagicMock(spec=JobContext))
+    job = mock.MagicMock(spec=JobContext, _redaction_enabled=False)  # read by 1.7 and 1.8.0
+    token = _JobContextVar.set(job)
     yield
     _JobContextVar.reset(token)
 
