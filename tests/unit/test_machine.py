@@ -92,7 +92,8 @@ class Socket:
         self._messages: asyncio.Queue[aiohttp.WSMessage] = asyncio.Queue()
         self._gone = asyncio.get_running_loop().create_future()
         self._world = world
-        self._response = SimpleNamespace(connection=SimpleNamespace(transport=self))
+        connection = SimpleNamespace(transport=self)
+        self._response = SimpleNamespace(connection=connection, close=lambda: None)
 
     async def receive(self) -> aiohttp.WSMessage:
         return await self._messages.get()
@@ -117,6 +118,9 @@ class Socket:
         self._hear(0.0, WSMsgType.CLOSING, None)
         await asyncio.wait([self._gone], timeout=self.closes_after)
         self._end()
+
+    def is_closing(self) -> bool:
+        return self.closed
 
     def abort(self) -> None:
         self.closed = True

@@ -81,6 +81,32 @@ async def test_a_caller_that_needs_two_connections(network: Network, pool: Pool[
 
 
 @with_pool()
+async def test_a_caller_that_asks_anew_of_a_pool_that_then_ends(pool: Pool[Wire]) -> None:
+    """P8: it waits like any other, so it gets a connection."""
+    caller = object()
+    asked = [asyncio.create_task(pool.acquire(10.0, caller=caller)) for _ in range(2)]
+    await asyncio.sleep(OVERLAP / 2)
+    pool.close()
+    assert [each.reused for each in await asyncio.gather(*asked)] == [False, False]
+
+
+@with_pool()
+async def test_a_caller_that_asks_anew_and_is_expected_then(
+    network: Network, pool: Pool[Wire]
+) -> None:
+    """P4: for the reply after that, so what it has by then may serve it."""
+    caller = object()
+    asked = [asyncio.create_task(pool.acquire(10.0, caller=caller)) for _ in range(2)]
+    await asyncio.sleep(OVERLAP / 2)
+    pool.expect(caller, now() + 60.0)
+    asked[0].cancel()
+    await asyncio.sleep(1.0)
+    pool.give_back((await asked[1]).connection, Outcome.FAILED)
+    await asyncio.sleep(1.0)
+    assert pool.idle == 1
+
+
+@with_pool()
 async def test_a_waiter_cancelled_at_the_hand_off_passes_the_connection_on(
     pool: Pool[Wire],
 ) -> None:

@@ -282,14 +282,14 @@ class Pool(Generic[C]):
             AcquireTimeoutError: no connection came in time.
             PoolClosedError: the pool has ended.
         """
-        asked = self._now()
-        if caller is not None and self._waits(caller):
-            await asyncio.sleep(OVERLAP)
         if self.is_closed and not fresh:
             raise PoolClosedError("acquire() on a pool that has ended")
+        asked = self._now()
         # Before `_wait`, which settles. Counted as expected and as waiting, the caller would get
         # two dials.
         self._fulfil(caller)
+        if caller is not None and self._waits(caller):
+            await asyncio.sleep(OVERLAP)
         entry = None if fresh else self._take_idle(caller)
         if entry is not None:
             if self._expected:

@@ -14,7 +14,7 @@ import aiohttp
 from aiohttp import WSMsgType
 
 from ..pool.soft_timeout import SoftTimeout
-from ..pool.supervisor import CLOSE_TIMEOUT, Supervisor, within
+from ..pool.supervisor import CLOSE_TIMEOUT, Supervisor, hang_up, within
 from ..sessions.refusal import says_refused
 from ..telemetry.log import LogEvent, log_event
 from .host import Host
@@ -247,6 +247,7 @@ class Connection:
         # Without its transport no Close frame can leave. aiohttp 3.10 calls that WebSocket open.
         if self.ws.closed or self._is_cut:
             self._abort()
+            hang_up(self.ws)  # which aiohttp does only once the end has been read
         elif self._closer is None:
             if not listen:
                 # Not in `_shut`, a step later: the wait for `CLOSE_COUNTS` begins now.
