@@ -4,6 +4,6 @@
 `round_trips` each hold one rule. `supervisor` owns the tasks and timers.
 
 Nothing here imports aiohttp or LiveKit. Of this package it imports only `telemetry`, `options` and
-`errors`; `tests/unit/test_floors.py` checks both. A rule may be changed here without knowing xAI's
+`errors`; `tests/unit/test_layers.py` checks both. A rule may be changed here without knowing xAI's
 protocol: the pool sees a connection only as `entries.Poolable`.
 """

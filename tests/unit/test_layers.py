@@ -1,4 +1,4 @@
-"""The packages form floors: each module imports from lower floors only, and no imports circle."""
+"""The packages form layers: each module imports from lower layers only, and no imports circle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import xai_pool_patch
 ROOT = Path(xai_pool_patch.__file__).parent
 NAME = xai_pool_patch.__name__
 
-FLOORS = (
+LAYERS = (
     {"__main__", "demo", "probe"},
     {"__init__"},
     {"installation"},
@@ -29,7 +29,7 @@ FLOORS = (
 )
 """From top to bottom."""
 
-LEAVES = len(FLOORS) - 1
+LEAVES = len(LAYERS) - 1
 
 APART = "testing"
 """Of the package only the commands import it."""
@@ -50,10 +50,10 @@ def part_of(module: str) -> str:
     return module.partition(".")[0]
 
 
-def floor_of(module: str) -> int:
+def layer_of(module: str) -> int:
     """Counted from the top."""
-    [floor] = [number for number, parts in enumerate(FLOORS) if part_of(module) in parts]
-    return floor
+    [layer] = [number for number, parts in enumerate(LAYERS) if part_of(module) in parts]
+    return layer
 
 
 def absolute_names(module: str, code: str) -> Iterator[str]:
@@ -110,13 +110,13 @@ def late():
 
 @pytest.mark.parametrize("module", [name for name in MODULES if part_of(name) != APART])
 def test_imports_go_downwards(module: str) -> None:
-    """A module imports from its own package and from lower floors."""
+    """A module imports from its own package and from lower layers."""
     for imported in IMPORTS[module]:
         if part_of(imported) == APART:
-            assert floor_of(module) == 0, imported
+            assert layer_of(module) == 0, imported
         elif part_of(imported) != part_of(module):
-            is_beside = floor_of(module) in (0, LEAVES) and floor_of(module) == floor_of(imported)
-            assert is_beside or floor_of(imported) > floor_of(module), imported
+            is_beside = layer_of(module) in (0, LEAVES) and layer_of(module) == layer_of(imported)
+            assert is_beside or layer_of(imported) > layer_of(module), imported
 
 
 def test_nothing_of_the_package_is_needed_for_testing() -> None:
