@@ -1,4 +1,4 @@
-# The commands of the README. Everything that they need goes into a virtual environment. The checks
+# The commands of CONTRIBUTING.md. Everything that they need goes into a virtual environment. The checks
 # are in noxfile.py.
 PYTHON ?= python3
 DEMO_PLUGIN := $(PLUGIN)

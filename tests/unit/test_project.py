@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 from pathlib import Path
@@ -71,6 +72,42 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     named = re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.[a-z]+)`", page.read_text())
     for path in named:
         assert any((root / path).exists() for root in (ROOT, ROOT / "xai_pool_patch")), path
+
+
+def functions_of(file: Path) -> dict[str, set[str]]:
+    """The functions of each class of a module; under "" those of the whole file."""
+    tree = ast.parse(file.read_text())
+    found: dict[str, set[str]] = {"": set()}
+    for scope in ast.walk(tree):
+        if isinstance(scope, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            found[""].add(scope.name)
+        elif isinstance(scope, ast.ClassDef):
+            found[scope.name] = {getattr(each, "name", "") for each in scope.body}
+    return found
+
+
+PACKAGE = {path: functions_of(path) for path in (ROOT / "xai_pool_patch").rglob("*.py")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_methods_that_a_page_names_exist(page: Path) -> None:
+    """Those of the package's own classes."""
+    for owner, name in re.findall(r"`([A-Z]\w+)\.(\w+)(?:\(\))?`", page.read_text()):
+        classes = [functions[owner] for functions in PACKAGE.values() if owner in functions]
+        assert not classes or any(name in each for each in classes), f"{owner}.{name}"
+
+
+def test_the_functions_of_a_warm_turn_are_where_the_page_says() -> None:
+    """`python -m benchmarks profile` counts them."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = text.split("### What a warm turn passes")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `\w+(?:/\w+)?\.py`.*$", table, re.MULTILINE)
+    assert rows
+    for row in rows:
+        files = [ROOT / "xai_pool_patch" / name for name in re.findall(r"`([\w/]+\.py)`", row)]
+        known = set().union(*(PACKAGE[file][""] for file in files))
+        named = set(re.findall(r"`(?:[A-Z]\w+\.)?(\w+)`", row.split("|")[2]))
+        assert named <= known, row
 
 
 def test_the_release_workflow_runs_all_checks_of_ci() -> None:
