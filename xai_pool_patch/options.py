@@ -26,7 +26,8 @@ class PoolOptions:
     min_size: int = 1
     """Connections that the pool keeps per voice in use: idle, leased and connecting ones count. One
     conversation speaks one utterance at a time, so it needs one. With 0 the pool still reuses
-    connections, but dials only when a turn asks for one."""
+    connections, but dials only for `prewarm()`, for a reply that is about to come, or when a turn
+    asks for one."""
 
     max_age: float = 540.0
     """Age at which a connection expires: the pool replaces it in the background, and does not hand
@@ -37,8 +38,8 @@ class PoolOptions:
     """When the pool keeps `min_size` connections. `"always"`: as long as a TTS uses the voice.
     `"reply"`: only from the first sign of a reply until 0.3 s after its last use, so that a call
     holds a session only while its agent speaks; part of the handshake may delay the first audio.
-    `"auto"`: as with `"always"` until xAI refuses a session, to this process or another that shares
-    the API key; then for some minutes as with `"reply"`."""
+    `"auto"`: as with `"always"` until xAI refuses a session, to this process or another that it
+    hears of; then for two minutes after the last refusal as with `"reply"`."""
 
     redis_url: str | None = field(default=None, repr=False)
     """With `warm="auto"`, the URL of a Redis (`redis://`, `rediss://` or `unix://`) through which
@@ -53,9 +54,9 @@ class PoolOptions:
     of turns, close after five seconds: each counts among the team's sessions."""
 
     heartbeat: float = 20.0
-    """Interval of WebSocket PINGs. They keep NATs and load balancers from forgetting a connection,
-    and show within 1.5 times this interval that a peer has vanished. If a server
-    has never answered a PING, silence ends no connection."""
+    """Interval of WebSocket PINGs. They keep NATs and load balancers from dropping an idle
+    connection, and show within 1.5 times this interval that a peer has vanished. If a server has
+    never answered a PING, silence ends no connection."""
 
     answer_timeout: float = 20.0
     """Time from the end of an utterance's text in which a reused connection has to answer. Then the
