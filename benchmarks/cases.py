@@ -47,7 +47,7 @@ shorter than the generation: without a warm connection such a turn still waits f
 with one it waits for its audio."""
 
 MAX_AGE = 1.1 * HANDSHAKE_ROUND_TRIPS * TYPICAL_ROUND_TRIP / ROTATION_LEAD
-"""For the case of the long silence: ten seconds instead of half an hour. Shorter, and a handshake
+"""For the case of the long silence: ten seconds instead of nine minutes. Shorter, and a handshake
 would not fit into the part of it in which an idle connection is replaced, as it does by far in
 production."""
 

@@ -172,7 +172,7 @@ def show_fleet(console: Console, rows: dict[str, FleetFigures]) -> None:
 
 
 def _summary(bench: Bench) -> Text:
-    """A line for each case, cost and fleet: its goal is met, or by how much not."""
+    """A line for each case, cost and fleet: whether it met its goal, or by how much it missed."""
     text = Text("Goals; percentages are above the floor.\n")
     for verdict in verdicts(bench):
         word, style = _WORDS[verdict.met]
