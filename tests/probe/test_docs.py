@@ -10,7 +10,7 @@ from xai_pool_patch.probe.report import markdown_table
 from xai_pool_patch.probe.run import EVERY
 
 PAGE = Path(__file__).parents[2] / "docs/live-service.md"
-HEAD = ("question", "supposed", "what the patch makes of it", "if it is otherwise", "options")
+HEAD = ("question", "supposed", "what the patch does", "if not", "options")
 
 
 def row(question: Question) -> tuple[str, ...]:

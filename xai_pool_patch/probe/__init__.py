@@ -1,4 +1,4 @@
-"""What `xai-pool-patch probe` does: it asks the live service what the patch supposes of it.
+"""What `xai-pool-patch probe` does: it asks the live service what the patch assumes of it.
 
 - `service`: dials xAI and notes everything that comes; speaks the protocol without the plugin
 - `question`: what a question and its answer are

@@ -12,7 +12,7 @@ from .service import Service
 
 
 class Verdict(enum.Enum):
-    """How a finding compares with what the patch supposes."""
+    """How a finding compares with what the patch assumes."""
 
     AS_SUPPOSED = "as supposed"
     OTHERWISE = "otherwise"
@@ -37,13 +37,13 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One thing that the patch supposes of the service.
+    """One thing that the patch assumes of the service.
 
     Attributes:
         name: as the report has it.
-        supposed: what the patch supposes.
-        if_so: what the patch makes of it.
-        if_not: what it means if it is otherwise.
+        supposed: what the patch assumes.
+        if_so: what the patch does.
+        if_not: what it means if not.
         options: those of `PoolOptions` that an answer may advise.
         flag: the option of the command that asks it; empty if it is asked by default.
         characters: how many are spoken, and so billed.
@@ -71,7 +71,7 @@ class Finding:
 
     @property
     def consequence(self) -> str:
-        """What the patch makes of it."""
+        """What the patch does."""
         if self.answer.verdict is Verdict.UNKNOWN:
             return "The default is the safe choice."
         so = self.answer.verdict is Verdict.AS_SUPPOSED

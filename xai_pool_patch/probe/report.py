@@ -24,7 +24,7 @@ from .service import HOST
 
 STYLES = {Verdict.AS_SUPPOSED: "green", Verdict.OTHERWISE: "red", Verdict.UNKNOWN: "yellow"}
 FAKE = "a fake server on this machine"
-COLUMNS = ("question", "supposed", "found", "what the patch makes of it")
+COLUMNS = ("question", "supposed", "found", "what the patch does")
 
 
 def announcement(questions: Sequence[Question], *, fake: bool) -> str:
