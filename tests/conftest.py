@@ -67,7 +67,7 @@ def not_installed_afterwards() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def a_machine_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No mark of another test, whose API key is the same, nor of whatever else runs here."""
+    """No refusal of another test, whose host is the same, nor of what else runs here."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
 
 

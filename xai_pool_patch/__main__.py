@@ -255,7 +255,10 @@ def _write(file: Path, text: str) -> None:
 
 @app.command()
 def check() -> None:
-    """Show which plugin is installed and whether it can be patched. Exit code 1: it cannot."""
+    """Show which plugin is installed and whether it can be patched.
+
+    Exit code 1: it cannot, or XAI_POOL_PATCH keeps the patch out.
+    """
     try:
         check_python()
         version = installed_version()

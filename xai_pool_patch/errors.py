@@ -12,7 +12,10 @@ class XaiPoolPatchError(Exception):
 
 
 class InvalidOptionError(XaiPoolPatchError, ValueError):
-    """A value in `PoolOptions` makes no sense. The message names the field and what would do."""
+    """A value in `PoolOptions`, of `install()` or in `XAI_POOL_PATCH_REDIS_URL` makes no sense.
+
+    The message names it and what would do.
+    """
 
 
 class AlreadyInstalledError(XaiPoolPatchError, RuntimeError):

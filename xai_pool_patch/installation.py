@@ -249,8 +249,9 @@ def stats() -> Stats:
 def pool_stats() -> list[PoolStats]:
     """A snapshot of each pool. Units and threads as with `stats()`.
 
-    There is a pool for every event loop, API key, HTTP session and set of options in use. Each has
-    a number, which its log records carry too. A snapshot holds no secret.
+    There is a pool for every event loop and everything that a TTS asks for when it connects: API
+    key, HTTP session, voice and so on. Each has a number, `pool`, which its log records carry too,
+    as `xai_pool_number`. A snapshot holds no secret.
     """
     installation = _installation
     if installation is None or installation.registry is None:

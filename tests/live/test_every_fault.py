@@ -117,7 +117,7 @@ class Play:
         try:
             with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
                 patch.setenv("XDG_RUNTIME_DIR", folder)
-                self._marks = Path(folder)
+                self._folder = Path(folder)
                 clock.run(self._whole())
         except Exception as error:
             self.problems.append(f"raised {error!r}")
@@ -242,12 +242,12 @@ class Play:
         await self._hear(line, tts, "In another voice.")
         line.server.behaviour.max_sessions = None
         await self._hear(line, tts, "Beyond the limit.")
-        with contextlib.suppress(asyncio.TimeoutError):  # where it is the mark that is broken
-            await asyncio.wait_for(self._is_marked(), 0.5)
+        with contextlib.suppress(asyncio.TimeoutError):  # where it is the store that is broken
+            await asyncio.wait_for(self._is_told(), 0.5)
         await self._closing(tts)
 
-    async def _is_marked(self) -> None:
-        while not any(path.is_file() for path in self._marks.rglob("*")):
+    async def _is_told(self) -> None:
+        while not any(path.is_file() for path in self._folder.rglob("*")):
             await asyncio.sleep(0.01)
 
     async def _hold_a_session(self, line: Line, tts: xai.TTS) -> None:

@@ -84,7 +84,7 @@ async def test_a_refused_caller_without_anything_to_close_hears_so_at_once(patch
 
 
 async def test_after_a_refusal_nothing_is_kept_between_replies(patched: None) -> None:
-    """S1, S3: until the mark is over. And nothing is dialled on suspicion."""
+    """S1, S3: until the shortage is over. And nothing is dialled speculatively."""
     async with line_to(quick(max_sessions=1)) as line:
         tts, other = line.tts(voice="ara"), line.tts(voice="eve")
         await talk(line, tts, "First.")

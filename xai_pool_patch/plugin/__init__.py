@@ -5,6 +5,6 @@ and `native_pool` are the replacements, `provider` connects these to the pools. 
 what it would connect to. `signs` hears when an AgentSession is about to reply, `conversation` is
 what is known about it.
 
-The modules import `manager` and the packages below it. Enter a new release of the plugin in
-`releases`. Only a release of a new shape needs more than that.
+The modules import `registry`, `manager` and what is below them. Enter a new release of the plugin
+in `releases`. Only a release of a new shape needs more than that.
 """

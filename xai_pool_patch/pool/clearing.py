@@ -23,7 +23,7 @@ RELIANCE = RoundTrips(2, at_least=0.05)
 ends within it is faster than any dial."""
 
 MAX_FAILURES = 2
-"""The pool stops clearing after so many failures in a row."""
+"""The pool stops clearing after this many failures in a row."""
 
 UNACKNOWLEDGED = "clears are not acknowledged"
 STALE_AUDIO = "audio came after the acknowledgement of a clear"

@@ -50,7 +50,7 @@ OVERLAP = 0.01
 preemptive reply just before it cancels the one that this replaces."""
 
 ROTATION_LEAD = 0.05
-"""The pool replaces an idle connection this part of `max_age` before it expires: 90 s of 1,800 s.
+"""The pool replaces an idle connection this part of `max_age` before it expires: 27 s of 540 s.
 That leaves time for several attempts while the old connection still serves."""
 
 LINGER = 0.3
@@ -285,8 +285,7 @@ class Pool(Generic[C]):
         if self.is_closed and not fresh:
             raise PoolClosedError("acquire() on a pool that has ended")
         asked = self._now()
-        # Before `_wait`, which settles. Counted as expected and as waiting, the caller would get
-        # two dials.
+        # Do this before `_wait()`: otherwise the caller counts twice and two dials start.
         self._fulfil(caller)
         if caller is not None and self._waits(caller):
             await asyncio.sleep(OVERLAP)
@@ -601,8 +600,8 @@ class Pool(Generic[C]):
         dial = Dial(self._now(), waiter)
         late = functools.partial(self._dial_is_late, dial)
         dial.soft_timeout = SoftTimeout(self._supervisor, DIAL_SOFT_TIMEOUT, late)
-        # Before spawn(): an eager dial may end before spawn() returns. Added afterwards, it would
-        # stay in `_dials` for ever, and callers would rely on it.
+        # Before spawn(): an eager dial may end before spawn() returns. If it were added later, it
+        # would stay in `_dials` for ever, and callers would rely on it.
         self._dials.add(dial)
         run = self._run_dial(dial, timeout)
         context = waiter.context if waiter is not None else None

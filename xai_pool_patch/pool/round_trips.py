@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RoundTrips:
-    """So many round trips, within bounds in seconds."""
+    """A multiple of the round trip, clamped; in seconds."""
 
     times: float
     at_least: float = 0.0

@@ -3,6 +3,6 @@
 `connection` reads a socket for its whole life, `utterance` knows the protocol's frames, `exchange`
 carries one utterance and replays it if need be, `lease` is what the plugin sees as its WebSocket.
 
-The modules import `pool`, `telemetry` and the modules at the root below them. If xAI changes the
-protocol, change the two tables of `utterance`.
+The modules import `sessions`, `pool`, `telemetry` and the modules at the root below them. If xAI
+changes the protocol, change the two tables of `utterance`.
 """

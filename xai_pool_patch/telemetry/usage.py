@@ -26,7 +26,8 @@ class Totals(TypedDict):
     closed_shutdown: int
     standby_failures: int
     rate_limited: int
-    """Dials refused because the team has too many sessions or requests (HTTP 429)."""
+    """Dials refused because the team has too many sessions or requests, or probably for that: by
+    HTTP 429, 403 or 5xx, or by a Close or an error frame as the first answer."""
     signs_used: int
     """Replies for which a connection was called for in advance, and that used one."""
     signs_unused: int
