@@ -114,7 +114,7 @@ class Waiter(Generic[C]):
         """Take the connection. False if the caller does not want one any more, or not this one."""
         # A waiter leaves the pool's queue only when its task runs again. Until then its future may
         # be done: served, failed, or cancelled with the caller. set_result() would raise here,
-        # in the middle of another caller's release().
+        # in the middle of another caller's give_back().
         if self.future.done() or (self.wants_fresh and entry.lease_count):
             return False
         self.future.set_result(entry)
