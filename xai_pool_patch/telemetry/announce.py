@@ -17,53 +17,43 @@ _LIVEKIT = logging.getLogger("livekit.agents")
 _untold: list[tuple[LogEvent, int, dict[str, Any]]] = []
 
 
-class _Waiting(logging.Filter):
-    """Notices that LiveKit logs, and lets everything pass."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        retell()
-        return True
-
-
-_waiting = _Waiting()
-
-
 @harmless
 def announce(event: LogEvent, *, level: int | None = None, **fields: Any) -> None:
     """Log an event of `install()`, and once more if it was not heard.
 
     A WARNING that no handler takes is on stderr: so `logging` does.
     """
-    level = event.level if level is None else level
+    level = level or event.level
     is_heard = _is_heard(level)
     log_event(event, level=level, **fields)
     if not is_heard:
         _untold.append((event, level, fields))
-        _LIVEKIT.addFilter(_waiting)
+        _LIVEKIT.addFilter(_retell_first)
+
+
+def _retell_first(_: logging.LogRecord) -> bool:
+    """The filter that notices that LiveKit logs, and lets everything pass."""
+    retell()
+    return True
 
 
 @harmless
 def retell() -> None:
     """Tell what has not been heard, if a handler takes it now."""
-    heard = [each for each in _untold if _is_heard(each[1])]
-    for each in heard:
+    for each in [each for each in _untold if _is_heard(each[1])]:
         _untold.remove(each)
         event, level, fields = each
         log_event(event, level=level, **fields)
     if not _untold:
-        _forget()
+        # A new list: the logger may be going through the old one.
+        _LIVEKIT.filters = [each for each in _LIVEKIT.filters if each is not _retell_first]
 
 
 @harmless
 def withdraw() -> None:
     """It is no longer true."""
     _untold.clear()
-    _forget()
-
-
-def _forget() -> None:
-    # A new list: the logger may be going through the old one.
-    _LIVEKIT.filters = [each for each in _LIVEKIT.filters if each is not _waiting]
+    retell()
 
 
 def _is_heard(level: int) -> bool:

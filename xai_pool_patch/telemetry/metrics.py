@@ -39,19 +39,21 @@ OTHER = "other"
 
 SECONDS = (0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
 """Histogram buckets. A handshake takes about half a second, and at most ten."""
+BOUNDS = (*map(str, SECONDS), "+Inf")
 
 
 class Number:
     """One series, and where its value lies."""
 
-    __slots__ = ("labels", "name", "value")
-
-    def __init__(self, name: str, labels: dict[str, str]) -> None:
-        self.name = name
+    def __init__(self, metric: Metric, suffix: str, **labels: str) -> None:
+        self.name = metric.name + suffix
         self.labels = labels
-        self.value: Any = stores.MutexValue(  # type: ignore[no-untyped-call]
-            None, None, name, None, None, None
-        )
+        names, values = tuple(labels), tuple(labels.values())
+        self.identity = (metric.kind, metric.family, self.name, names, values, metric.text)
+        self.value: Any = stores.MutexValue(*self.identity)  # type: ignore[no-untyped-call]
+
+
+METRICS: list[Metric] = []
 
 
 class Metric:
@@ -60,61 +62,50 @@ class Metric:
     Args:
         name: without `PREFIX`.
         text: what the page says about it.
-        statistic: the keys of `stats()` that say the same; "" if there are none.
         label: the name of its label; "" for none.
         values: all values that the label may have. If `OTHER` is among them, it stands for any
             other.
+
+    Attributes:
+        numbers: by the value of the label.
     """
 
     kind: ClassVar[str]
+    suffix = ""
 
     def __init__(
-        self, name: str, text: str, statistic: str, label: str = "", values: Sequence[str] = ("",)
+        self, name: str, text: str, label: str = "", values: Sequence[str] = ("",)
     ) -> None:
         self.name = PREFIX + name
+        self.family = self.name.removesuffix("_total")  # so prometheus_client knows it
         self.text = text
-        self.statistic = statistic
-        self.label = label
-        self.values = values
-        self.numbers: list[Number] = []
-
-    @property
-    def family(self) -> str:
-        """The name by which prometheus_client knows the metric."""
-        return self.name.removesuffix("_total")
-
-    def _labels(self, value: str) -> dict[str, str]:
-        return {self.label: value} if self.label else {}
+        labels = [{label: value} if label else {} for value in values]
+        numbers = [Number(self, self.suffix, **each) for each in labels]
+        self.numbers = dict(zip(values, numbers, strict=True))
+        METRICS.append(self)
 
 
 class Counter(Metric):
     kind = "counter"
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._by_value = {value: Number(self.name, self._labels(value)) for value in self.values}
-        self.numbers = list(self._by_value.values())
-
     def count(self, value: str = "") -> None:
-        by_value = self._by_value
-        (by_value[value] if value in by_value else by_value[OTHER]).value.inc(1.0)
+        number = self.numbers.get(value) or self.numbers[OTHER]
+        number.value.inc(1.0)
 
 
 class Histogram(Metric):
     """A distribution of seconds. It has no label."""
 
     kind = "histogram"
+    suffix = "_bucket"
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        bounds = [*map(str, SECONDS), "+Inf"]
-        self._sum = Number(f"{self.name}_sum", {})
-        self._buckets = [Number(f"{self.name}_bucket", {"le": bound}) for bound in bounds]
-        self.numbers = [self._sum, *self._buckets]
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(name, text, "le", BOUNDS)
+        self.numbers["sum"] = Number(self, "_sum")
 
     def observe(self, seconds: float) -> None:
-        self._sum.value.inc(seconds)
-        self._buckets[bisect.bisect_left(SECONDS, seconds)].value.inc(1.0)
+        self.numbers["sum"].value.inc(seconds)
+        self.numbers[BOUNDS[bisect.bisect_left(SECONDS, seconds)]].value.inc(1.0)
 
 
 class Info(Metric):
@@ -124,85 +115,59 @@ class Info(Metric):
 
     def tell(self, labels: dict[str, str]) -> None:
         self.withdraw()
-        number = next((each for each in self.numbers if each.labels == labels), None)
-        if number is None:
-            number = Number(self.name, labels)
-            self.numbers = [*self.numbers, number]
-        number.value.set(1.0)
+        told = str(labels)
+        if told not in self.numbers:
+            self.numbers = {**self.numbers, told: Number(self, "", **labels)}
+        self.numbers[told].value.set(1.0)
 
     def withdraw(self) -> None:
-        for number in self.numbers:
+        for number in self.numbers.values():
             number.value.set(0.0)
 
 
 INFO = Info(
     "info",
     "1 if the plugin is patched, with the versions of this package, the plugin and livekit-agents",
-    "",
-    "version, plugin, agents",
+    values=(),
 )
-REUSED = Counter(
-    "connections_reused_total",
-    "Utterances that found a connection ready",
-    "connections_reused",
-)
+REUSED = Counter("connections_reused_total", "Utterances that found a connection ready")
 WAITED = Histogram(
-    "connection_wait_seconds",
-    "Time that utterances waited for a connection, also to be replayed",
-    "acquire_wait_ms_total",
+    "connection_wait_seconds", "Time that utterances waited for a connection, also to be replayed"
 )
 CONNECTED = Histogram(
-    "connect_seconds",
-    "Time that handshakes took; their count is that of the connections made",
-    "connections_made, connect_ms_total",
+    "connect_seconds", "Time that handshakes took; their count is that of the connections made"
 )
 CLOSED = Counter(
     "connections_closed_total",
     "Connections taken out of the pool",
-    "closed_<reason>",
     "reason",
     ("interrupted", "lost", "failed", "expired", "surplus", "shutdown", OTHER),
 )
-CLEARED = Counter(
-    "connections_cleared_total",
-    "Interrupted connections that text.clear made clean",
-    "connections_cleared",
-)
+CLEARED = Counter("connections_cleared_total", "Interrupted connections that text.clear made clean")
 REFUSED = Counter(
     "dials_refused_total",
     "Dials that the server refused because it has too many sessions or requests",
-    "rate_limited",
 )
 STANDBY_FAILURES = Counter(
     "standby_failures_total",
     "Dials in the background that failed, by HTTP status or kind of error",
-    "standby_failures",
     "error",
     ("401", "403", "429", "4xx", "5xx", "timeout", "connection"),
 )
 EXPECTED = Counter(
     "replies_expected_total",
     "Replies for which a connection was made ready in advance, by whether they used one",
-    "signs_used, signs_unused",
     "connection",
     ("used", "unused"),
 )
 REPLAYS = Counter(
     "replays_total",
     "Utterances sent again over another connection, by what was wrong with the first",
-    "replays",
     "reason",
     ("ended by the peer", "no sign of life", OTHER),
 )
 FAILED_OPEN = Counter(
-    "failed_open_total",
-    "Faults of this package, after which the plugin connects by itself",
-    "",
-)
-
-METRICS: tuple[Metric, ...] = (
-    *(INFO, REUSED, WAITED, CONNECTED, CLOSED, CLEARED),
-    *(REFUSED, STANDBY_FAILURES, EXPECTED, REPLAYS, FAILED_OPEN),
+    "failed_open_total", "Faults of this package, after which the plugin connects by itself"
 )
 
 
@@ -217,13 +182,10 @@ def kind_of(status: int | None, error: Exception) -> str:
 class _Collector(Collector):
     """For a page that shows this process alone."""
 
-    def describe(self) -> Iterable[Family]:
-        return [Family(metric.family, metric.text, metric.kind) for metric in METRICS]
-
     def collect(self) -> Iterable[Family]:
-        for metric, family in zip(METRICS, self.describe(), strict=True):
-            count = 0.0
-            for number in metric.numbers:
+        for metric in METRICS:
+            family, count = Family(metric.family, metric.text, metric.kind), 0.0
+            for number in metric.numbers.values():
                 value = number.value.get()
                 if "le" in number.labels:
                     value = count = count + value
@@ -286,34 +248,23 @@ def _share() -> None:
         file = Path(os.environ[DIRECTORY], f"counter_{_process()}.db")
         if file == _file and file.exists():
             return
+        numbers = [number for metric in METRICS for number in metric.numbers.values()]
         try:
-            moves = _moves()
+            values = _in_files(numbers)
         except OSError as error:
             _warn(f"{DIRECTORY} cannot be used: {error.strerror}")
             return
-        for number, value in moves:
+        for number, value in zip(numbers, values, strict=True):
             # In this order, since other threads go on to count.
             before, number.value = number.value, value
             value.inc(before.get())
         _file = file
 
 
-def _moves() -> list[tuple[Number, Any]]:
-    """Each number, and its new place in a file."""
+def _in_files(numbers: list[Number]) -> list[Any]:
+    """A new place for the value of each."""
     place = stores.MultiProcessValue(_process)  # type: ignore[no-untyped-call]
-    return [
-        (
-            number,
-            place(
-                *(metric.kind, metric.family, number.name),
-                *(tuple(number.labels), tuple(number.labels.values())),
-                metric.text,
-                multiprocess_mode="max",
-            ),
-        )
-        for metric in METRICS
-        for number in metric.numbers
-    ]
+    return [place(*number.identity, multiprocess_mode="max") for number in numbers]
 
 
 def _warn(reason: str) -> None:

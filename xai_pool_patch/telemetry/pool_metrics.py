@@ -35,56 +35,34 @@ class PoolMetrics:
 
     @harmless
     def reused(self) -> None:
-        self.counters.count("connections_reused")
         self._log(LogEvent.REUSED)
-        metrics.REUSED.count()
+        self._count("connections_reused", metrics.REUSED)
 
     @harmless
     def waited(self, seconds: float) -> None:
-        self.counters.time("acquire_wait", seconds)
         self._log(LogEvent.WAITED, wait_ms=in_ms(seconds))
-        metrics.WAITED.observe(seconds)
+        self._time("acquire_wait", metrics.WAITED, seconds)
 
     @harmless
     def connected(self, handshake: float) -> None:
-        self.counters.count("connections_made")
-        self.counters.time("connect", handshake)
         self._log(LogEvent.CONNECTED, connect_ms=in_ms(handshake))
-        metrics.CONNECTED.observe(handshake)
+        self.counters.count("connections_made")
+        self._time("connect", metrics.CONNECTED, handshake)
 
     @harmless
     def standby_failed(self, error: Exception, retry_in: float) -> None:
         """`retry_in` is infinite if the pool waits until a caller's dial succeeds."""
-        self.counters.count("standby_failures")
         retry_in_s = None if retry_in == math.inf else round(retry_in, 1)
         self._log(LogEvent.STANDBY_FAILED, error=error, retry_in_s=retry_in_s)
-        metrics.STANDBY_FAILURES.count(metrics.kind_of(status_of(error), error))
+        kind = metrics.kind_of(status_of(error), error)
+        self._count("standby_failures", metrics.STANDBY_FAILURES, kind)
 
     @harmless
     def closed(self, reason: str, age: float, idle_for: float | None) -> None:
         """`idle_for` is None for a connection that was leased."""
-        self.counters.count(f"closed_{reason}")
         idle: dict[str, Any] = {} if idle_for is None else {"idle_s": round(idle_for, 1)}
         self._log(LogEvent.CLOSED, reason=reason, age_s=round(age, 1), **idle)
-        metrics.CLOSED.count(reason)
-
-    @harmless
-    def sign_used(self) -> None:
-        """A caller that was expected has asked for a connection."""
-        self.counters.count("signs_used")
-        metrics.EXPECTED.count("used")
-
-    @harmless
-    def sign_unused(self) -> None:
-        """A caller that was expected has not asked for a connection."""
-        self.counters.count("signs_unused")
-        metrics.EXPECTED.count("unused")
-
-    @harmless
-    def rate_limited(self) -> None:
-        """The server refused a dial because it has too many sessions or requests."""
-        self.counters.count("rate_limited")
-        metrics.REFUSED.count()
+        self._count(f"closed_{reason}", metrics.CLOSED, reason)
 
     @harmless
     def on_demand(self, seconds: float, reason: str) -> None:
@@ -92,9 +70,8 @@ class PoolMetrics:
 
     @harmless
     def cleared(self) -> None:
-        self.counters.count("connections_cleared")
-        metrics.CLEARED.count()
         self._log(LogEvent.CLEARED)
+        self._count("connections_cleared", metrics.CLEARED)
 
     @harmless
     def clearing_stopped(self, reason: str) -> None:
@@ -102,10 +79,26 @@ class PoolMetrics:
 
     @harmless
     def replayed(self, waited: float, reason: str) -> None:
-        self.counters.count("replays")
         self._log(LogEvent.REPLAYED, reason=reason, wait_ms=in_ms(waited))
-        metrics.REPLAYS.count(reason)
+        self._count("replays", metrics.REPLAYS, reason)
 
     @harmless
     def replay_failed(self, error: Exception, reason: str) -> None:
         self._log(LogEvent.REPLAY_FAILED, reason=reason, error=error)
+
+    @harmless
+    def _count(self, statistic: str, metric: metrics.Counter, value: str = "") -> None:
+        self.counters.count(statistic)
+        metric.count(value)
+
+    @harmless
+    def _time(self, statistic: str, metric: metrics.Histogram, seconds: float) -> None:
+        self.counters.time(statistic, seconds)
+        metric.observe(seconds)
+
+    sign_used = functools.partialmethod(_count, "signs_used", metrics.EXPECTED, "used")
+    """A caller that was expected has asked for a connection."""
+    sign_unused = functools.partialmethod(_count, "signs_unused", metrics.EXPECTED, "unused")
+    """A caller that was expected has not asked for a connection."""
+    rate_limited = functools.partialmethod(_count, "rate_limited", metrics.REFUSED)
+    """The server refused a dial because it has too many sessions or requests."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TypedDict, cast
-
-from .log import in_ms
 
 
 class Totals(TypedDict):
@@ -72,69 +69,49 @@ class Counters:
         into: other counters that count the same as well.
     """
 
+    names: Iterable[str] = Totals.__annotations__
+
     def __init__(self, into: Counters | None = None) -> None:
-        zero = {name: 0.0 if "_ms_" in name else 0 for name in Totals.__annotations__}
-        self.totals = cast(Totals, zero)
+        self.totals: dict[str, float] = {name: 0.0 if "_ms_" in name else 0 for name in self.names}
         self._into = into
 
-    def count(self, name: str) -> None:
-        cast(dict[str, int], self.totals)[name] += 1
+    def count(self, name: str, amount: float = 1) -> None:
+        """Add to a total, or keep the larger if it is a `_max`."""
+        total = self.totals[name]
+        self.totals[name] = max(total, amount) if name.endswith("_max") else total + amount
         if self._into is not None:
-            self._into.count(name)
+            self._into.count(name, amount)
 
     def time(self, name: str, seconds: float) -> None:
         """Add a time to `name_ms_total`, and keep the longest in `name_ms_max`."""
-        totals, milliseconds = cast(dict[str, float], self.totals), seconds * 1e3
-        totals[f"{name}_ms_total"] += milliseconds
-        totals[f"{name}_ms_max"] = max(totals[f"{name}_ms_max"], milliseconds)
-        if self._into is not None:
-            self._into.time(name, seconds)
-
-    def add(self, other: Counters) -> None:
-        mine, theirs = cast(dict[str, float], self.totals), cast(dict[str, float], other.totals)
-        for name, value in theirs.items():
-            mine[name] = max(mine[name], value) if name.endswith("_max") else mine[name] + value
+        self.count(f"{name}_ms_total", seconds * 1e3)
+        self.count(f"{name}_ms_max", seconds * 1e3)
 
 
 def sum_of(*several: Counters) -> Counters:
     whole = Counters()
     for counters in several:
-        whole.add(counters)
+        for name, total in counters.totals.items():
+            whole.count(name, total)
     return whole
 
 
-@dataclass
-class UsageStats:
-    """What the pools did for one TTS. Times are in seconds."""
+class UsageStats(Counters):
+    """What the pools did for one TTS. A replayed utterance may be among the reused ones, too."""
 
-    utterances: int = 0
-    reused: int = 0
-    """Utterances that began on an idle connection. If it was replayed, `replays` counts it too."""
-    replays: int = 0
-    wait_total: float = 0.0
-    wait_max: float = 0.0
+    names = ("utterances", "reused", "replays", "wait_ms_total", "wait_ms_max")
 
     def begun(self, waited: float, *, reused: bool) -> None:
-        self.utterances += 1
-        self.reused += reused
-        self._waited(waited)
+        self.count("utterances")
+        self.count("reused", reused)
+        self.time("wait", waited)
 
     def replaced(self, waited: float) -> None:
-        self.replays += 1
-        self._waited(waited)
-
-    def _waited(self, seconds: float) -> None:
-        self.wait_total += seconds
-        self.wait_max = max(self.wait_max, seconds)
+        self.count("replays")
+        self.time("wait", waited)
 
     def as_fields(self) -> dict[str, Any]:
-        return {
-            "utterances": self.utterances,
-            "reused": self.reused,
-            "replays": self.replays,
-            "wait_ms_total": in_ms(self.wait_total),
-            "wait_ms_max": in_ms(self.wait_max),
-        }
+        return {name: round(total, 1) for name, total in self.totals.items()}
 
 
 class Countable(Protocol):
@@ -153,9 +130,9 @@ class Countable(Protocol):
 
 
 def counts_of(pools: Sequence[Countable], counters: Counters) -> Counts:
-    totals = cast(dict[str, float], counters.totals.copy())
+    totals: Any = {name: round(total, 3) for name, total in counters.totals.items()}
     return {
-        **cast(Totals, {name: round(total, 3) for name, total in totals.items()}),
+        **cast(Totals, totals),
         "idle": sum(pool.idle for pool in pools),
         "leased": sum(pool.leased for pool in pools),
         "clearing": sum(pool.clearing for pool in pools),
