@@ -312,7 +312,6 @@ class PoolManager:
                 supervisor=self.supervisor,
                 on_change=lambda: self._set_lean(host),
                 wants_to_know=lambda: any(pool.idle for pool in self._pools_at(host)),
-                uniform=self._jitter.uniform,
             )
         return self._watches[host]
 

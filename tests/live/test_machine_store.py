@@ -404,7 +404,7 @@ async def main(folder, host, task):
     else:
         watch.begin()
     await watch._look
-    print(shortage.is_on, watch.is_lean, shortage.is_on and shortage.is_own)
+    print(shortage.is_on, watch.is_lean, "to this process" in shortage.reason)
     watch.end()
 
 asyncio.run(main(*sys.argv[1:]))

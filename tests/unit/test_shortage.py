@@ -16,6 +16,8 @@ LENGTH = (108.0, 132.0)
 """Two minutes, a tenth shorter or longer."""
 SPREAD = 30.0
 
+OWN, OTHERS = "a refusal to this process", "a refusal to another process"
+
 
 class Clock:
     """The time of one machine. Its wall clock can be set; its monotonic clock cannot."""
@@ -64,7 +66,7 @@ def test_one_refusal(clock: Clock) -> None:
     published = refused(shortage)
     length = published - clock.wall()
     assert LENGTH[0] <= length <= LENGTH[1]
-    assert (shortage.is_on, shortage.is_own) == (True, True)
+    assert (shortage.is_on, shortage.reason) == (True, OWN)
     assert length <= shortage.seconds_left <= length + SPREAD
     assert shortage.seconds_left == pytest.approx(shortage.until - clock.now)
     assert repr(shortage) == f"<Shortage at api.x.ai, {shortage.seconds_left:.0f} s left>"
@@ -131,7 +133,7 @@ def test_an_end_of_others(clock: Clock) -> None:
     shortage = clock.shortage()
     end = clock.wall() + 50.0
     shortage.learn(end)
-    assert (shortage.is_on, shortage.is_own) == (True, False)
+    assert (shortage.is_on, shortage.reason) == (True, OTHERS)
     until = shortage.until
     assert 50.0 <= until - clock.now <= 50.0 + SPREAD
     clock.now += 10.0
@@ -148,7 +150,7 @@ def test_a_later_end_of_others(clock: Clock) -> None:
     clock.now += 60.0
     shortage.learn(clock.wall() + 130.0)
     assert 130.0 <= shortage.seconds_left <= 130.0 + SPREAD
-    assert not shortage.is_own
+    assert shortage.reason == OTHERS
     until = shortage.until
     shortage.learn(clock.wall() + 5.0)
     assert shortage.until == until
@@ -200,7 +202,7 @@ def test_nonsense(clock: Clock, ahead: float) -> None:
     refused(shortage)
     until = shortage.until
     shortage.learn(clock.wall() + ahead)
-    assert (shortage.until, shortage.is_own) == (until, True)
+    assert (shortage.until, shortage.reason) == (until, OWN)
 
 
 def test_another_machines_clock_is_a_minute_ahead(clock: Clock) -> None:

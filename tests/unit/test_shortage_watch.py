@@ -76,7 +76,6 @@ class Process:
             supervisor=Supervisor(no_fault),
             on_change=self._changed,
             wants_to_know=lambda: self.has_idle,
-            uniform=uniform,
         )
 
     def _changed(self) -> None:
@@ -187,7 +186,6 @@ async def test_two_loops_of_one_process() -> None:
         supervisor=Supervisor(no_fault),
         on_change=lambda: other_changes.append(other.is_lean),
         wants_to_know=lambda: False,
-        uniform=random.Random(3).uniform,
     )
     other.begin()
     await process.go_on(5.0)

@@ -32,18 +32,15 @@ class MachineStore(Store):
     name = "machine"
 
     def __init__(self, folder: Path | None = None) -> None:
-        super().__init__()
         self._folder = folder
 
     def _read(self, name: str) -> float | None:
         path = self._path(name)
         try:
-            _check(path.parent.lstat(), stat.S_ISDIR)
-            found = path.lstat()
+            _checked(path.parent, stat.S_ISDIR)
+            return _checked(path, stat.S_ISREG).st_mtime
         except FileNotFoundError:
             return None
-        _check(found, stat.S_ISREG)
-        return found.st_mtime
 
     def _write(self, name: str, until: float) -> None:
         path = self._path(name)
@@ -77,20 +74,22 @@ def _own_folder() -> Path:
 def _new_file(path: Path) -> Path:
     """An empty file beside that path."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    _check(path.parent.lstat(), stat.S_ISDIR)
+    _checked(path.parent, stat.S_ISDIR)
     file, name = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
     os.close(file)
     return Path(name)
 
 
-def _check(found: os.stat_result, is_expected_type: Callable[[int], bool]) -> None:
+def _checked(path: Path, is_expected_type: Callable[[int], bool]) -> os.stat_result:
     """
     Raises:
         PermissionError: it is of another type, belongs to another user, or is writable by others.
     """
+    found = path.lstat()
     if not is_expected_type(found.st_mode):
         raise PermissionError("not of the expected type")
     if _HAS_OWNERS and found.st_uid != os.getuid():
         raise PermissionError("belongs to another user")
     if _HAS_OWNERS and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise PermissionError("writable by others")
+    return found

@@ -37,7 +37,6 @@ class RedisStore(Store):
     keeps_open = True
 
     def __init__(self, url: str) -> None:
-        super().__init__()
         import redis
 
         self._client = redis.Redis.from_url(
@@ -48,10 +47,8 @@ class RedisStore(Store):
 
     async def aclose(self) -> None:
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._in_thread(self._close, ""), CLOSE_TIMEOUT)
-
-    def _close(self, _: str) -> None:
-        self._client.close()
+            closing = self._in_thread(lambda _: self._client.close(), "")
+            await asyncio.wait_for(closing, CLOSE_TIMEOUT)
 
     def _read(self, name: str) -> float | None:
         value = self._client.get(PREFIX + name)

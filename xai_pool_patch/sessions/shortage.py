@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..telemetry.log import LogEvent, log_event
 
@@ -42,6 +42,7 @@ class _Known:
     reason: str = ""
 
 
+@dataclass(eq=False)
 class Shortage:
     """What a process knows about one host. Its event loops and threads share one object.
 
@@ -56,42 +57,30 @@ class Shortage:
             the module `random` differs in each process.
     """
 
-    def __init__(
-        self,
-        host: str,
-        monotonic: Callable[[], float] = time.monotonic,
-        wall: Callable[[], float] = time.time,
-        uniform: Callable[[float, float], float] = random.uniform,
-    ) -> None:
-        self.host = host
-        self._monotonic = monotonic
-        self._wall = wall
-        self._uniform = uniform
-        self._known = _Known()
-        self._last_read: float | None = None
-        self._warned_of = -math.inf
+    host: str
+    monotonic: Callable[[], float] = time.monotonic
+    wall: Callable[[], float] = time.time
+    uniform: Callable[[float, float], float] = random.uniform
+    _known: _Known = field(default=_Known(), init=False)
+    _last_read: float | None = field(default=None, init=False)
+    _warned_of: float = field(default=-math.inf, init=False)
 
     def __repr__(self) -> str:
         return f"<Shortage at {self.host}, {self.seconds_left:.0f} s left>"
 
     @property
     def is_on(self) -> bool:
-        return self._monotonic() < self.until
+        return self.monotonic() < self.until
 
     @property
     def until(self) -> float:
         """When it ends, or has ended, on the monotonic clock; -inf if there was none."""
-        known = self._known
+        known = self._known  # once: another thread may replace it
         return known.end + known.share
 
     @property
     def seconds_left(self) -> float:
-        return max(0.0, self.until - self._monotonic())
-
-    @property
-    def is_own(self) -> bool:
-        """The last refusal was met by this process."""
-        return self._known.own_end == self._known.refused_end
+        return max(0.0, self.until - self.monotonic())
 
     @property
     def reason(self) -> str:
@@ -104,7 +93,7 @@ class Shortage:
         Args:
             status: of the handshake; None if the server said so in another way.
         """
-        now = self._monotonic()
+        now = self.monotonic()
         # Not by `end`: of a failed handshake a moment ago, others have not heard.
         is_news = self._known.refused_end - now <= LENGTH - STEP
         if is_news:
@@ -123,7 +112,7 @@ class Shortage:
         It may have been a refusal, so this process is careful. Others do not hear of it: one
         machine's bad line must not cost a fleet.
         """
-        now = self._monotonic()
+        now = self.monotonic()
         if self._known.end - now <= LENGTH - STEP:
             self._extend(now, self._end_after(now), "a failed handshake")
 
@@ -135,28 +124,28 @@ class Shortage:
         """
         if until is not None and until != self._last_read:
             self._last_read = until
-            now = self._monotonic()
+            now = self.monotonic()
             end = self._end_of(until, now)
             if end > max(now, self._known.refused_end + SAME_END):
                 self._extend(now, end, "a refusal to another process", refused_end=end)
 
     def news_for(self, until: float | None) -> float | None:
         """The end that a store should have in place of that one; None if it need not change."""
-        now, own_end = self._monotonic(), self._known.own_end
+        now, own_end = self.monotonic(), self._known.own_end
         end_there = -math.inf if until is None else self._end_of(until, now)
         is_news = own_end > max(now, end_there + SAME_END)
-        return self._wall() + own_end - now if is_news else None
+        return self.wall() + own_end - now if is_news else None
 
     def _end_after(self, now: float) -> float:
-        return now + LENGTH * self._uniform(1.0 - JITTER, 1.0 + JITTER)
+        return now + LENGTH * self.uniform(1.0 - JITTER, 1.0 + JITTER)
 
     def _extend(self, now: float, end: float, reason: str, **others: float) -> None:
         is_on = now < self.until
-        known = self._known if is_on else _Known(share=self._uniform(0.0, SPREAD), began=now)
+        known = self._known if is_on else _Known(share=self.uniform(0.0, SPREAD), began=now)
         # One assignment of one value: a thread that reads never sees half of it.
         self._known = replace(known, end=max(end, known.end), reason=reason, **others)
 
     def _end_of(self, until: float, now: float) -> float:
         """The end on the monotonic clock; -inf for one that makes no sense."""
-        ahead = until - self._wall()
+        ahead = until - self.wall()
         return now + min(ahead, LONGEST) if ahead <= PLAUSIBLE else -math.inf

@@ -26,9 +26,11 @@ class Store:
 
     name: str
     keeps_open = False
-
-    def __init__(self) -> None:
-        self._start()
+    _read: Callable[[str], float | None]
+    _write: Callable[[str, float], None]
+    _probe: Callable[[str], None]
+    _process: int | None = None
+    """The one in which the thread was started."""
 
     async def read(self, host: str) -> float | None:
         """The end that was written last; None if there is none, or nonsense."""
@@ -45,21 +47,9 @@ class Store:
     async def aclose(self) -> None:
         """Close what is open, within a second. The store works again afterwards."""
 
-    def _read(self, name: str) -> float | None:
-        raise NotImplementedError
-
-    def _write(self, name: str, until: float) -> None:
-        raise NotImplementedError
-
-    def _probe(self, name: str) -> None:
-        raise NotImplementedError
-
-    def _start(self) -> None:
-        self._process = os.getpid()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="xai_pool_patch")
-
     async def _in_thread(self, work: Callable[..., T], host: str, *args: float) -> T:
-        if self._process != os.getpid():
-            self._start()  # this process was forked, and the thread was not
+        if self._process != os.getpid():  # a fork takes no thread along
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="xai_pool_patch")
+            self._process = os.getpid()
         name = re.sub(r"[^A-Za-z0-9.-]", "_", host)[:100]
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, name, *args)

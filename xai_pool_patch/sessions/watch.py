@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-import random
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 
 from ..pool.supervisor import Supervisor, within
 from ..telemetry.log import LogEvent, log_event
@@ -22,6 +22,7 @@ FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0
 """Seconds after a failed look until the next, doubling from the first to the longest."""
 
 
+@dataclass(eq=False, repr=False)
 class ShortageWatch:
     """Says when pools have to be lean, and exchanges refusals with other processes.
 
@@ -31,29 +32,20 @@ class ShortageWatch:
         supervisor: owns the tasks and timers.
         on_change: called when `is_lean` or the shortage may have changed.
         wants_to_know: this process holds an idle connection, which others may need.
-        uniform: spreads the looks of many processes.
     """
 
-    def __init__(
-        self,
-        shortage: Shortage,
-        store: Store | None,
-        *,
-        supervisor: Supervisor,
-        on_change: Callable[[], None],
-        wants_to_know: Callable[[], bool],
-        uniform: Callable[[float, float], float] = random.uniform,
-    ) -> None:
-        self.shortage = shortage
-        self._store = store
-        self._supervisor = supervisor
-        self._on_change = on_change
-        self._wants_to_know = wants_to_know
-        self._uniform = uniform
+    shortage: Shortage
+    store: Store | None
+    _: KW_ONLY
+    supervisor: Supervisor
+    on_change: Callable[[], None]
+    wants_to_know: Callable[[], bool]
+
+    def __post_init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._look: asyncio.Task[None] | None = None
-        self._is_heard: bool | None = None if store is not None else False
+        self._is_heard: bool | None = None if self.store is not None else False
         """None until the first look has ended, which takes a second at most."""
         self._operation = ""
         self._failures = 0
@@ -96,16 +88,16 @@ class ShortageWatch:
 
     def _tick(self) -> None:
         self._tell()
-        if not self._is_heard or self.shortage.is_on or self._wants_to_know():
+        if not self._is_heard or self.shortage.is_on or self.wants_to_know():
             self._look_now()
-        pause = self._uniform(SHORTEST_INTERVAL, LONGEST_INTERVAL)
-        self._timer = self._supervisor.call_at(self._loop.time() + pause, self._tick)
+        pause = self.shortage.uniform(SHORTEST_INTERVAL, LONGEST_INTERVAL)
+        self._timer = self.supervisor.call_at(self._loop.time() + pause, self._tick)
 
     def _look_now(self) -> None:
         is_looking = self._look is not None and not self._look.done()
-        if self._store is not None and not is_looking and self._loop.time() >= self._next_look:
-            look = self._try_to_exchange(self._store)
-            self._look = self._supervisor.spawn(look, name="xai_pool_patch.look")
+        if self.store is not None and not is_looking and self._loop.time() >= self._next_look:
+            look = self._try_to_exchange(self.store)
+            self._look = self.supervisor.spawn(look, name="xai_pool_patch.look")
 
     async def _try_to_exchange(self, store: Store) -> None:
         try:
@@ -134,7 +126,7 @@ class ShortageWatch:
             operation = self._operation
             log_event(LogEvent.STORE_FAILED, store=store.name, operation=operation, error=error)
         delay = min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** min(self._failures, 10))
-        self._next_look = self._loop.time() + delay * self._uniform(0.8, 1.0)
+        self._next_look = self._loop.time() + delay * self.shortage.uniform(0.8, 1.0)
         self._failures += 1
         self._is_heard = False
 
@@ -155,4 +147,4 @@ class ShortageWatch:
         elif self._was_on and not is_on:
             log_event(LogEvent.SESSIONS_SUFFICE)
         self._was_on, self._was_lean = is_on, is_lean
-        self._on_change()
+        self.on_change()
