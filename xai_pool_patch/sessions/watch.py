@@ -47,7 +47,7 @@ class ShortageWatch:
         self._look: asyncio.Task[None] | None = None
         self._is_heard: bool | None = None if self.store is not None else False
         """None until the first look has ended, which takes a second at most."""
-        self._operation = ""
+        self._doing = ""
         self._failures = 0
         self._next_look = -math.inf
         self._was_on = False
@@ -105,14 +105,16 @@ class ShortageWatch:
         except Exception as error:
             self._failed(store, error)
         else:
-            self._succeeded(store)
+            if self._failures > 0:
+                log_event(LogEvent.STORE_RESTORED, store=store.name)
+            self._failures, self._is_heard = 0, True
         self._tell()
 
     async def _exchange(self, store: Store) -> None:
-        self._operation = "read"
+        self._doing = "read"
         found = await store.read(self.shortage.host)
         self.shortage.learn(found)
-        self._operation = "write"
+        self._doing = "write"
         if not self._is_heard:
             # One that can only be read would show that to the first refusal, which no other
             # process then hears.
@@ -123,18 +125,11 @@ class ShortageWatch:
 
     def _failed(self, store: Store, error: Exception) -> None:
         if self._failures == 0:
-            operation = self._operation
-            log_event(LogEvent.STORE_FAILED, store=store.name, operation=operation, error=error)
+            log_event(LogEvent.STORE_FAILED, store=store.name, operation=self._doing, error=error)
         delay = min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** min(self._failures, 10))
         self._next_look = self._loop.time() + delay * self.shortage.uniform(0.8, 1.0)
         self._failures += 1
         self._is_heard = False
-
-    def _succeeded(self, store: Store) -> None:
-        if self._failures > 0:
-            log_event(LogEvent.STORE_RESTORED, store=store.name)
-        self._failures = 0
-        self._is_heard = True
 
     def _tell(self) -> None:
         """Log the shortage's beginning and end, and tell the pools what has changed."""

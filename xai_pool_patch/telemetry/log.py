@@ -200,9 +200,8 @@ class _Outlet(logging.Logger):
 
     def findCaller(self, *_: Any) -> tuple[str, int, str, None]:  # noqa: N802
         """Where in this package, and if possible outside of `telemetry`, the report comes from."""
-        here = sys._getframe()
-        callers = [frame for frame, _ in traceback.walk_stack(here) if _is_ours(frame)]
-        frame = min(callers, key=_is_in_telemetry, default=here)
+        callers = (frame for frame, _ in traceback.walk_stack(sys._getframe(1)))
+        frame = min(callers, key=_distance)
         return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name, None
 
     def handle(self, record: logging.LogRecord) -> None:
@@ -231,16 +230,13 @@ def flush() -> None:
 
 atexit.register(flush)
 
-_PACKAGE, _, _ = __file__.rpartition("telemetry")  # pathlib takes long to import
+_PACKAGE, _FOLDER, _ = __file__.rpartition("telemetry")  # pathlib takes long to import
 
 
-def _is_ours(frame: FrameType) -> bool:
+def _distance(frame: FrameType) -> tuple[bool, ...]:
+    """How far code is from what reports: in this package, not in this file, not in this folder."""
     path = frame.f_code.co_filename
-    return path.startswith(_PACKAGE) and path != __file__
-
-
-def _is_in_telemetry(frame: FrameType) -> bool:
-    return frame.f_code.co_filename.startswith(f"{_PACKAGE}telemetry")
+    return not path.startswith(_PACKAGE), path == __file__, path.startswith(_PACKAGE + _FOLDER)
 
 
 def describe(error: BaseException) -> str:

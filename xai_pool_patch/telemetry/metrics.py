@@ -31,7 +31,7 @@ from prometheus_client import values as stores
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from .log import LogEvent, harmless, log_event
+from .log import LogEvent, harmless, log_event, status_of
 
 PREFIX = "xai_pool_patch_"
 DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
@@ -45,7 +45,7 @@ BOUNDS = (*map(str, SECONDS), "+Inf")
 class Number:
     """One series, and where its value lies."""
 
-    def __init__(self, metric: Metric, suffix: str, **labels: str) -> None:
+    def __init__(self, metric: Metric, suffix: str = "", **labels: str) -> None:
         self.name = metric.name + suffix
         self.labels = labels
         names, values = tuple(labels), tuple(labels.values())
@@ -62,9 +62,8 @@ class Metric:
     Args:
         name: without `PREFIX`.
         text: what the page says about it.
-        label: the name of its label; "" for none.
-        values: all values that the label may have. If `OTHER` is among them, it stands for any
-            other.
+        values: all that its label may have, if it has a label. If `OTHER` is among them, it stands
+            for any other.
 
     Attributes:
         numbers: by the value of the label.
@@ -73,20 +72,23 @@ class Metric:
     kind: ClassVar[str]
     suffix = ""
 
-    def __init__(
-        self, name: str, text: str, label: str = "", values: Sequence[str] = ("",)
-    ) -> None:
+    def __init__(self, name: str, text: str, **values: Sequence[str]) -> None:
         self.name = PREFIX + name
         self.family = self.name.removesuffix("_total")  # so prometheus_client knows it
         self.text = text
-        labels = [{label: value} if label else {} for value in values]
-        numbers = [Number(self, self.suffix, **each) for each in labels]
-        self.numbers = dict(zip(values, numbers, strict=True))
+        labels = [(label, value) for label, several in values.items() for value in several]
+        self.numbers = {
+            value: Number(self, self.suffix, **{label: value}) for label, value in labels
+        }
         METRICS.append(self)
 
 
 class Counter(Metric):
     kind = "counter"
+
+    def __init__(self, name: str, text: str, **values: Sequence[str]) -> None:
+        super().__init__(name, text, **values)
+        self.numbers = self.numbers or {"": Number(self)}
 
     def count(self, value: str = "") -> None:
         number = self.numbers.get(value) or self.numbers[OTHER]
@@ -94,13 +96,13 @@ class Counter(Metric):
 
 
 class Histogram(Metric):
-    """A distribution of seconds. It has no label."""
+    """A distribution of seconds."""
 
     kind = "histogram"
     suffix = "_bucket"
 
     def __init__(self, name: str, text: str) -> None:
-        super().__init__(name, text, "le", BOUNDS)
+        super().__init__(name, text, le=BOUNDS)
         self.numbers["sum"] = Number(self, "_sum")
 
     def observe(self, seconds: float) -> None:
@@ -117,7 +119,7 @@ class Info(Metric):
         self.withdraw()
         told = str(labels)
         if told not in self.numbers:
-            self.numbers = {**self.numbers, told: Number(self, "", **labels)}
+            self.numbers = {**self.numbers, told: Number(self, **labels)}
         self.numbers[told].value.set(1.0)
 
     def withdraw(self) -> None:
@@ -128,7 +130,6 @@ class Info(Metric):
 INFO = Info(
     "info",
     "1 if the plugin is patched, with the versions of this package, the plugin and livekit-agents",
-    values=(),
 )
 REUSED = Counter("connections_reused_total", "Utterances that found a connection ready")
 WAITED = Histogram(
@@ -140,8 +141,7 @@ CONNECTED = Histogram(
 CLOSED = Counter(
     "connections_closed_total",
     "Connections taken out of the pool",
-    "reason",
-    ("interrupted", "lost", "failed", "expired", "surplus", "shutdown", OTHER),
+    reason=("interrupted", "lost", "failed", "expired", "surplus", "shutdown", OTHER),
 )
 CLEARED = Counter("connections_cleared_total", "Interrupted connections that text.clear made clean")
 REFUSED = Counter(
@@ -151,28 +151,26 @@ REFUSED = Counter(
 STANDBY_FAILURES = Counter(
     "standby_failures_total",
     "Dials in the background that failed, by HTTP status or kind of error",
-    "error",
-    ("401", "403", "429", "4xx", "5xx", "timeout", "connection"),
+    error=("401", "403", "429", "4xx", "5xx", "timeout", "connection"),
 )
 EXPECTED = Counter(
     "replies_expected_total",
     "Replies for which a connection was made ready in advance, by whether they used one",
-    "connection",
-    ("used", "unused"),
+    connection=("used", "unused"),
 )
 REPLAYS = Counter(
     "replays_total",
     "Utterances sent again over another connection, by what was wrong with the first",
-    "reason",
-    ("ended by the peer", "no sign of life", OTHER),
+    reason=("ended by the peer", "no sign of life", OTHER),
 )
 FAILED_OPEN = Counter(
     "failed_open_total", "Faults of this package, after which the plugin connects by itself"
 )
 
 
-def kind_of(status: int | None, error: Exception) -> str:
+def kind_of(error: Exception) -> str:
     """The value of the label `error`: few, whatever an exception is called."""
+    status = status_of(error)
     if status is not None:
         return str(status) if status in (401, 403, 429) else f"{min(max(status // 100, 4), 5)}xx"
     is_timeout = isinstance(error, (TimeoutError, asyncio.TimeoutError))

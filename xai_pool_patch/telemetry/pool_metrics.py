@@ -10,14 +10,11 @@ import math
 from typing import Any
 
 from . import metrics
-from .log import LogEvent, harmless, in_ms, log_event, status_of
+from .log import LogEvent, harmless, in_ms, log_event
 from .usage import Counters
 
-
-@harmless
-def failed_open() -> None:
-    """The package has a fault, and the plugin connects by itself from now on."""
-    metrics.FAILED_OPEN.count()
+failed_open = harmless(metrics.FAILED_OPEN.count)
+"""The package has a fault, and the plugin connects by itself from now on."""
 
 
 class PoolMetrics:
@@ -54,8 +51,7 @@ class PoolMetrics:
         """`retry_in` is infinite if the pool waits until a caller's dial succeeds."""
         retry_in_s = None if retry_in == math.inf else round(retry_in, 1)
         self._log(LogEvent.STANDBY_FAILED, error=error, retry_in_s=retry_in_s)
-        kind = metrics.kind_of(status_of(error), error)
-        self._count("standby_failures", metrics.STANDBY_FAILURES, kind)
+        self._count("standby_failures", metrics.STANDBY_FAILURES, metrics.kind_of(error))
 
     @harmless
     def closed(self, reason: str, age: float, idle_for: float | None) -> None:
