@@ -235,7 +235,6 @@ def test_a_registry_that_has_our_names_is_one_warning(
 
     registry = CollectorRegistry(auto_describe=True)  # as the usual one
     Counter("xai_pool_patch_replays", "the application's own", registry=registry)
-    monkeypatch.setattr(metrics, "_is_registered", False)
     monkeypatch.setattr(metrics, "_has_warned", False)
     for _ in range(2):
         metrics.install({"version": "", "plugin": "", "agents": ""}, registry)

@@ -37,11 +37,9 @@ class RedisStore(Store):
     keeps_open = True
 
     def __init__(self, url: str) -> None:
-        import redis
+        from redis import Redis
 
-        self._client = redis.Redis.from_url(
-            url, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT
-        )
+        self._client = Redis.from_url(url, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT)
         # Finds the mistakes in the URL that can be found without connecting.
         self._client.connection_pool.make_connection()
 

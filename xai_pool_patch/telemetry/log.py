@@ -8,6 +8,7 @@ record as soon as the present step has ended, and in the order of the reports.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import enum
 import functools
 import logging
@@ -149,10 +150,8 @@ class LogEvent(enum.Enum):
 
     def sentence(self, fields: dict[str, Any]) -> str:
         for sentence in self.sentences:
-            try:
+            with contextlib.suppress(KeyError, ValueError, TypeError):
                 return sentence.format_map(fields)
-            except (KeyError, ValueError, TypeError):
-                continue
         return self.label  # a report that lacks a field is better than none
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import functools
 import multiprocessing.process
 import os
 import threading
@@ -76,10 +77,9 @@ class Metric:
         self.name = PREFIX + name
         self.family = self.name.removesuffix("_total")  # so prometheus_client knows it
         self.text = text
-        labels = [(label, value) for label, several in values.items() for value in several]
-        self.numbers = {
-            value: Number(self, self.suffix, **{label: value}) for label, value in labels
-        }
+        self.numbers: dict[str, Number] = {}
+        for label, several in values.items():
+            self.numbers = {each: Number(self, self.suffix, **{label: each}) for each in several}
         METRICS.append(self)
 
 
@@ -199,7 +199,6 @@ def _process() -> str:
 
 
 _lock = threading.Lock()
-_is_registered = False
 _file: Path | None = None
 """One of the files that the numbers lie in."""
 _has_warned = False
@@ -208,16 +207,18 @@ _has_warned = False
 @harmless
 def install(versions: dict[str, str], registry: CollectorRegistry = REGISTRY) -> None:
     """Show the metrics from now on. In a job process of LiveKit's, open its files."""
-    global _is_registered
     INFO.tell(versions)
-    if not _is_registered:
-        _is_registered = True
-        try:
-            registry.register(_Collector())
-        except ValueError:
-            _warn("the application has registered metrics of the same names")
+    _register(registry)
     if multiprocessing.process.parent_process() is not None:
         share()
+
+
+@functools.cache
+def _register(registry: CollectorRegistry) -> None:
+    try:
+        registry.register(_Collector())
+    except ValueError:
+        _warn("the application has registered metrics of the same names")
 
 
 @harmless

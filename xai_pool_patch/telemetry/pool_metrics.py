@@ -38,13 +38,15 @@ class PoolMetrics:
     @harmless
     def waited(self, seconds: float) -> None:
         self._log(LogEvent.WAITED, wait_ms=in_ms(seconds))
-        self._time("acquire_wait", metrics.WAITED, seconds)
+        self.counters.time("acquire_wait", seconds)
+        metrics.WAITED.observe(seconds)
 
     @harmless
     def connected(self, handshake: float) -> None:
         self._log(LogEvent.CONNECTED, connect_ms=in_ms(handshake))
         self.counters.count("connections_made")
-        self._time("connect", metrics.CONNECTED, handshake)
+        self.counters.time("connect", handshake)
+        metrics.CONNECTED.observe(handshake)
 
     @harmless
     def standby_failed(self, error: Exception, retry_in: float) -> None:
@@ -86,11 +88,6 @@ class PoolMetrics:
     def _count(self, statistic: str, metric: metrics.Counter, value: str = "") -> None:
         self.counters.count(statistic)
         metric.count(value)
-
-    @harmless
-    def _time(self, statistic: str, metric: metrics.Histogram, seconds: float) -> None:
-        self.counters.time(statistic, seconds)
-        metric.observe(seconds)
 
     sign_used = functools.partialmethod(_count, "signs_used", metrics.EXPECTED, "used")
     """A caller that was expected has asked for a connection."""
