@@ -57,8 +57,8 @@ class MachineStore(Store):
         _new_file(self._path(name)).unlink()
 
     def _path(self, name: str) -> Path:
-        if self._folder is None:  # looking for a temporary folder is I/O: not in __init__
-            self._folder = _own_folder()
+        # Looking for a temporary folder is I/O: not in __init__.
+        self._folder = self._folder or _own_folder()
         return self._folder / name
 
 

@@ -27,9 +27,8 @@ def is_refusal(error: BaseException) -> bool:
 
     A proxy's answer is another error of aiohttp. A 400, 401 or 404 is about the request.
     """
-    if not isinstance(error, aiohttp.WSServerHandshakeError):
-        return False
-    return error.status in (403, 429) or 500 <= error.status < 600
+    status = error.status if isinstance(error, aiohttp.WSServerHandshakeError) else 0
+    return status in (403, 429) or 500 <= status < 600
 
 
 def says_refused(close_code: int | None = None, error_message: object = None) -> bool:

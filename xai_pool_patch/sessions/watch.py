@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 
 from ..pool.supervisor import Supervisor, within
 from ..telemetry.log import LogEvent, log_event
@@ -36,7 +36,6 @@ class ShortageWatch:
 
     shortage: Shortage
     store: Store | None
-    _: KW_ONLY
     supervisor: Supervisor
     on_change: Callable[[], None]
     wants_to_know: Callable[[], bool]

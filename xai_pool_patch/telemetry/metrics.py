@@ -173,8 +173,7 @@ def kind_of(error: Exception) -> str:
     status = status_of(error)
     if status is not None:
         return str(status) if status in (401, 403, 429) else f"{min(max(status // 100, 4), 5)}xx"
-    is_timeout = isinstance(error, (TimeoutError, asyncio.TimeoutError))
-    return "timeout" if is_timeout else "connection"
+    return "timeout" if isinstance(error, (TimeoutError, asyncio.TimeoutError)) else "connection"
 
 
 class _Collector(Collector):

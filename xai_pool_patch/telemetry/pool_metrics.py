@@ -5,8 +5,8 @@ No call raises.
 
 from __future__ import annotations
 
-import functools
 import math
+from functools import partial
 from typing import Any
 
 from . import metrics
@@ -28,7 +28,13 @@ class PoolMetrics:
     def __init__(self, pool: int, into: Counters | None = None) -> None:
         self.pool = pool
         self.counters = Counters(into)
-        self._log = functools.partial(log_event, number=pool)
+        self._log = partial(log_event, number=pool)
+        self.sign_used = partial(self._count, "signs_used", metrics.EXPECTED, "used")
+        """A caller that was expected has asked for a connection."""
+        self.sign_unused = partial(self._count, "signs_unused", metrics.EXPECTED, "unused")
+        """A caller that was expected has not asked for a connection."""
+        self.rate_limited = partial(self._count, "rate_limited", metrics.REFUSED)
+        """The server refused a dial because it has too many sessions or requests."""
 
     @harmless
     def reused(self) -> None:
@@ -88,10 +94,3 @@ class PoolMetrics:
     def _count(self, statistic: str, metric: metrics.Counter, value: str = "") -> None:
         self.counters.count(statistic)
         metric.count(value)
-
-    sign_used = functools.partialmethod(_count, "signs_used", metrics.EXPECTED, "used")
-    """A caller that was expected has asked for a connection."""
-    sign_unused = functools.partialmethod(_count, "signs_unused", metrics.EXPECTED, "unused")
-    """A caller that was expected has not asked for a connection."""
-    rate_limited = functools.partialmethod(_count, "rate_limited", metrics.REFUSED)
-    """The server refused a dial because it has too many sessions or requests."""

@@ -130,9 +130,8 @@ class Countable(Protocol):
 
 
 def counts_of(pools: Sequence[Countable], counters: Counters) -> Counts:
-    totals: Any = {name: round(total, 3) for name, total in counters.totals.items()}
     return {
-        **cast(Totals, totals),
+        **cast(Totals, {name: round(total, 3) for name, total in counters.totals.items()}),
         "idle": sum(pool.idle for pool in pools),
         "leased": sum(pool.leased for pool in pools),
         "clearing": sum(pool.clearing for pool in pools),
