@@ -55,6 +55,7 @@ class Number:
 
 
 METRICS: list[Metric] = []
+"""All that were made, in the order of the page."""
 
 
 class Metric:
