@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 import importlib
 import json
 import logging
@@ -11,6 +12,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -26,7 +28,7 @@ from .plugin.releases import (
     MODULE,
     detect,
     installed_version,
-    is_as_published,
+    release_of,
 )
 from .python import check_python
 from .telemetry.log import FIELD_PREFIX, describe
@@ -274,11 +276,21 @@ def check() -> None:
         reason = f"{type(error).__name__}: {error}{_remedy_for(error)}"
         _fail(f"cannot be patched, since it cannot be imported: {reason}")
     print(f"shape: {shape.value}")
-    print(f"file: {'as' if is_as_published(module, version) else 'not as'} published")
+    print(f"file: {'as' if _is_as_published(module, version) else 'not as'} published")
     if is_switched_off():
         _fail(f"can be patched, but {_off_switch()} keeps the patch out")
     print("can be patched: everything that is wrapped or relied on is as expected")
     print(PROBE_HINT)
+
+
+def _is_as_published(module: ModuleType, version: str) -> bool:
+    """Whether the plugin's file is the one in the wheel of that version, byte for byte."""
+    release = release_of(version)
+    try:
+        content = Path(module.__file__ or "").read_bytes()
+    except OSError:  # a frozen application has no such file
+        return False
+    return release is not None and hashlib.sha256(content).hexdigest() == release.sha256
 
 
 @app.command()

@@ -205,7 +205,7 @@ def test_a_plugin_that_changes_at_its_import_can_still_be_imported(
         "import logging, xai_pool_patch, xai_pool_patch.plugin.releases as plugin\n"
         "logging.basicConfig(format='%(name)s %(levelname)s %(message)s %(xai_pool_reason)s')\n"
         f"xai_pool_patch.install(on_unsupported={on_unsupported!r})\n"
-        "missing = plugin.Method('TTS', 'missing')\n"
+        "missing = plugin.Method.of('TTS.missing')\n"
         "plugin._METHODS.update(dict.fromkeys(plugin.Shape, [missing]))\n"
         "from livekit.plugins import xai\n"
         "assert not hasattr(xai.TTS.aclose, '__wrapped__')\n"

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 NAMESPACE = "livekit.plugins"
 """A package, like its parent, without a file of its own: importing it runs nothing."""
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """What a function looks like from outside, and which names its code uses."""
 
     parameters: tuple[str, ...]
@@ -26,47 +26,11 @@ class Look:
     names: frozenset[str]
 
 
-class View(Protocol):
-    """A module, imported or not. An owner is a class of it, or "" for the module itself."""
-
-    def has(self, owner: str) -> bool: ...
-    def look(self, owner: str, name: str) -> Look | None: ...
-    def overrides(self, owner: str, name: str) -> bool:
-        """Whether a class defines a method that its base class has too."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """What a function must look like that the patch wraps or relies on."""
-
-    owner: str
-    name: str
-    parameters: tuple[str, ...] | None = None
-    """None if they do not matter."""
-    is_coroutine: bool = True
-    uses: frozenset[str] = frozenset()
-
-    def difference(self, view: View) -> str | None:
-        where = f"{self.owner}.{self.name}".lstrip(".")
-        found = view.look(self.owner, self.name)
-        if found is None:
-            return f"{where} is missing"
-        if self.parameters is not None and found.parameters != self.parameters:
-            return f"{where} takes {found.parameters}, not {self.parameters}"
-        if found.is_coroutine != self.is_coroutine:
-            return f"{where} is {'not ' if self.is_coroutine else ''}a coroutine function"
-        unused = self.uses - found.names
-        return f"{where} does not use {', '.join(sorted(unused))}" if unused else None
-
-
 @dataclass(frozen=True)
 class Imported:
     """A module as it is now, with all changes since its import."""
 
     module: ModuleType
-
-    def has(self, owner: str) -> bool:
-        return not owner or hasattr(self.module, owner)
 
     def look(self, owner: str, name: str) -> Look | None:
         scope = getattr(self.module, owner, object) if owner else self.module
@@ -108,6 +72,52 @@ class InFile:
 
     def overrides(self, owner: str, name: str) -> bool:
         return self.look(owner, name) is not None
+
+
+View = Imported | InFile
+"""A module, imported or not. An owner is a class of it, or "" for the module itself."""
+
+
+class Method(NamedTuple):
+    """What a function must look like that the patch wraps or relies on."""
+
+    owner: str
+    name: str
+    parameters: tuple[str, ...] | None
+    """None if they do not matter."""
+    is_coroutine: bool
+    uses: frozenset[str]
+
+    @classmethod
+    def of(cls, line: str) -> Method:
+        """Read `async Owner.name(parameters): names that it uses`. Only a name is always there."""
+        signature, _, uses = line.strip().partition(": ")
+        path, is_given, parameters = signature.removeprefix("async ").rstrip(")").partition("(")
+        owner, _, name = path.rpartition(".")
+        taken = tuple(parameters.split(", ")) if is_given else None
+        return cls(owner, name, taken, signature.startswith("async "), frozenset(uses.split()))
+
+    def difference(self, view: View) -> str | None:
+        where = f"{self.owner}.{self.name}".lstrip(".")
+        found = view.look(self.owner, self.name)
+        if found is None:
+            return f"{where} is missing"
+        if self.parameters is not None and found.parameters != self.parameters:
+            return f"{where} takes {found.parameters}, not {self.parameters}"
+        if found.is_coroutine != self.is_coroutine:
+            return f"{where} is {'not ' if self.is_coroutine else ''}a coroutine function"
+        unused = self.uses - found.names
+        return f"{where} does not use {', '.join(sorted(unused))}" if unused else None
+
+
+def methods_by_title(text: str) -> dict[str, list[Method]]:
+    """Read titles, and below each its methods, which are indented."""
+    parts = (part.splitlines() for part in re.split(r"\n(?=\S)", text.strip()))
+    return {title: [Method.of(line) for line in lines] for title, *lines in parts}
+
+
+def differences_of(view: View, methods: list[Method]) -> list[str]:
+    return [difference for each in methods if (difference := each.difference(view))]
 
 
 def _inner(code: CodeType, name: str) -> CodeType | None:

@@ -7,17 +7,18 @@ the two.
 
 from __future__ import annotations
 
+import contextlib
 import enum
-import hashlib
 import importlib.metadata
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
+from typing import Any, cast
 
 from ..errors import UnsupportedPluginError
-from .looks import Imported, InFile, Method, View, code_of, find
+from ..telemetry.log import LogEvent, log_event
+from .looks import Imported, InFile, Method, View, code_of, differences_of, find, methods_by_title
 
 DISTRIBUTION = "livekit-plugins-xai"
 FRAMEWORK = "livekit-agents"
@@ -50,42 +51,28 @@ class Release:
     """Checksum of `livekit/plugins/xai/tts.py` in the published wheels."""
 
 
-def _series(minor: str, first: int, last: int) -> tuple[str, ...]:
-    return tuple(f"{minor}.{patch}" for patch in range(first, last + 1))
+def _release(row: str) -> Release:
+    shape, versions, sha256 = row.split(": ")
+    return Release(tuple(_each_version(versions)), Shape(shape), sha256)
 
 
-RELEASES = (
-    Release(
-        _series("1.5", 2, 18) + _series("1.6", 0, 1),
-        Shape.READS_OPTIONS,
-        "fd9d6112ef88d481456ed70607ee0a74be6cb34b8cb1313d19823621a2ec0e87",
-    ),
-    Release(
-        _series("1.6", 2, 4),
-        Shape.TAKES_OPTIONS,
-        "5a997f858a4410c0d6a47d2d9a974b302a2eddca20c42f47611a586430d5cd17",
-    ),
-    Release(
-        ("1.6.5",),
-        Shape.NATIVE_POOL,
-        "6de19bc18fa9f83020a9c6123f33be31eda85914349c948d7ac372c548d04eb1",
-    ),
-    Release(
-        _series("1.6", 6, 10),
-        Shape.NATIVE_POOL,
-        "4a587c90e3f7bc35714e1222685a11bbe55e345d59aa4f54b83d4985f956c946",
-    ),
-    Release(
-        _series("1.7", 0, 1),
-        Shape.NATIVE_POOL,
-        "8a8c5c282dfd429efa2e0adac2b8ee829b8de958c5082921dcc47e7de5002f12",
-    ),
-    Release(
-        _series("1.8", 0, 9),
-        Shape.NATIVE_POOL,
-        "0edd02ed27abb2215d9ff08f8c534bc6653904c89cfe90e672ea9dd1c55ef5fb",
-    ),
-)
+def _each_version(versions: str) -> Iterator[str]:
+    """Of "1.5.17-18 1.6.0": 1.5.17, 1.5.18 and 1.6.0."""
+    for series in versions.split():
+        minor, _, patches = series.rpartition(".")
+        first, _, last = patches.partition("-")
+        yield from (f"{minor}.{patch}" for patch in range(int(first), int(last or first) + 1))
+
+
+_ROWS = """
+reads options: 1.5.2-18 1.6.0-1: fd9d6112ef88d481456ed70607ee0a74be6cb34b8cb1313d19823621a2ec0e87
+takes options: 1.6.2-4: 5a997f858a4410c0d6a47d2d9a974b302a2eddca20c42f47611a586430d5cd17
+native pool: 1.6.5: 6de19bc18fa9f83020a9c6123f33be31eda85914349c948d7ac372c548d04eb1
+native pool: 1.6.6-10: 4a587c90e3f7bc35714e1222685a11bbe55e345d59aa4f54b83d4985f956c946
+native pool: 1.7.0-1: 8a8c5c282dfd429efa2e0adac2b8ee829b8de958c5082921dcc47e7de5002f12
+native pool: 1.8.0-9: 0edd02ed27abb2215d9ff08f8c534bc6653904c89cfe90e672ea9dd1c55ef5fb
+"""
+RELEASES = tuple(map(_release, _ROWS.strip().splitlines()))
 """Every version that is supported, oldest first."""
 
 SUPPORTED = f"{RELEASES[0].versions[0]} to {RELEASES[-1].versions[-1]}"
@@ -95,162 +82,97 @@ def release_of(version: str) -> Release | None:
     return next((release for release in RELEASES if version in release.versions), None)
 
 
-def _uses(*names: str) -> frozenset[str]:
-    return frozenset(names)
-
-
-_DIAL_USES = _uses("_ensure_session", "ws_connect", "_api_key")
-_RUN_WS = ("self", "input_stream", "output_emitter")
-
-_IN_EVERY_SHAPE = (
-    Method("TTS", "_close_ws", ("self", "ws"), uses=_uses("close")),
-    Method("TTS", "_ensure_session", ("self",), is_coroutine=False),
-    Method("TTS", "synthesize", is_coroutine=False, uses=_uses("_synthesize_with_stream")),
-    Method("SynthesizeStream", "__init__", is_coroutine=False, uses=_uses("_tts", "_opts")),
-    Method("SynthesizeStream", "_run", uses=_uses("ClientResponseError", "APIStatusError")),
-)
-_WITHOUT_POOL = (
-    *_IN_EVERY_SHAPE,
-    Method("TTS", "update_options", is_coroutine=False, uses=_uses("_opts")),
-    Method("TTS", "aclose", ("self",)),
-    Method(
-        "SynthesizeStream",
-        "_run_ws",
-        _RUN_WS,
-        uses=_uses("_tts", "_connect_ws", "_close_ws", "_conn_options"),
-    ),
-)
+_PLUGIN = methods_by_title("""
+reads options, takes options, native pool
+    async TTS._close_ws(self, ws): close
+    TTS._ensure_session(self)
+    TTS.synthesize: _synthesize_with_stream
+    SynthesizeStream.__init__: _tts _opts
+    async SynthesizeStream._run: ClientResponseError APIStatusError
+reads options, takes options
+    TTS.update_options: _opts
+    async TTS.aclose(self)
+    async SynthesizeStream._run_ws(self, input_stream, output_emitter): \
+        _tts _connect_ws _close_ws _conn_options
+reads options
+    async TTS._connect_ws(self, timeout): _ensure_session ws_connect _api_key _opts
+takes options
+    async TTS._connect_ws(self, timeout, opts): _ensure_session ws_connect _api_key
+native pool
+    TTS.__init__: ConnectionPool _pool
+    async TTS._connect_ws(self, timeout, opts): _ensure_session ws_connect _api_key
+    async TTS._connect_pooled_ws(self, timeout): _connect_ws
+    async TTS._close_pooled_ws(self, ws): _close_ws
+    TTS.update_options: _pool invalidate
+    TTS.prewarm(self): _pool prewarm
+    async TTS.aclose(self): _pool aclose
+    async SynthesizeStream._run_ws(self, input_stream, output_emitter): \
+        _tts _pool connection _conn_options last_acquire_time last_connection_reused
+""")
+"""What each shape of the plugin looks like."""
 _METHODS = {
-    Shape.READS_OPTIONS: (
-        *_WITHOUT_POOL,
-        Method("TTS", "_connect_ws", ("self", "timeout"), uses=_DIAL_USES | {"_opts"}),
-    ),
-    Shape.TAKES_OPTIONS: (
-        *_WITHOUT_POOL,
-        Method("TTS", "_connect_ws", ("self", "timeout", "opts"), uses=_DIAL_USES),
-    ),
-    Shape.NATIVE_POOL: (
-        *_IN_EVERY_SHAPE,
-        Method("TTS", "__init__", is_coroutine=False, uses=_uses("ConnectionPool", "_pool")),
-        Method("TTS", "_connect_ws", ("self", "timeout", "opts"), uses=_DIAL_USES),
-        Method("TTS", "_connect_pooled_ws", ("self", "timeout"), uses=_uses("_connect_ws")),
-        Method("TTS", "_close_pooled_ws", ("self", "ws"), uses=_uses("_close_ws")),
-        Method("TTS", "update_options", is_coroutine=False, uses=_uses("_pool", "invalidate")),
-        Method("TTS", "prewarm", ("self",), is_coroutine=False, uses=_uses("_pool", "prewarm")),
-        Method("TTS", "aclose", ("self",), uses=_uses("_pool", "aclose")),
-        Method(
-            "SynthesizeStream",
-            "_run_ws",
-            _RUN_WS,
-            uses=_uses("_tts", "_pool", "connection", "_conn_options")
-            | _uses("last_acquire_time", "last_connection_reused"),
-        ),
-    ),
+    shape: [each for title, methods in _PLUGIN.items() if shape.value in title for each in methods]
+    for shape in Shape
 }
 
-
-@dataclass(frozen=True)
-class _Part:
-    """Names of livekit-agents that the patch uses.
-
-    Attributes:
-        module: where the patch imports them from.
-        defined_in: the module whose file has them, in every release that was read.
-    """
-
-    module: str
-    defined_in: str
-    methods: tuple[Method, ...]
-
-
-_METRICS = _uses("_acquire_time", "_connection_reused")
-_FRAMEWORK = (
-    _Part(
-        "livekit.agents",
-        "livekit.agents._exceptions",
-        (
-            Method("APIError", "__init__", is_coroutine=False, uses=_uses("message", "retryable")),
-            Method("APIConnectionError", "__init__", is_coroutine=False),
-            Method("APIStatusError", "__init__", is_coroutine=False, uses=_uses("status_code")),
-        ),
-    ),
-    _Part(
-        "livekit.agents",
-        "livekit.agents.job",
-        (
-            Method("", "get_job_context", is_coroutine=False),
-            Method("JobContext", "add_shutdown_callback", is_coroutine=False),
-        ),
-    ),
-    _Part(
-        "livekit.agents.tts",
-        "livekit.agents.tts.tts",
-        (
-            Method("ChunkedStream", "__init__", is_coroutine=False, uses=_METRICS),
-            Method("ChunkedStream", "_run"),
-            Method("SynthesizeStream", "__init__", is_coroutine=False, uses=_METRICS),
-            Method("TTS", "prewarm", ("self",), is_coroutine=False),
-        ),
-    ),
-    _Part(
-        "livekit.agents.llm",
-        "livekit.agents.llm.realtime",
-        (Method("RealtimeModel", "__init__", is_coroutine=False),),
-    ),
-    _Part(
-        "livekit.agents.utils",
-        "livekit.agents.utils.misc",
-        (Method("", "is_given", is_coroutine=False),),
-    ),
-)
-_NATIVE_POOL = _Part(
-    "livekit.agents.utils",
-    "livekit.agents.utils.connection_pool",
-    (
-        Method(
-            "ConnectionPool",
-            "__init__",
-            is_coroutine=False,
-            uses=_uses("_available", "_connect_cb", "_max_session_duration", "_prewarm_task")
-            | _uses("last_acquire_time", "last_connection_reused"),
-        ),
-        Method(
-            "ConnectionPool",
-            "connection",
-            ("self", "timeout"),
-            is_coroutine=False,
-            uses=_uses("get", "put", "remove"),
-        ),
-        Method("ConnectionPool", "get", ("self", "timeout")),
-        Method("ConnectionPool", "put", ("self", "conn"), is_coroutine=False),
-        Method("ConnectionPool", "remove", ("self", "conn"), is_coroutine=False),
-        Method("ConnectionPool", "invalidate", ("self",), is_coroutine=False),
-        Method("ConnectionPool", "prewarm", ("self",), is_coroutine=False),
-        Method("ConnectionPool", "aclose", ("self",)),
-        Method("ConnectionPool", "_drain_to_close", ("self",)),
-    ),
-)
+_FRAMEWORK = methods_by_title("""
+livekit.agents._exceptions as livekit.agents
+    APIError.__init__: message retryable
+    APIConnectionError.__init__
+    APIStatusError.__init__: status_code
+livekit.agents.job as livekit.agents
+    get_job_context
+    JobContext.add_shutdown_callback
+livekit.agents.tts.tts as livekit.agents.tts
+    ChunkedStream.__init__: _acquire_time _connection_reused
+    async ChunkedStream._run
+    SynthesizeStream.__init__: _acquire_time _connection_reused
+    TTS.prewarm(self)
+livekit.agents.llm.realtime as livekit.agents.llm
+    RealtimeModel.__init__
+livekit.agents.utils.misc as livekit.agents.utils
+    is_given
+""")
+"""What the patch uses of livekit-agents: the module whose file has it in every release that was
+read, and the one that the patch imports it from."""
+_NATIVE_POOL = methods_by_title("""
+livekit.agents.utils.connection_pool as livekit.agents.utils
+    ConnectionPool.__init__: _available _connect_cb _max_session_duration _prewarm_task \
+        last_acquire_time last_connection_reused
+    ConnectionPool.connection(self, timeout): get put remove
+    async ConnectionPool.get(self, timeout)
+    ConnectionPool.put(self, conn)
+    ConnectionPool.remove(self, conn)
+    ConnectionPool.invalidate(self)
+    ConnectionPool.prewarm(self)
+    async ConnectionPool.aclose(self)
+    async ConnectionPool._drain_to_close(self)
+""")
 """Used beside a plugin with a native pool. The last method closes what that pool has open."""
 
 
 def differences(view: View, shape: Shape) -> list[str]:
     """The differences between the plugin and a shape, in words."""
-    found = [d for method in _METHODS[shape] if (d := method.difference(view))]
+    found = differences_of(view, _METHODS[shape])
     if shape is not Shape.NATIVE_POOL and view.overrides("TTS", "prewarm"):
         found.append("TTS has a prewarm of its own")
     return found
 
 
-_EMIT = Method("AgentSession", "emit", ("self", "event", "arg"), is_coroutine=False)
+_EMIT = Method.of("AgentSession.emit(self, event, arg)")
 
 
-def session_type() -> tuple[type | None, str | None]:
-    """The framework's AgentSession; else None, and what differs from the one that is known."""
-    module = sys.modules.get(SESSION_MODULE)
+def session_type() -> type | None:
+    """The framework's AgentSession; None if the signs of its replies cannot be had."""
+    module: Any = sys.modules.get(SESSION_MODULE)
     if module is None:
-        return None, f"{SESSION_MODULE} is not imported"
-    difference = _EMIT.difference(Imported(module))
-    return (None, difference) if difference else (module.AgentSession, None)
+        difference: str | None = f"{SESSION_MODULE} is not imported"
+    else:
+        difference = _EMIT.difference(Imported(module))
+    if difference is not None:
+        log_event(LogEvent.NO_SIGNS, reason=difference)
+        return None
+    return cast("type", module.AgentSession)
 
 
 def imported_plugin() -> ModuleType | None:
@@ -267,10 +189,8 @@ def installed_version(distribution: str = DISTRIBUTION) -> str:
     Raises:
         UnsupportedPluginError: the distribution is not installed, or nothing says its version.
     """
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        pass
     version = _said_version(PACKAGES[distribution])
     if version is None:
         raise UnsupportedPluginError(_why_no_version(distribution))
@@ -359,9 +279,10 @@ def _found(version: str) -> str:
     return f"found {DISTRIBUTION} {version}; verified are {SUPPORTED}"
 
 
-def _check_framework(shape: Shape, view_of: Callable[[_Part], View | None]) -> None:
-    parts = (*_FRAMEWORK, _NATIVE_POOL) if shape is Shape.NATIVE_POOL else _FRAMEWORK
-    found = [d for part in parts for d in _differences_of_part(part, view_of(part))]
+def _check_framework(shape: Shape, view_of: Callable[[str, list[Method]], View | None]) -> None:
+    parts = {**_FRAMEWORK, **_NATIVE_POOL} if shape is Shape.NATIVE_POOL else _FRAMEWORK
+    views = ((view_of(title, methods), methods) for title, methods in parts.items())
+    found = [d for view, methods in views if view for d in differences_of(view, methods)]
     version = _framework_version()
     major = version.partition(".")[0]
     if major.isdigit() and int(major) >= NEXT_MAJOR:
@@ -374,23 +295,17 @@ def _check_framework(shape: Shape, view_of: Callable[[_Part], View | None]) -> N
         )
 
 
-def _differences_of_part(part: _Part, view: View | None) -> list[str]:
-    if view is None:
-        return []
-    return [d for method in part.methods if (d := method.difference(view))]
-
-
-def _view_of_import(part: _Part) -> View | None:
-    module = sys.modules.get(part.module)
+def _view_of_import(title: str, methods: list[Method]) -> View | None:
+    module = sys.modules.get(title.split()[-1])
     return None if module is None else Imported(module)
 
 
-def _view_of_file(part: _Part) -> View | None:
+def _view_of_file(title: str, methods: list[Method]) -> View | None:
     """None if that file has not what it had: another may. The import shows it."""
-    code = code_of(part.defined_in)
-    view = None if code is None else InFile(code)
-    moved = view is None or not all(view.has(method.owner) for method in part.methods)
-    return None if moved else view
+    code = code_of(title.split()[0])
+    if code is None or not all(InFile(code).has(each.owner) for each in methods):
+        return None
+    return InFile(code)
 
 
 def _framework_version() -> str:
@@ -398,13 +313,3 @@ def _framework_version() -> str:
         return installed_version(FRAMEWORK)
     except UnsupportedPluginError:
         return "of unknown version"
-
-
-def is_as_published(module: ModuleType, version: str) -> bool:
-    """Whether the plugin's file is the one in the wheel of that version, byte for byte."""
-    release = release_of(version)
-    try:
-        content = Path(module.__file__ or "").read_bytes()
-    except OSError:  # a frozen application has no such file
-        return False
-    return release is not None and hashlib.sha256(content).hexdigest() == release.sha256

@@ -17,7 +17,6 @@ from livekit.agents.tts import ChunkedStream
 
 from ..pool.entries import Outcome
 from ..registry import Registry
-from ..telemetry.log import LogEvent, log_event
 from .asking import Asking
 from .native_pool import PoolAttribute
 from .patching import Patch, Wrapper
@@ -38,7 +37,7 @@ def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> tuple[l
         _patch(tts, "synthesize", wrappers.after("synthesize", wrappers.synthesized)),
         _patch(tts, "aclose", wrappers.aclose),
     ]
-    session = _session_to_hear()
+    session = session_type()
     if session is not None:
         signs = Signs(provider)
         patches.append(_patch(session, "start", wrappers.before("a start", signs.starting)))
@@ -51,14 +50,6 @@ def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> tuple[l
         _patch(tts, "prewarm", wrappers.after("prewarm", wrappers.prewarmed)),
         _patch(tts, "update_options", wrappers.after("update_options", wrappers.options_updated)),
     ], asking
-
-
-def _session_to_hear() -> type | None:
-    """The framework's AgentSession, if signs of its replies can be had."""
-    session, difference = session_type()
-    if difference is not None:
-        log_event(LogEvent.NO_SIGNS, reason=difference)
-    return session
 
 
 def _patch(owner: type, name: str, wrapper: Callable[..., Any]) -> Patch:
