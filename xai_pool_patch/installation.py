@@ -7,8 +7,8 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -202,29 +202,6 @@ def uninstall() -> None:
     log_event(LogEvent.UNINSTALLED)
 
 
-@contextlib.contextmanager
-def renewed(**changes: Any) -> Iterator[None]:
-    """Install what is installed anew with changed options; at the end, with those it had before.
-
-    For tests. Without an installation this does nothing at the beginning. What is installed
-    meanwhile is renewed at the end, too.
-    """
-    before = _installation
-    if before is not None:
-        _reinstall(before, replace(before.options, **changes))
-    try:
-        yield
-    finally:
-        after = _installation
-        if after is not None:
-            _reinstall(after, (before or after).options)
-
-
-def _reinstall(installation: Installation, options: PoolOptions) -> None:
-    uninstall()
-    _install(options, installation.allow_unverified, installation.on_unsupported)
-
-
 def is_switched_off() -> bool:
     """Whether the environment switches the patch off."""
     return os.environ.get(OFF_SWITCH, "").strip().lower() in OFF
@@ -240,10 +217,8 @@ def stats() -> Stats:
 
     Every key is always there. Times are in milliseconds. Any thread may call this.
     """
-    installation = _installation
-    if installation is None or installation.registry is None:
-        return stats_of([], Counters())
-    return installation.registry.stats()
+    registry = _registry()
+    return registry.stats() if registry is not None else stats_of([], Counters())
 
 
 def pool_stats() -> list[PoolStats]:
@@ -253,28 +228,28 @@ def pool_stats() -> list[PoolStats]:
     key, HTTP session, voice and so on. Each has a number, `pool`, which its log records carry too,
     as `xai_pool_number`. A snapshot holds no secret.
     """
-    installation = _installation
-    if installation is None or installation.registry is None:
-        return []
-    return installation.registry.pool_stats()
+    registry = _registry()
+    return registry.pool_stats() if registry is not None else []
+
+
+def _registry() -> Registry | None:
+    installation = _installation  # another thread may uninstall meanwhile
+    return installation.registry if installation is not None else None
 
 
 def _checked(
     options: PoolOptions | None, allow_unverified: bool, on_unsupported: str
 ) -> PoolOptions:
+    problem = None
     if not isinstance(allow_unverified, bool):
-        raise InvalidOptionError(
-            f"allow_unverified must be True or False, not {allow_unverified!r}"
-        )
-    if on_unsupported not in ("raise", "skip"):
-        raise InvalidOptionError(
-            f"on_unsupported must be 'raise' or 'skip', not {on_unsupported!r}"
-        )
-    if options is None:
-        return PoolOptions()
-    if not isinstance(options, PoolOptions):
-        raise InvalidOptionError(f"options must be PoolOptions or None, not {type(options)!r}")
-    return options
+        problem = f"allow_unverified must be True or False, not {allow_unverified!r}"
+    elif on_unsupported not in ("raise", "skip"):
+        problem = f"on_unsupported must be 'raise' or 'skip', not {on_unsupported!r}"
+    elif options is not None and not isinstance(options, PoolOptions):
+        problem = f"options must be PoolOptions or None, not {type(options)!r}"
+    if problem is not None:
+        raise InvalidOptionError(problem)
+    return options if options is not None else PoolOptions()
 
 
 def _check_same(installed: PoolOptions, wanted: PoolOptions) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from .errors import InvalidOptionError
 
@@ -73,40 +73,30 @@ class PoolOptions:
     def __post_init__(self) -> None:
         for option in fields(self):
             value = getattr(self, option.name)
-            if option.name == "min_size":
-                _check_count(option.name, value)
-            elif option.name in _CHOICES:
-                _check_choice(option.name, value)
-            elif option.name == "redis_url":
-                _check_text(option.name, value)
-            elif value is not None or option.default is not None:
-                _check_seconds(option.name, value)
+            wanted = _wanted_instead(option.name, value)
+            if wanted is not None:
+                # A URL may contain a password.
+                shown = repr(value) if option.repr else type(value).__name__
+                raise InvalidOptionError(f"{option.name} must be {wanted}, not {shown}")
 
 
 _CHOICES = {"interruption": get_args(Interruption), "warm": get_args(Warm)}
 
 
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_SESSIONS:
-        raise InvalidOptionError(
-            f"{name} must be a whole number from 0 to {MAX_SESSIONS}, not {value!r}"
-        )
-
-
-def _check_choice(name: str, value: object) -> None:
-    if value not in _CHOICES[name]:
+def _wanted_instead(name: str, value: Any) -> str | None:
+    """What the option must be; None if the value is that."""
+    if name in _CHOICES:
         *others, last = map(repr, _CHOICES[name])
-        choices = f"{', '.join(others)} or {last}"
-        raise InvalidOptionError(f"{name} must be {choices}, not {value!r}")
+        return None if value in _CHOICES[name] else f"{', '.join(others)} or {last}"
+    if name == "redis_url":
+        # What is in it is checked by install(): that needs the Redis client.
+        return None if value is None or isinstance(value, str) else "a string or None"
+    if name == "min_size":
+        is_count = _is_number(value, int) and 0 <= value <= MAX_SESSIONS
+        return None if is_count else f"a whole number from 0 to {MAX_SESSIONS}"
+    is_time = _is_number(value, int, float) and math.isfinite(value) and value > 0
+    return None if is_time else "a number of seconds above 0"
 
 
-def _check_text(name: str, value: object) -> None:
-    # What is in it is checked by install(): that needs the Redis client.
-    if value is not None and not isinstance(value, str):
-        raise InvalidOptionError(f"{name} must be a string or None, not {type(value).__name__}")
-
-
-def _check_seconds(name: str, value: object) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type,operator]
-        raise InvalidOptionError(f"{name} must be a number of seconds above 0, not {value!r}")
+def _is_number(value: object, *types: type) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)

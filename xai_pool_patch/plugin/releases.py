@@ -249,25 +249,18 @@ def detect(module: ModuleType, version: str, *, allow_unverified: bool) -> Shape
 
 def _shape_of(view: View, version: str, allow_unverified: bool) -> Shape:
     release = release_of(version)
-    if release is None:
-        return _shape_of_unverified(view, version, allow_unverified)
-    found = differences(view, release.shape)
+    expected = [release.shape] if release is not None else list(Shape)
+    by_shape = {shape: differences(view, shape) for shape in expected}
+    nearest = min(expected, key=lambda shape: len(by_shape[shape]))
+    found = "; ".join(by_shape[nearest])
+    if found and release is not None:
+        raise UnsupportedPluginError(
+            f"{DISTRIBUTION} {version} is not what its version says (edited or vendored?): {found}."
+            f" xai_pool_patch supports {SUPPORTED}, as published"
+        )
     if found:
-        raise UnsupportedPluginError(
-            f"{DISTRIBUTION} {version} is not what its version says (edited or vendored?):"
-            f" {'; '.join(found)}. xai_pool_patch supports {SUPPORTED}, as published"
-        )
-    return release.shape
-
-
-def _shape_of_unverified(view: View, version: str, allow_unverified: bool) -> Shape:
-    by_shape = {shape: differences(view, shape) for shape in Shape}
-    nearest = min(by_shape, key=lambda shape: len(by_shape[shape]))
-    if by_shape[nearest]:
-        raise UnsupportedPluginError(
-            f"{_found(version)}, and it differs from them: {'; '.join(by_shape[nearest])}"
-        )
-    if not allow_unverified:
+        raise UnsupportedPluginError(f"{_found(version)}, and it differs from them: {found}")
+    if release is None and not allow_unverified:
         raise UnsupportedPluginError(
             f"{_found(version)}. It looks the same ({nearest.value}):"
             " install(allow_unverified=True) takes it"

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 from .. import installation
 
@@ -62,9 +64,32 @@ def isolated() -> Iterator[None]:
     with (
         tempfile.TemporaryDirectory(prefix="xai_pool_patch.", ignore_cleanup_errors=True) as folder,
         _environment({"XDG_RUNTIME_DIR": folder, installation.REDIS_URL: None}),
-        installation.renewed(redis_url=None),
+        _renewed(redis_url=None),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _renewed(**changes: Any) -> Iterator[None]:
+    """Install what is installed anew with changed options; at the end, with those it had before.
+
+    Without an installation this does nothing at the beginning. What is installed meanwhile is
+    renewed at the end, too.
+    """
+    before = installation._installation
+    if before is not None:
+        _reinstall(before, dataclasses.replace(before.options, **changes))
+    try:
+        yield
+    finally:
+        after = installation._installation
+        if after is not None:
+            _reinstall(after, (before or after).options)
+
+
+def _reinstall(known: installation.Installation, options: installation.PoolOptions) -> None:
+    installation.uninstall()
+    installation._install(options, known.allow_unverified, known.on_unsupported)
 
 
 @contextlib.contextmanager
