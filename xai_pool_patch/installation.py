@@ -73,12 +73,13 @@ class Installation:
             raise
         agents = installed_version(FRAMEWORK)
         metrics.install({"version": __version__, "plugin": self.version, "agents": agents})
+        options = announce.changed(self.options)
         announce.announce(
             LogEvent.INSTALLED,
             plugin=self.version,
             agents=agents,
             shape=shape.value,
-            options=announce.changed(self.options),
+            options=options,
         )
 
     def on_import(self, module: ModuleType) -> None:
@@ -237,19 +238,17 @@ def _registry() -> Registry | None:
     return installation.registry if installation is not None else None
 
 
-def _checked(
-    options: PoolOptions | None, allow_unverified: bool, on_unsupported: str
-) -> PoolOptions:
-    problem = None
+def _checked(options: object, allow_unverified: bool, on_unsupported: str) -> PoolOptions:
+    options = PoolOptions() if options is None else options
     if not isinstance(allow_unverified, bool):
         problem = f"allow_unverified must be True or False, not {allow_unverified!r}"
     elif on_unsupported not in ("raise", "skip"):
         problem = f"on_unsupported must be 'raise' or 'skip', not {on_unsupported!r}"
-    elif options is not None and not isinstance(options, PoolOptions):
+    elif not isinstance(options, PoolOptions):
         problem = f"options must be PoolOptions or None, not {type(options)!r}"
-    if problem is not None:
-        raise InvalidOptionError(problem)
-    return options if options is not None else PoolOptions()
+    else:
+        return options
+    raise InvalidOptionError(problem)
 
 
 def _check_same(installed: PoolOptions, wanted: PoolOptions) -> None:

@@ -23,10 +23,8 @@ SHORTEST_AGE = 30.0
 """Seconds. An application that wants its connections to be younger wants no pool."""
 
 
-def _below_ours(function: Any) -> Any:
-    while isinstance(function, Wrapper):
-        function = function.__wrapped__
-    return function
+def _is_not_ours(function: Any) -> bool:
+    return not isinstance(function, Wrapper)
 
 
 class _AskedError(BaseException):
@@ -69,7 +67,8 @@ class Asking:
         names = ["_connect_ws", "_ensure_session"]
         if self._is_native:
             names.append("_connect_pooled_ws")
-        self._published = {name: _below_ours(vars(self._type)[name]) for name in names}
+        current = vars(self._type)
+        self._published = {name: inspect.unwrap(current[name], stop=_is_not_ours) for name in names}
         self._wrapped = next((name for name in names if not self._is_plain(name)), None)
         self._current = self._published.copy()
 
@@ -151,14 +150,14 @@ class Asking:
         raised = self._first_step(tts, opts, error)
         return error if raised is None else raised
 
-    def connect(self, tts: Any, opts: Any, timeout: float) -> Any:
-        """The coroutine of the plugin's own connect."""
+    def _connect(self, tts: Any, opts: Any) -> Any:
+        """The coroutine of the plugin's own connect, which will not come to use its timeout."""
         if self._is_native:
-            return vars(tts)["_pool"]._connect_cb(timeout)
+            return vars(tts)["_pool"]._connect_cb(0.0)
         connect = self._published["_connect_ws"]
         if self._shape is Shape.TAKES_OPTIONS:
-            return connect(tts, timeout, opts if opts is not None else tts._opts)
-        return connect(tts, timeout)
+            return connect(tts, 0.0, opts if opts is not None else tts._opts)
+        return connect(tts, 0.0)
 
     def _connecting(self, tts: Any) -> Any:
         """The TTS that connects: a copy of a TTS shares the native pool of the original."""
@@ -175,7 +174,7 @@ class Asking:
         connecting._ensure_session()
         session = attributes["_session"]
         asked = _Session(session, error)
-        coroutine = self.connect(tts, opts, 0.0)
+        coroutine = self._connect(tts, opts)
         # Last: left in place by an exception of ours, it would keep the TTS from connecting.
         attributes["_session"] = asked
         try:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from ..pool.pool import Pool
@@ -96,8 +96,6 @@ class Conversation:
         return [tts for tts in self.uses if not any(tts in other.uses for other in others)]
 
 
-_conversation: contextvars.ContextVar[Conversation | None] = contextvars.ContextVar(
-    "xai_pool_patch.conversation", default=None
-)
-current_conversation = _conversation.get
-enter_conversation = _conversation.set
+_current: ContextVar[Conversation | None] = ContextVar("xai_pool_patch.conversation", default=None)
+current_conversation = _current.get
+enter_conversation = _current.set

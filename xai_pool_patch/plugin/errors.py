@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import aiohttp
-import multidict
 import yarl
 from livekit.agents import APIStatusError
+from multidict import CIMultiDict, CIMultiDictProxy
 
 
 def with_status(error: BaseException) -> BaseException:
@@ -22,9 +22,5 @@ def with_status(error: BaseException) -> BaseException:
     else:
         return error
     url = yarl.URL()
-    return aiohttp.ClientResponseError(
-        aiohttp.RequestInfo(url, "GET", multidict.CIMultiDictProxy(multidict.CIMultiDict()), url),
-        (),
-        status=status,
-        message=error.message,
-    )
+    request = aiohttp.RequestInfo(url, "GET", CIMultiDictProxy(CIMultiDict()), url)
+    return aiohttp.ClientResponseError(request, (), status=status, message=error.message)

@@ -59,9 +59,7 @@ class PooledConnections(ConnectionPool[aiohttp.ClientWebSocketResponse]):
     async def get(self, *, timeout: float) -> aiohttp.ClientWebSocketResponse:
         attempt = self._provider.registry.attempt
         turn = current_turn() or attempt("connecting", Turn)
-        lease = None
-        if turn is not None:
-            lease = await self._provider.lease(turn, self._tts(), timeout, None)
+        lease = await self._provider.lease(turn, self._tts(), timeout) if turn is not None else None
         if turn is None or lease is None:
             native = self._native
             ws: aiohttp.ClientWebSocketResponse = await native.get(timeout=timeout)
@@ -124,11 +122,13 @@ class PoolAttribute(Patch):
     """
 
     def __init__(self, tts_type: type, provider: ConnectionProvider) -> None:
-        super().__init__(tts_type, NAME, lambda *_: self)
+        super().__init__(tts_type, NAME)
         self._provider = provider
-        self._replacements: weakref.WeakKeyDictionary[Any, PooledConnections]
-        self._replacements = weakref.WeakKeyDictionary()
+        self._replacements = weakref.WeakKeyDictionary[Any, PooledConnections]()
         self._lock = threading.Lock()  # worker threads have TTS instances of their own
+
+    def replacement(self, original: Any) -> PoolAttribute:
+        return self
 
     def __get__(self, tts: Any, owner: type | None = None) -> Any:
         if tts is None:

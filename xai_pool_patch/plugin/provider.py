@@ -5,21 +5,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import weakref
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 from livekit.agents import APIConnectionError, get_job_context
 
 from ..manager import PoolManager
 from ..pool.backoff import FailureKind
-from ..pool.pool import (
-    Acquired,
-    AcquireTimeoutError,
-    DialFailedError,
-    Outcome,
-    Pool,
-    PoolClosedError,
-)
+from ..pool.entries import Outcome
+from ..pool.pool import Acquired, AcquireTimeoutError, DialFailedError, Pool, PoolClosedError
 from ..protocol.connection import Connection
 from ..protocol.exchange import Exchange
 from ..protocol.lease import Lease
@@ -29,6 +23,9 @@ from .asking import Asking
 from .conversation import Conversation, current_conversation
 from .errors import with_status
 from .turn import Turn
+
+_Ask = Callable[[float], Awaitable[Acquired[Connection]]]
+"""Asks a pool for a connection, within a timeout."""
 
 ROOM_TIMEOUT = 1.0
 """Seconds that a refused caller waits for the server to answer the Close frame of an idle
@@ -71,7 +68,7 @@ class ConnectionProvider:
 
     # Turns
 
-    async def lease(self, turn: Turn, tts: Any, timeout: float, opts: Any) -> Lease | None:
+    async def lease(self, turn: Turn, tts: Any, timeout: float, opts: Any = None) -> Lease | None:
         """A lease for the turn; None if the plugin has to connect by itself.
 
         Args:
@@ -103,8 +100,9 @@ class ConnectionProvider:
         # Now, since the TTS may be closed before the connection is there.
         usage = manager.usage(tts)
         conversation = current_conversation()
-        acquire = functools.partial(self._acquire, pool, tts, timeout, opts, conversation)
-        acquired = await acquire()
+        ask = functools.partial(pool.acquire, caller=conversation)
+        acquire = functools.partial(self._acquire, pool, tts, timeout, opts)
+        acquired = await acquire(ask)
         if isinstance(acquired, BaseException):
             return acquired
         if conversation is not None:
@@ -115,7 +113,7 @@ class ConnectionProvider:
             acquired,
             pool,
             supervisor=manager.supervisor,
-            acquire_fresh=functools.partial(_raise_errors, functools.partial(acquire, fresh=True)),
+            acquire_fresh=lambda: _raise_errors(acquire(functools.partial(ask, fresh=True))),
             answer_timeout=self.registry.options.answer_timeout,
             on_replayed=turn.replayed,
         )
@@ -145,17 +143,9 @@ class ConnectionProvider:
             self.registry.fail("closing", fault)
 
     async def _acquire(
-        self,
-        pool: Pool[Connection],
-        tts: Any,
-        timeout: float,
-        opts: Any,
-        caller: Conversation | None,
-        *,
-        fresh: bool = False,
+        self, pool: Pool[Connection], tts: Any, timeout: float, opts: Any, ask: _Ask
     ) -> Acquired[Connection] | BaseException:
         """A connection, or what the plugin's own connect would have raised."""
-        ask = functools.partial(pool.acquire, fresh=fresh, caller=caller)
         make_room = functools.partial(self.registry.attempt, "making room", self.registry.make_room)
         try:
             return await ask_or_make_room(ask, timeout, make_room)
@@ -187,7 +177,7 @@ class ConnectionProvider:
 
     def _prewarm(self, manager: PoolManager, tts: Any) -> None:
         if not manager.is_over(_job()):
-            pool = self._use(manager, tts)
+            pool = self._use(manager, tts, None)
             if pool is not None:
                 pool.prewarm()
         conversation = current_conversation()
@@ -211,16 +201,10 @@ class ConnectionProvider:
     def _use_again(self, manager: PoolManager, tts: Any) -> Pool[Connection] | None:
         """The pool of a TTS that has used one before; None for any other."""
         is_in_use = manager.knows(tts) and not manager.is_over(_job()) and self.serves(tts)
-        return self._use(manager, tts) if is_in_use else None
+        return self._use(manager, tts, None) if is_in_use else None
 
     def _use(
-        self,
-        manager: PoolManager,
-        tts: Any,
-        opts: Any = None,
-        *,
-        is_turn: bool = False,
-        keep: bool = True,
+        self, manager: PoolManager, tts: Any, opts: Any, *, is_turn: bool = False, keep: bool = True
     ) -> Pool[Connection] | None:
         request = self._asking.request_of(tts, opts, manager.owner_of(tts))
         if request is None:
@@ -251,7 +235,8 @@ class ConnectionProvider:
         finally:
             ended += attempt("aclose", self._unregister, tts) or []
         try:
-            await self._wait_closed(ended)
+            await asyncio.gather(*(pool.aclose() for pool in ended))
+            await self.registry.here().wait_closed()
         except Exception as fault:
             self.registry.fail("aclose", fault)
 
@@ -266,16 +251,9 @@ class ConnectionProvider:
     def _unregister(self, tts: Any) -> list[Pool[Connection]]:
         return self.registry.here().unregister(tts)
 
-    async def _wait_closed(self, pools: Sequence[Pool[Connection]]) -> None:
-        """Wait until these pools have closed their connections."""
-        await asyncio.gather(*(pool.aclose() for pool in pools))
-        await self.registry.here().wait_closed()
-
 
 async def ask_or_make_room(
-    ask: Callable[[float], Awaitable[Acquired[Connection]]],
-    timeout: float,
-    make_room: Callable[[], Collection[asyncio.Future[Any]] | None],
+    ask: _Ask, timeout: float, make_room: Callable[[], Collection[asyncio.Future[Any]] | None]
 ) -> Acquired[Connection]:
     """Ask again after a refusal, if this process gives sessions back."""
     loop = asyncio.get_running_loop()
@@ -293,9 +271,9 @@ async def ask_or_make_room(
 
 
 async def _raise_errors(
-    acquire: Callable[[], Awaitable[Acquired[Connection] | BaseException]],
+    acquiring: Awaitable[Acquired[Connection] | BaseException],
 ) -> Acquired[Connection]:
-    acquired = await acquire()
+    acquired = await acquiring
     if isinstance(acquired, BaseException):
         raise acquired
     return acquired

@@ -192,9 +192,16 @@ def installed_version(distribution: str = DISTRIBUTION) -> str:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(distribution)
     version = _said_version(PACKAGES[distribution])
-    if version is None:
-        raise UnsupportedPluginError(_why_no_version(distribution))
-    return version
+    if version is not None:
+        return version
+    if find(PACKAGES[distribution]) is None:
+        raise UnsupportedPluginError(
+            f"{distribution} is not installed; xai_pool_patch supports {SUPPORTED}"
+        )
+    raise UnsupportedPluginError(
+        f"{distribution} is there, but nothing says its version: its metadata are missing, as in a"
+        f" frozen application. Add them (PyInstaller: --copy-metadata {distribution})"
+    )
 
 
 def _said_version(package: str) -> str | None:
@@ -205,15 +212,6 @@ def _said_version(package: str) -> str | None:
         exec(code, scope)  # one assignment; an import would run the package above it
         said = scope.get("__version__")
     return said if isinstance(said, str) else None
-
-
-def _why_no_version(distribution: str) -> str:
-    if find(PACKAGES[distribution]) is None:
-        return f"{distribution} is not installed; xai_pool_patch supports {SUPPORTED}"
-    return (
-        f"{distribution} is there, but nothing says its version: its metadata are missing, as in a"
-        f" frozen application. Add them (PyInstaller: --copy-metadata {distribution})"
-    )
 
 
 def check_files(version: str, *, allow_unverified: bool) -> None:

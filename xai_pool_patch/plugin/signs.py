@@ -26,8 +26,7 @@ class Signs:
 
     def __init__(self, provider: ConnectionProvider) -> None:
         self._provider = provider
-        self._conversations: weakref.WeakKeyDictionary[Any, Conversation]
-        self._conversations = weakref.WeakKeyDictionary()
+        self._conversations = weakref.WeakKeyDictionary[Any, Conversation]()
 
     def starting(self, session: Any) -> None:
         """Runs before `AgentSession.start`, which prewarms and emits nothing before."""
@@ -46,10 +45,7 @@ class Signs:
             sign(self, session, conversation, arg)
 
     def _conversation_of(self, session: Any) -> Conversation:
-        conversation = self._conversations.get(session)
-        if conversation is None:
-            conversation = self._conversations[session] = Conversation(session)
-        return conversation
+        return self._conversations.setdefault(session, Conversation(session))
 
     def _speech_created(self, session: Any, conversation: Conversation, event: Any) -> None:
         if event.source == "generate_reply" and _speaks_itself(session):
@@ -59,9 +55,7 @@ class Signs:
         event.speech_handle.add_done_callback(functools.partial(attempt, self._ended, conversation))
         self._expect_reply(session, conversation)
 
-    def _function_tools_executed(
-        self, session: Any, conversation: Conversation, event: Any
-    ) -> None:
+    def _tools_executed(self, session: Any, conversation: Conversation, event: Any) -> None:
         if event.has_tool_reply:
             self._expect_reply(session, conversation)
 
@@ -96,7 +90,7 @@ class Signs:
 
 _SIGNS = {
     "speech_created": Signs._speech_created,
-    "function_tools_executed": Signs._function_tools_executed,
+    "function_tools_executed": Signs._tools_executed,
     "agent_state_changed": Signs._agent_state_changed,
     "user_state_changed": Signs._user_state_changed,
     "close": Signs._closed,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import contextvars
 import weakref
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from ..manager import PoolManager
@@ -35,7 +36,7 @@ class Turn:
         self.manager: PoolManager | None = None
         self.lease: Lease | None = None
         self._usage = UsageStats()
-        self._stream = _weak(stream)
+        self._stream = weakref.ref(stream) if stream is not None else _nothing
         self._reporting = [self._stream, _reporting.get()]
 
     def __repr__(self) -> str:
@@ -70,7 +71,7 @@ class Turn:
     def note(self, waited: float, *, reused: bool = False) -> None:
         self.waited, self.reused = waited, reused
         for reference in self._reporting:
-            stream = reference() if reference is not None else None
+            stream = reference()
             if stream is not None:
                 # livekit-agents reads these two for its TTSMetrics.
                 stream._acquire_time = waited
@@ -78,25 +79,22 @@ class Turn:
 
     def _mark(self, event: str, **attributes: str | float) -> None:
         """Add an event to the stream's span. The pool's own tasks run outside of any span."""
-        stream = self._stream() if self._stream is not None else None
-        span = getattr(stream, "_tts_request_span", None)
+        span = getattr(self._stream(), "_tts_request_span", None)
         if span is not None:
             span.add_event(f"xai_pool_patch.{event}", attributes)
 
 
-def _weak(stream: Any) -> weakref.ref[Any] | None:
-    return weakref.ref(stream) if stream is not None else None
+def _nothing() -> Any:
+    """In place of a reference to a stream."""
 
 
-_turn: contextvars.ContextVar[Turn | None] = contextvars.ContextVar("xai_pool_patch", default=None)
+_turn: ContextVar[Turn | None] = ContextVar("xai_pool_patch", default=None)
 current_turn = _turn.get
 enter_turn = _turn.set
 leave_turn = _turn.reset
 
 # Weak, since a task or timer that is started in this context may live as long as a connection.
-_reporting: contextvars.ContextVar[weakref.ref[Any] | None] = contextvars.ContextVar(
-    "xai_pool_patch.reporting", default=None
-)
+_reporting: ContextVar[Callable[[], Any]] = ContextVar("xai_pool_patch.reporting", default=_nothing)
 
 
 def report_on(stream: Any) -> None:

@@ -19,7 +19,7 @@ from ..pool.entries import Outcome
 from ..registry import Registry
 from .asking import Asking
 from .native_pool import PoolAttribute
-from .patching import Patch, Wrapper
+from .patching import Patch
 from .provider import ConnectionProvider
 from .releases import Shape, session_type
 from .signs import Signs
@@ -33,42 +33,23 @@ def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> tuple[l
     provider = ConnectionProvider(registry, asking)
     wrappers = Wrappers(provider)
     patches = [
-        _patch(stream, "_run_ws", wrappers.run_ws),
-        _patch(tts, "synthesize", wrappers.after("synthesize", wrappers.synthesized)),
-        _patch(tts, "aclose", wrappers.aclose),
+        Patch(stream, "_run_ws", wrappers.run_ws),
+        Patch(tts, "synthesize", wrappers.after("synthesize", wrappers.synthesized)),
+        Patch(tts, "aclose", wrappers.aclose),
     ]
     session = session_type()
     if session is not None:
         signs = Signs(provider)
-        patches.append(_patch(session, "start", wrappers.before("a start", signs.starting)))
-        patches.append(_patch(session, "emit", wrappers.after("a sign", signs.emitted)))
+        patches.append(Patch(session, "start", wrappers.before("a start", signs.starting)))
+        patches.append(Patch(session, "emit", wrappers.after("a sign", signs.emitted)))
     if shape is Shape.NATIVE_POOL:
         return [*patches, PoolAttribute(tts, provider)], asking
     return [
         *patches,
-        _patch(tts, "_connect_ws", wrappers.connect_ws),
-        _patch(tts, "prewarm", wrappers.after("prewarm", wrappers.prewarmed)),
-        _patch(tts, "update_options", wrappers.after("update_options", wrappers.options_updated)),
+        Patch(tts, "_connect_ws", wrappers.connect_ws),
+        Patch(tts, "prewarm", wrappers.after("prewarm", wrappers.prewarmed)),
+        Patch(tts, "update_options", wrappers.after("update_options", wrappers.options_updated)),
     ], asking
-
-
-def _patch(owner: type, name: str, wrapper: Callable[..., Any]) -> Patch:
-    def make_wrapper(function: Any, switch: list[str]) -> Any:
-        return Wrapper(function, _bound(wrapper), enabled=switch)  # type: ignore[arg-type]
-
-    return Patch(owner, name, make_wrapper)
-
-
-def _bound(wrapper: Callable[..., Any]) -> Callable[..., Any]:
-    """Also for a call as a plain function, by code that took it from the class."""
-
-    def bound(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        if instance is None:
-            instance, *args = args
-            wrapped = wrapped.__get__(instance)
-        return wrapper(wrapped, instance, args, kwargs)
-
-    return bound
 
 
 class Wrappers:
@@ -125,7 +106,7 @@ class Wrappers:
         turn = current_turn()
         if turn is None:  # nothing would end the lease
             return await wrapped(*args, **kwargs)
-        lease = await self._provider.lease(turn, tts, *_asked_for(*args, **kwargs))
+        lease = await self._provider.lease(turn, tts, *args, **kwargs)
         if lease is not None:
             return lease
         began = asyncio.get_running_loop().time()
@@ -150,8 +131,3 @@ class Wrappers:
 
     def options_updated(self, tts: Any, _: None, *args: Any, **kwargs: Any) -> None:
         self._provider.follow(tts)
-
-
-def _asked_for(timeout: float, opts: Any = None) -> tuple[float, Any]:
-    """Take the arguments of `_connect_ws`, of either shape, by position or by name."""
-    return timeout, opts

@@ -87,7 +87,7 @@ def _renewed(**changes: Any) -> Iterator[None]:
             _reinstall(after, (before or after).options)
 
 
-def _reinstall(known: installation.Installation, options: installation.PoolOptions) -> None:
+def _reinstall(known: installation.Installation, options: Any) -> None:
     installation.uninstall()
     installation._install(options, known.allow_unverified, known.on_unsupported)
 
