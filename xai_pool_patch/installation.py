@@ -71,16 +71,10 @@ class Installation:
         except BaseException:
             self.undo()
             raise
-        agents = installed_version(FRAMEWORK)
-        metrics.install({"version": __version__, "plugin": self.version, "agents": agents})
-        options = announce.changed(self.options)
-        announce.announce(
-            LogEvent.INSTALLED,
-            plugin=self.version,
-            agents=agents,
-            shape=shape.value,
-            options=options,
-        )
+        versions = {"plugin": self.version, "agents": installed_version(FRAMEWORK)}
+        metrics.install({"version": __version__, **versions})
+        told: dict[str, Any] = {**versions, "shape": shape.value}
+        announce.announce(LogEvent.INSTALLED, **told, options=announce.changed(self.options))
 
     def on_import(self, module: ModuleType) -> None:
         """Patch the plugin when it has been imported.
@@ -98,8 +92,7 @@ class Installation:
                 self.apply(module)
             except XaiPoolPatchError as error:
                 _installation = None
-                is_expected = self.on_unsupported == "skip"
-                level = LogEvent.REFUSED.level if is_expected else logging.ERROR
+                level = None if self.on_unsupported == "skip" else logging.ERROR
                 announce.announce(LogEvent.REFUSED, level=level, reason=str(error))
             except Exception as fault:
                 _installation = None
@@ -172,8 +165,7 @@ def _install(options: PoolOptions | None, allow_unverified: bool, on_unsupported
             _check_same(_installation.options, options)
             return
         try:
-            store = _store(options, on_unsupported)
-            _installation = _prepare(options, allow_unverified, on_unsupported, store)
+            _installation = _prepare(options, allow_unverified, on_unsupported)
         except UnsupportedPluginError as error:
             if on_unsupported == "raise":
                 raise
@@ -270,11 +262,10 @@ def _differences(installed: PoolOptions, wanted: PoolOptions) -> str:
     return "; ".join(found)
 
 
-def _prepare(
-    options: PoolOptions, allow_unverified: bool, on_unsupported: str, store: Store | None
-) -> Installation:
+def _prepare(options: PoolOptions, allow_unverified: bool, on_unsupported: str) -> Installation:
     from .plugin.releases import check_files, imported_plugin, installed_version
 
+    store = _store(options, on_unsupported)
     check_python()
     version = installed_version()
     installation = Installation(options, version, allow_unverified, on_unsupported, store)

@@ -39,7 +39,7 @@ from xai_pool_patch import (
     installation,
 )
 from xai_pool_patch import registry as registry_of
-from xai_pool_patch.plugin import looks, patching, releases, wrappers
+from xai_pool_patch.plugin import looks, patching, releases
 from xai_pool_patch.protocol.request import Request
 from xai_pool_patch.testing import End
 
@@ -411,7 +411,7 @@ def test_an_install_that_fails_half_way_is_rolled_back(
 ) -> None:
     """A1, A4: all of the plugin is patched or nothing, and the agent starts in any case."""
     before = plugin_as_it_is()
-    wrap, calls = wrappers.Wrapper, []
+    wrap, calls = patching.Wrapper, []
 
     def fail_at_the_second(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
@@ -419,7 +419,7 @@ def test_an_install_that_fails_half_way_is_rolled_back(
             raise RuntimeError("no")
         return wrap(*args, **kwargs)
 
-    monkeypatch.setattr(wrappers, "Wrapper", fail_at_the_second)
+    monkeypatch.setattr(patching, "Wrapper", fail_at_the_second)
     xai_pool_patch.install()
     assert faults(caplog) == ["install"]
     assert plugin_as_it_is() == before

@@ -18,32 +18,17 @@ NAMESPACE = "livekit.plugins"
 """A package, like its parent, without a file of its own: importing it runs nothing."""
 
 
-class Look(NamedTuple):
-    """What a function looks like from outside, and which names its code uses."""
-
-    parameters: tuple[str, ...]
-    is_coroutine: bool
-    names: frozenset[str]
-
-
 @dataclass(frozen=True)
 class Imported:
     """A module as it is now, with all changes since its import."""
 
     module: ModuleType
 
-    def look(self, owner: str, name: str) -> Look | None:
-        scope = getattr(self.module, owner, object) if owner else self.module
-        function: Any = vars(scope).get(name)
-        if function is None:
-            return None
-        unwrapped = inspect.unwrap(function)  # others may have wrapped it
+    def function(self, owner: str, name: str) -> CodeType | None:
+        scope: Any = getattr(self.module, owner, object) if owner else self.module
+        unwrapped = inspect.unwrap(vars(scope).get(name))  # others may have wrapped it
         code = getattr(unwrapped, "__code__", None)
-        return Look(
-            tuple(inspect.signature(function).parameters),
-            inspect.iscoroutinefunction(unwrapped),
-            frozenset(getattr(code, "co_names", ())),
-        )
+        return code if isinstance(code, CodeType) else None
 
     def overrides(self, owner: str, name: str) -> bool:
         """A wrapper around the inherited method does not count."""
@@ -61,17 +46,12 @@ class InFile:
     def has(self, owner: str) -> bool:
         return not owner or _inner(self.code, owner) is not None
 
-    def look(self, owner: str, name: str) -> Look | None:
+    def function(self, owner: str, name: str) -> CodeType | None:
         scope = _inner(self.code, owner) if owner else self.code
-        code = _inner(scope, name) if scope is not None else None
-        if code is None:
-            return None
-        parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        is_coroutine = bool(code.co_flags & inspect.CO_COROUTINE)
-        return Look(parameters, is_coroutine, frozenset(code.co_names))
+        return _inner(scope, name) if scope is not None else None
 
     def overrides(self, owner: str, name: str) -> bool:
-        return self.look(owner, name) is not None
+        return self.function(owner, name) is not None
 
 
 View = Imported | InFile
@@ -99,14 +79,16 @@ class Method(NamedTuple):
 
     def difference(self, view: View) -> str | None:
         where = f"{self.owner}.{self.name}".lstrip(".")
-        found = view.look(self.owner, self.name)
-        if found is None:
+        code = view.function(self.owner, self.name)
+        if code is None:
             return f"{where} is missing"
-        if self.parameters is not None and found.parameters != self.parameters:
-            return f"{where} takes {found.parameters}, not {self.parameters}"
-        if found.is_coroutine != self.is_coroutine:
+        named, *variadic = inspect.getargs(code)
+        parameters = (*named, *filter(None, variadic))
+        if self.parameters not in (None, parameters):
+            return f"{where} takes {parameters}, not {self.parameters}"
+        if bool(code.co_flags & inspect.CO_COROUTINE) != self.is_coroutine:
             return f"{where} is {'not ' if self.is_coroutine else ''}a coroutine function"
-        unused = self.uses - found.names
+        unused = self.uses.difference(code.co_names)
         return f"{where} does not use {', '.join(sorted(unused))}" if unused else None
 
 

@@ -5,7 +5,6 @@ Each change is one record, so that installing and uninstalling walk the same lis
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,32 +20,20 @@ class Wrapper(wrapt.FunctionWrapper):  # type: ignore[type-arg]
 _MISSING: Any = object()
 
 
-def _bound(wrapper: Callable[..., Any]) -> Callable[..., Any]:
-    """Also for a call as a plain function, by code that took it from the class."""
-
-    def bound(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        if instance is None:
-            instance, *args = args
-            wrapped = wrapped.__get__(instance)
-        return wrapper(wrapped, instance, args, kwargs)
-
-    return bound
-
-
 @dataclass(eq=False)
 class Patch:
     """One attribute of one class, and its replacement.
 
     Args:
         wrapper: is called in place of the attribute, with what it wraps, the instance and the
-            arguments.
+            arguments. None if a subclass has another replacement.
         switch: not empty while the replacement is in use. wrapt looks at it in each call. It is a
             list because that needs no call of ours, which could fail.
     """
 
     owner: type
     name: str
-    wrapper: Callable[..., Any] | None = None
+    wrapper: Any = None
     switch: list[str] = field(default_factory=list)
     _original: Any = _MISSING
     _ours: Any = None
@@ -63,7 +50,14 @@ class Patch:
         setattr(self.owner, self.name, self._ours)
 
     def replacement(self, original: Any) -> Any:
-        return Wrapper(original, _bound(self.wrapper), enabled=self.switch)  # type: ignore[arg-type]
+        return Wrapper(original, self._call, enabled=self.switch)  # type: ignore[arg-type]
+
+    def _call(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        """Also for a call as a plain function, by code that took it from the class."""
+        if instance is None:
+            instance, *args = args
+            wrapped = wrapped.__get__(instance)
+        return self.wrapper(wrapped, instance, args, kwargs)
 
     def undo(self) -> None:
         """Restore the attribute. Beneath a foreign wrapper, ours stays and passes through."""

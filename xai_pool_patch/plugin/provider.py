@@ -19,9 +19,8 @@ from ..protocol.exchange import Exchange
 from ..protocol.lease import Lease
 from ..registry import Registry
 from ..telemetry.log import LogEvent, log_event
-from .asking import Asking
+from .asking import Asking, with_status
 from .conversation import Conversation, current_conversation
-from .errors import with_status
 from .turn import Turn
 
 _Ask = Callable[[float], Awaitable[Acquired[Connection]]]

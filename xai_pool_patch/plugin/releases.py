@@ -274,7 +274,9 @@ def _check_framework(shape: Shape, view_of: Callable[[str, list[Method]], View |
     parts = {**_FRAMEWORK, **_NATIVE_POOL} if shape is Shape.NATIVE_POOL else _FRAMEWORK
     views = ((view_of(title, methods), methods) for title, methods in parts.items())
     found = [d for view, methods in views if view for d in differences_of(view, methods)]
-    version = _framework_version()
+    version = "of unknown version"
+    with contextlib.suppress(UnsupportedPluginError):
+        version = installed_version(FRAMEWORK)
     major = version.partition(".")[0]
     if major.isdigit() and int(major) >= NEXT_MAJOR:
         found.insert(0, f"it is not below {NEXT_MAJOR}")
@@ -297,10 +299,3 @@ def _view_of_file(title: str, methods: list[Method]) -> View | None:
     if code is None or not all(InFile(code).has(each.owner) for each in methods):
         return None
     return InFile(code)
-
-
-def _framework_version() -> str:
-    try:
-        return installed_version(FRAMEWORK)
-    except UnsupportedPluginError:
-        return "of unknown version"

@@ -28,24 +28,26 @@ class Signs:
         self._provider = provider
         self._conversations = weakref.WeakKeyDictionary[Any, Conversation]()
 
-    def starting(self, session: Any) -> None:
-        """Runs before `AgentSession.start`, which prewarms and emits nothing before."""
-        enter_conversation(self._conversation_of(session))
+    def start(self, wrapped: Any, session: Any, args: Any, kwargs: Any) -> Any:
+        """Wraps `AgentSession.start`, which prewarms before it emits anything."""
+        self._provider.registry.attempt("a start", self._enter, session)
+        return wrapped(*args, **kwargs)
 
     def emitted(self, session: Any, _: None, event: str, arg: Any) -> None:
         """Runs after `AgentSession.emit`: the session's own listeners may interrupt a reply."""
         sign = _SIGNS.get(event)
         if sign is None or not has_loop():
             return
-        conversation = self._conversation_of(session)
-        # Left set: the framework creates the task that will speak after this event, and that task
-        # inherits the context. So the session is known where the plugin asks for a connection.
-        enter_conversation(conversation)
+        conversation = self._enter(session)
         if event == "close" or _is_heard(session):
             sign(self, session, conversation, arg)
 
-    def _conversation_of(self, session: Any) -> Conversation:
-        return self._conversations.setdefault(session, Conversation(session))
+    def _enter(self, session: Any) -> Conversation:
+        conversation = self._conversations.setdefault(session, Conversation(session))
+        # Left set: the framework creates the task that will speak after this event, and that task
+        # inherits the context. So the session is known where the plugin asks for a connection.
+        enter_conversation(conversation)
+        return conversation
 
     def _speech_created(self, session: Any, conversation: Conversation, event: Any) -> None:
         if event.source == "generate_reply" and _speaks_itself(session):

@@ -40,7 +40,7 @@ def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> tuple[l
     session = session_type()
     if session is not None:
         signs = Signs(provider)
-        patches.append(Patch(session, "start", wrappers.before("a start", signs.starting)))
+        patches.append(Patch(session, "start", signs.start))
         patches.append(Patch(session, "emit", wrappers.after("a sign", signs.emitted)))
     if shape is Shape.NATIVE_POOL:
         return [*patches, PoolAttribute(tts, provider)], asking
@@ -62,15 +62,6 @@ class Wrappers:
     def __init__(self, provider: ConnectionProvider) -> None:
         self._provider = provider
         self._registry = provider.registry
-
-    def before(self, operation: str, hook: Callable[[Any], None]) -> Callable[..., Any]:
-        """A wrapper that calls a hook with the instance, and then the original."""
-
-        def wrapper(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-            self._registry.attempt(operation, hook, instance)
-            return wrapped(*args, **kwargs)
-
-        return wrapper
 
     def after(self, operation: str, hook: Callable[..., None]) -> Callable[..., Any]:
         """A wrapper that calls the original, and then a hook with its result."""
