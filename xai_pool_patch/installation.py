@@ -71,10 +71,12 @@ class Installation:
         except BaseException:
             self.undo()
             raise
-        versions = {"plugin": self.version, "agents": installed_version(FRAMEWORK)}
-        metrics.install({"version": __version__, **versions})
-        told: dict[str, Any] = {**versions, "shape": shape.value}
-        announce.announce(LogEvent.INSTALLED, **told, options=announce.changed(self.options))
+        agents = installed_version(FRAMEWORK)
+        metrics.install({"version": __version__, "plugin": self.version, "agents": agents})
+        told = announce.changed(self.options)
+        announce.announce(
+            LogEvent.INSTALLED, plugin=self.version, agents=agents, shape=shape.value, options=told
+        )
 
     def on_import(self, module: ModuleType) -> None:
         """Patch the plugin when it has been imported.
