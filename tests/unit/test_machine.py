@@ -60,7 +60,8 @@ MOST_DIALS = 12
 MOST_AT_ONCE = 60
 """Dials in one moment, which is more than there may be sessions."""
 SECONDS_PER_DIAL = 20.0
-"""Of what goes on for long: rotation, and retries after a pause that has grown."""
+"""Of what goes on for long: rotation, retries after a pause that has grown, connections on which no
+PING is answered. Each that a pool keeps may be replaced as often."""
 LONGEST_PAUSE = ON_DEMAND_LASTS + 1.0
 """Seconds after which a pool that was refused dials ahead again."""
 VOICES = st.sampled_from(["ara", "eve", "rex"])
@@ -513,7 +514,8 @@ class Agents(RuleBasedStateMachine):
         """Whoever dials without an end does it here."""
         before, callers = self.world.dials, len(self.waiting)
         self.let(seconds)
-        most = MOST_DIALS + callers + len(self.pools.pools) * seconds / SECONDS_PER_DIAL
+        kept = len(self.pools.pools) * max(1, self.options.min_size)
+        most = MOST_DIALS + callers + kept * seconds / SECONDS_PER_DIAL
         assert self.world.dials - before <= most, "dials without pause"
 
     def everything_works(self) -> None:
