@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from .options import PoolOptions
 from .pool.backoff import Backoff, FailureKind, RateLimit
-from .pool.pool import Outcome, Pool, PoolClosedError
+from .pool.entries import Outcome
+from .pool.pool import DialFailedError, Pool, PoolClosedError
 from .pool.supervisor import OnFault, Supervisor
 from .protocol.connection import CLOSE_COUNTS, Connection
 from .protocol.host import Host
@@ -25,9 +26,6 @@ from .sessions.watch import ShortageWatch
 from .telemetry.log import LogEvent, flush, log_event, status_of
 from .telemetry.pool_metrics import PoolMetrics
 from .telemetry.usage import Counters, UsageStats
-
-STANDBY_TIMEOUT = 10.0
-"""Seconds a background dial may take: what LiveKit allows a caller's (`APIConnectOptions`)."""
 
 SHUTDOWN_CALLBACK = "job_shutdown_callback"
 """The name that LiveKit gives the tasks of a job's shutdown callbacks, in every version."""
@@ -66,6 +64,8 @@ class PoolManager:
         store: where it hears of refusals that others met; None if nowhere.
         make_room: lets go of all idle connections of this process.
 
+    It is the `Environment` of its pools, which have their requests as keys.
+
     Attributes:
         counters: the totals of all pools.
         supervisor: owns the tasks, timers and sockets.
@@ -89,7 +89,7 @@ class PoolManager:
         self._options = options
         self._shortage_at = shortage_at
         self._store = store
-        self._make_room = make_room
+        self.make_room = make_room
         self._loop = asyncio.get_running_loop()
         self._ending: list[Pool[Connection]] = []
         self._users: weakref.WeakKeyDictionary[object, _User] = weakref.WeakKeyDictionary()
@@ -141,6 +141,21 @@ class PoolManager:
             self._resize(request)
             if self._options.warm == "auto":
                 self._watch_of(request.host).begin()
+        return pool
+
+    def _make(self, request: Request) -> Pool[Connection]:
+        rate_limit = self._rate_limits.setdefault(request.host, RateLimit())
+        pool = Pool[Connection](
+            request,
+            self,
+            self._options,
+            supervisor=self.supervisor,
+            backoff=Backoff(rate_limit, self._jitter),
+            metrics=PoolMetrics(next(_numbers), into=self.counters),
+            max_age=min(self._options.max_age, request.max_age),
+            jitter=self._jitter,
+        )
+        pool.set_lean(self._is_lean(request.host))
         return pool
 
     def options_changed(self, tts: object) -> None:
@@ -327,16 +342,22 @@ class PoolManager:
     def _pools_at(self, host: str) -> list[Pool[Connection]]:
         return [pool for request, pool in self.pools.items() if request.host == host]
 
-    def _dial_failed(self, request: Request, error: Exception) -> None:
-        if self._options.warm == "auto" and not request.session.closed:
-            watch = self._watch_of(request.host)
-            kind = failure_kind_of(error)
-            if kind is FailureKind.REFUSED:
-                watch.refused(status_of(error))
-            elif kind is FailureKind.TRANSIENT:
+    # What the pools ask, and tell
+
+    def dial_failed(self, pool: Pool[Connection], failure: DialFailedError) -> None:
+        if self._options.warm == "auto" and not self.is_defunct(pool):
+            watch = self._watch_of(pool.key.host)
+            if failure.kind is FailureKind.REFUSED:
+                watch.refused(status_of(failure.error))
+            elif failure.kind is FailureKind.TRANSIENT:
                 watch.failed()
 
-    def _may_dial_ahead(self, request: Request) -> bool:
+    def is_defunct(self, pool: Pool[Connection]) -> bool:
+        is_closed: bool = pool.key.session.closed
+        return is_closed
+
+    def may_dial_ahead(self, pool: Pool[Connection]) -> bool:
+        request = pool.key
         if self._open_connections(request) >= _limit_of(request):
             return False
         watch = self._watches.get(request.host)
@@ -351,69 +372,23 @@ class PoolManager:
             if other.session is request.session and other.host == request.host
         )
 
-    def _settle_all(self) -> None:
-        """A place is free: what was held back may be dialled now."""
+    def place_is_free(self) -> None:
+        """What was held back may be dialled now."""
         for pool in list(self.pools.values()):
             pool.settle()
 
-    # Dialling
-
-    def _make(self, request: Request) -> Pool[Connection]:
-        async def connect(timeout: float) -> Connection:
-            # Told from a failed dial here: after one that is taken for the network's, every turn
-            # would come here again, and no agent of the process would speak any more.
-            try:
-                connected = await self._connect(request, timeout, on_refused)
-            except PoolClosedError:
-                raise
-            except Exception as fault:
-                self.supervisor.on_fault("connecting", fault)
-                raise
-            if isinstance(connected, Exception):
-                raise connected
-            return connected
-
-        def on_refused() -> None:
-            pool.metrics.rate_limited()
-            if self._options.warm == "auto":
-                self._watch_of(request.host).refused(None)
-
-        def on_dial_failed(error: Exception) -> None:
-            self._dial_failed(request, error)
-
-        rate_limit = self._rate_limits.setdefault(request.host, RateLimit())
-        pool = Pool(
-            connect,
-            self._options,
-            supervisor=self.supervisor,
-            standby_timeout=STANDBY_TIMEOUT,
-            backoff=Backoff(rate_limit, self._jitter),
-            metrics=PoolMetrics(next(_numbers), into=self.counters),
-            failure_kind_of=failure_kind_of,
-            on_dial_failed=on_dial_failed,
-            make_room=self._make_room,
-            on_closed=self._settle_all,
-            may_dial_ahead=lambda: self._may_dial_ahead(request),
-            is_defunct=lambda: request.session.closed,
-            max_age=min(self._options.max_age, request.max_age),
-            jitter=self._jitter,
-        )
-        pool.set_lean(self._is_lean(request.host))
-        return pool
-
-    async def _connect(
-        self, request: Request, timeout: float, on_refused: Callable[[], None]
-    ) -> Connection | Exception:
+    async def connect(self, pool: Pool[Connection], timeout: float) -> Connection | DialFailedError:
+        request: Request = pool.key
         if self._open_connections(request) > _limit_of(request):
-            self._make_room()  # aiohttp would wait until one of the others is closed
+            self.make_room()  # aiohttp would wait until one of the others is closed
         ws = await request.connect(timeout)
-        if isinstance(ws, Exception):
-            return ws
-        if self.supervisor.is_stopped:
+        if self.supervisor.is_stopped and not isinstance(ws, Exception):
             # Before Python 3.12 wait_for() may swallow the cancellation by `stop`, if it comes
             # together with the result. Nothing else would close this socket.
             await ws.close()
-            raise PoolClosedError("the pool failed during the dial")
+            ws = PoolClosedError("the pool failed during the dial")
+        if isinstance(ws, Exception):
+            return DialFailedError(ws, failure_kind_of(ws))
         self.supervisor.sockets.add(ws)
         return Connection(
             ws,
@@ -421,8 +396,13 @@ class PoolManager:
             host=self._hosts.setdefault(request.host, Host()),
             heartbeat=self._options.heartbeat,
             is_shared=request.owner is None,
-            on_refused=on_refused,
+            on_refused=lambda: self._refused_in_words(pool),
         )
+
+    def _refused_in_words(self, pool: Pool[Connection]) -> None:
+        pool.metrics.rate_limited()
+        if self._options.warm == "auto":
+            self._watch_of(pool.key.host).refused(None)
 
 
 async def _other_callbacks_are_done() -> bool:

@@ -56,7 +56,6 @@ GUARDS = {
     "installation.uninstall",
     "registry.Registry.attempt",
     "registry.Registry.is_open",
-    "manager.PoolManager._make.connect",
     "plugin.provider.ConnectionProvider.close",
     "plugin.provider.ConnectionProvider.close_if_over",
     "plugin.provider.ConnectionProvider.lease",

@@ -14,7 +14,7 @@ from aiohttp import WSMsgType
 
 from tests.live.peer import PROTOCOL, Peer, connection, line, until, with_send_frame
 from tests.unit.pool_kit import TakesBack
-from xai_pool_patch.pool.pool import Acquired, Outcome
+from xai_pool_patch.pool.entries import Acquired, Outcome
 from xai_pool_patch.pool.supervisor import Supervisor
 from xai_pool_patch.protocol.connection import Connection
 from xai_pool_patch.protocol.exchange import Exchange

@@ -15,7 +15,8 @@ import pytest
 from tests.clock import in_virtual_time
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool.backoff import Backoff, FailureKind, RateLimit
-from xai_pool_patch.pool.pool import Outcome, Pool
+from xai_pool_patch.pool.entries import Outcome
+from xai_pool_patch.pool.pool import DialFailedError, Pool
 from xai_pool_patch.pool.supervisor import Supervisor
 from xai_pool_patch.telemetry.pool_metrics import PoolMetrics
 
@@ -97,25 +98,38 @@ class Network:
     closed_at: list[float] = field(default_factory=list)
     """When a place became free."""
 
-    async def connect(self, timeout: float) -> Wire:
+    on_dial_failed: Callable[[DialFailedError], None] = lambda failure: None
+
+    async def connect(self, pool: Pool[Wire], timeout: float) -> Wire | DialFailedError:
         loop = asyncio.get_running_loop()
         self.dialled_at.append(loop.time())
         refusal = self.refuse.pop(0) if self.refuse else None
         hangs, self.hang_next = self.hang_next > 0, max(0, self.hang_next - 1)
         try:
             await asyncio.wait_for(asyncio.sleep(1e9 if hangs else self.handshake), timeout)
-        except asyncio.TimeoutError:
-            raise RefusedError(FailureKind.TRANSIENT) from None
-        if refusal is not None:
-            raise RefusedError(refusal)
+            if refusal is not None:
+                raise RefusedError(refusal)
+        except asyncio.TimeoutError as error:
+            return DialFailedError(error, FailureKind.TRANSIENT)
+        except RefusedError as error:
+            return DialFailedError(error, error.failure_kind)
         wire = Wire(len(self.wires) + 1, loop.time())
         self.wires.append(wire)
         return wire
 
-    def note_shortage(self) -> None:
+    def dial_failed(self, pool: Pool[Wire], failure: DialFailedError) -> None:
+        self.on_dial_failed(failure)
+
+    def is_defunct(self, pool: Pool[Wire]) -> bool:
+        return self.is_gone
+
+    def may_dial_ahead(self, pool: Pool[Wire]) -> bool:
+        return self.has_room
+
+    def make_room(self) -> None:
         self.asked_for_room_at.append(now())
 
-    def note_close(self) -> None:
+    def place_is_free(self) -> None:
         self.closed_at.append(now())
 
     @property
@@ -144,31 +158,19 @@ def no_fault(operation: str, fault: Exception) -> None:
     raise AssertionError(f"a fault in {operation}") from fault
 
 
-def failure_kind_of(error: Exception) -> FailureKind:
-    assert isinstance(error, RefusedError)
-    return error.failure_kind
-
-
 def make_pool(
     network: Network,
     options: PoolOptions | None = None,
     rate_limit: RateLimit | None = None,
-    on_dial_failed: Callable[[Exception], None] = lambda error: None,
 ) -> Pool[Wire]:
     jitter, options = random.Random(1), options or PoolOptions()
     return Pool(
-        network.connect,
+        "key",
+        network,
         options,
         supervisor=Supervisor(no_fault),
-        standby_timeout=10.0,
         backoff=Backoff(rate_limit or RateLimit(), jitter),
         metrics=PoolMetrics(pool=1),
-        failure_kind_of=failure_kind_of,
-        on_dial_failed=on_dial_failed,
-        make_room=network.note_shortage,
-        on_closed=network.note_close,
-        may_dial_ahead=lambda: network.has_room,
-        is_defunct=lambda: network.is_gone,
         max_age=options.max_age,
         jitter=jitter,
     )

@@ -11,11 +11,8 @@ from tests.kit import event_of
 from tests.unit.pool_kit import HANDSHAKE, ROUND_TRIP, Network, Wire, about, leased, now, with_pool
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool.clearing import CLEAR, RELIANCE
-from xai_pool_patch.pool.pool import (
-    AcquireTimeoutError,
-    Outcome,
-    Pool,
-)
+from xai_pool_patch.pool.entries import Outcome
+from xai_pool_patch.pool.pool import AcquireTimeoutError, Pool
 
 RELIED_ON = RELIANCE.times * ROUND_TRIP
 STOPPED = "clearing stopped"

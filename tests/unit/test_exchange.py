@@ -10,7 +10,7 @@ import pytest
 
 from tests.clock import in_virtual_time
 from tests.unit.pool_kit import TakesBack, no_fault
-from xai_pool_patch.pool.pool import Acquired, Outcome
+from xai_pool_patch.pool.entries import Acquired, Outcome
 from xai_pool_patch.pool.supervisor import Supervisor
 from xai_pool_patch.protocol.connection import Connection
 from xai_pool_patch.protocol.exchange import Exchange, Frame

@@ -19,6 +19,7 @@ from tests.unit.pool_kit import (
     with_pool,
 )
 from xai_pool_patch.pool.backoff import FailureKind
+from xai_pool_patch.pool.entries import Outcome
 from xai_pool_patch.pool.pool import (
     LINGER,
     ON_DEMAND_LASTS,
@@ -26,7 +27,6 @@ from xai_pool_patch.pool.pool import (
     ROOM_LASTS,
     SPARE_IDLE_TIME,
     DialFailedError,
-    Outcome,
     Pool,
 )
 
@@ -270,7 +270,8 @@ async def test_refused_while_lean_it_dials_for_callers_only(
 async def test_the_refusal_that_makes_it_lean_is_the_only_one() -> None:
     """S3: the pool becomes lean before the caller hears of the refusal, and dials once for it."""
     network = Network(refuse=[FailureKind.REFUSED] * 2)
-    pool = make_pool(network, on_dial_failed=lambda _: pool.set_lean(True))
+    pool = make_pool(network)
+    network.on_dial_failed = lambda _: pool.set_lean(True)
     with pytest.raises(DialFailedError):
         await pool.acquire(1.0)
     await asyncio.sleep(2 * HANDSHAKE)

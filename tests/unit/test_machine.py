@@ -24,12 +24,13 @@ from tests.unit.pool_kit import no_fault
 from xai_pool_patch.manager import PoolManager
 from xai_pool_patch.options import PoolOptions, Warm
 from xai_pool_patch.pool.clearing import CLEAR
+from xai_pool_patch.pool.entries import Outcome
 from xai_pool_patch.pool.pool import (
+    ON_DEMAND,
     ON_DEMAND_LASTS,
+    WARM,
     AcquireTimeoutError,
     DialFailedError,
-    Mode,
-    Outcome,
     Pool,
 )
 from xai_pool_patch.protocol.connection import CLOSE_TIMEOUT, TEXT_CLEAR, Connection
@@ -414,7 +415,7 @@ class Agents(RuleBasedStateMachine):
     def let_go(self) -> None:
         had_idle = [pool for pool in self.pools.pools.values() if pool.idle]
         self.inside(self.pools.let_go)
-        assert all(pool.mode is Mode.ON_DEMAND for pool in had_idle)
+        assert all(pool.mode is ON_DEMAND for pool in had_idle)
         assert not any(pool.idle for pool in had_idle)
 
     @precondition(lambda self: self.waiting)
@@ -479,7 +480,7 @@ class Agents(RuleBasedStateMachine):
         """Where it is full, nothing may be dialled ahead."""
         self.world.connector.limit = limit
         self.inside(self.world.place_is_free)
-        self.inside(self.pools._settle_all)
+        self.inside(self.pools.place_is_free)
 
     @rule(answers=st.booleans())
     def peers_answer_pings(self, answers: bool) -> None:
@@ -523,7 +524,7 @@ class Agents(RuleBasedStateMachine):
         world.next_dials, world.clearing, world.limit = [], "acknowledged", 1000
         world.connector.limit, world.closes_after, world.answers_pings = 0, 0.0, True
         self.inside(world.place_is_free)
-        self.inside(self.pools._settle_all)
+        self.inside(self.pools.place_is_free)
 
     @precondition(lambda self: self.pools.pools)
     @rule(data=st.data(), caller=st.sampled_from(CALLERS))
@@ -555,7 +556,7 @@ class Agents(RuleBasedStateMachine):
         users = list(self.pools._users.values())  # it is an iterator
         for request, pool in self.pools.pools.items():
             is_used = any(user.current == request for user in users)
-            least = self.options.min_size if is_used and pool.mode is Mode.WARM else 0
+            least = self.options.min_size if is_used and pool.mode is WARM else 0
             assert pool.connecting == 0
             unused = pool.idle + pool.clearing
             assert pool.leased + unused <= max(least, pool.leased), "holds more than it uses"

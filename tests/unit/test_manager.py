@@ -42,6 +42,10 @@ def manager(shortage: Shortage, hold: int = 0, closing: int = 0) -> tuple[PoolMa
     return pools, key
 
 
+def may_dial_ahead(pools: PoolManager, key: Request) -> bool:
+    return pools.may_dial_ahead(pools.pool_of(key))
+
+
 def shortage() -> Shortage:
     clock = asyncio.get_running_loop().time
     return Shortage("api.x.ai:443", clock, clock)
@@ -56,16 +60,15 @@ async def test_a_full_connector_has_no_place_for_a_standby(
 ) -> None:
     """The lesser limit counts, and what is closing takes a place until it has gone."""
     pools, key = manager(shortage(), hold, closing)
-    assert pools._may_dial_ahead(key) == may
+    assert may_dial_ahead(pools, key) == may
 
 
 @in_virtual_time
 async def test_other_sessions_and_hosts_have_places_of_their_own() -> None:
     pools, key = manager(shortage(), hold=3)
     for other in (request(session(limit=1)), request(key.session, "eu.x.ai")):
-        pools.pool_of(other)
-        assert pools._may_dial_ahead(other)
-    assert not pools._may_dial_ahead(key)
+        assert may_dial_ahead(pools, other)
+    assert not may_dial_ahead(pools, key)
 
 
 @pytest.mark.parametrize("session", [session(), SimpleNamespace(closed=False, connector=None)])
@@ -75,7 +78,7 @@ async def test_without_a_limit_there_is_always_a_place(session: Any) -> None:
     pools, _ = manager(shortage())
     key = request(session)
     pools.pool_of(key)._dials = set(range(100))  # type: ignore[arg-type]
-    assert pools._may_dial_ahead(key)
+    assert may_dial_ahead(pools, key)
 
 
 @pytest.mark.parametrize("closing", [0, 1])
@@ -85,9 +88,9 @@ async def test_where_sessions_are_scarce_a_close_comes_first(closing: int) -> No
     known = shortage()
     pools, key = manager(known, closing=closing)
     pools._watch_of(key.host)
-    assert pools._may_dial_ahead(key)
+    assert may_dial_ahead(pools, key)
     known.refused(429)
-    assert pools._may_dial_ahead(key) == (closing == 0)
+    assert may_dial_ahead(pools, key) == (closing == 0)
 
 
 @in_virtual_time

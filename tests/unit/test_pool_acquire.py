@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 
 from tests.unit.pool_kit import HANDSHAKE, Network, Wire, about, idle, leased, now, with_pool
-from xai_pool_patch.pool.pool import (
-    Outcome,
-    Pool,
-)
+from xai_pool_patch.pool.entries import Outcome
+from xai_pool_patch.pool.pool import Pool
 
 
 @with_pool()

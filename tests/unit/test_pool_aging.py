@@ -8,11 +8,8 @@ from tests.clock import block
 from tests.unit.pool_kit import Network, Wire, idle, leased, now, with_pool
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool.backoff import FailureKind
-from xai_pool_patch.pool.pool import (
-    SPARE_IDLE_TIME,
-    Outcome,
-    Pool,
-)
+from xai_pool_patch.pool.entries import Outcome
+from xai_pool_patch.pool.pool import SPARE_IDLE_TIME, Pool
 
 MAX_AGE = PoolOptions().max_age
 

@@ -20,12 +20,12 @@ from tests.unit.pool_kit import (
     with_pool,
 )
 from xai_pool_patch.pool.backoff import FailureKind
+from xai_pool_patch.pool.entries import Outcome
 from xai_pool_patch.pool.pool import (
     DIAL_SOFT_TIMEOUT,
     OVERLAP,
     AcquireTimeoutError,
     DialFailedError,
-    Outcome,
     Pool,
 )
 
@@ -173,7 +173,8 @@ async def test_the_error_of_a_callers_own_dial_reaches_it(
 async def test_a_caller_that_is_cancelled_just_after_its_dial_failed() -> None:
     """P3: before its task runs again. It is cancelled all the same, and the error is nobody's."""
     network = Network(refuse=[FailureKind.REFUSED])
-    pool = make_pool(network, on_dial_failed=lambda _: caller.cancel())
+    pool = make_pool(network)
+    network.on_dial_failed = lambda _: caller.cancel()
     caller = asyncio.create_task(leased(pool))
     with pytest.raises(asyncio.CancelledError):
         await caller

@@ -8,11 +8,8 @@ import pytest
 
 from tests.unit.pool_kit import HANDSHAKE, Network, Wire, about, idle, leased, now, with_pool
 from xai_pool_patch.pool.backoff import FailureKind
-from xai_pool_patch.pool.pool import (
-    Outcome,
-    Pool,
-    PoolClosedError,
-)
+from xai_pool_patch.pool.entries import Outcome
+from xai_pool_patch.pool.pool import Pool, PoolClosedError
 
 
 @with_pool()

@@ -8,12 +8,8 @@ import pytest
 
 from tests.unit.pool_kit import Network, Wire, leased, now, with_pool
 from xai_pool_patch.pool.backoff import FailureKind
-from xai_pool_patch.pool.pool import (
-    ON_DEMAND_LASTS,
-    DialFailedError,
-    Outcome,
-    Pool,
-)
+from xai_pool_patch.pool.entries import Outcome
+from xai_pool_patch.pool.pool import ON_DEMAND_LASTS, DialFailedError, Pool
 
 ANN = "Ann"
 SECONDS = 10.0
@@ -102,14 +98,14 @@ async def test_dials_that_end_at_once_are_not_repeated_without_pause(
     network: Network, pool: Pool[Wire], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P11, S2: a left pool that is expected, where no dial takes time, would never stop."""
-    connect = pool._connect
+    connect = network.connect
 
-    async def at_once(timeout: float) -> Wire:
+    async def at_once(pool: Pool[Wire], timeout: float) -> Wire | DialFailedError:
         # Else the clock of the test would stand still for ever.
         network.handshake = 0.0 if len(network.dialled_at) < 10 else 60.0
-        return await connect(timeout)
+        return await connect(pool, timeout)
 
-    monkeypatch.setattr(pool, "_connect", at_once)
+    monkeypatch.setattr(network, "connect", at_once)
     pool.leave()
     pool.expect(ANN, now() + SECONDS)
     await asyncio.sleep(SECONDS)

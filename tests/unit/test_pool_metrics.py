@@ -13,10 +13,8 @@ from tests.kit import event_of
 from tests.unit.pool_kit import HANDSHAKE, Network, with_pool
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool.backoff import FailureKind
-from xai_pool_patch.pool.pool import (
-    Outcome,
-    Pool,
-)
+from xai_pool_patch.pool.entries import Outcome
+from xai_pool_patch.pool.pool import Pool
 from xai_pool_patch.telemetry.log import FIELD_PREFIX, LogEvent
 from xai_pool_patch.telemetry.usage import Counters, UsageStats
 

@@ -21,11 +21,8 @@ from tests.unit.pool_kit import (
 )
 from xai_pool_patch.options import PoolOptions
 from xai_pool_patch.pool.backoff import FailureKind, RateLimit
-from xai_pool_patch.pool.pool import (
-    DialFailedError,
-    Outcome,
-    Pool,
-)
+from xai_pool_patch.pool.entries import Outcome
+from xai_pool_patch.pool.pool import DialFailedError, Pool
 
 
 @with_pool()
@@ -209,8 +206,9 @@ async def test_what_a_server_ends_after_seconds_is_replaced_at_once(
 class DeadOnArrival(Network):
     """Each connection ends during its dial, before `on_lost` is set."""
 
-    async def connect(self, timeout: float) -> Wire:
-        wire = await super().connect(timeout)
+    async def connect(self, pool: Pool[Wire], timeout: float) -> Wire | DialFailedError:
+        wire = await super().connect(pool, timeout)
+        assert isinstance(wire, Wire)
         wire.is_reusable = False
         return wire
 

@@ -9,13 +9,16 @@ import pytest
 
 from tests.unit.pool_kit import HANDSHAKE, Network, Wire, idle, leased, now, with_pool
 from xai_pool_patch.pool.backoff import FailureKind
+from xai_pool_patch.pool.entries import Outcome
 from xai_pool_patch.pool.pool import (
+    LEAN,
     LINGER,
+    ON_DEMAND,
     ROOM_LASTS,
     SPARE_IDLE_TIME,
+    WARM,
     DialFailedError,
     Mode,
-    Outcome,
     Pool,
 )
 
@@ -66,9 +69,9 @@ async def test_repr_says_why_nothing_is_dialled(network: Network, pool: Pool[Wir
 @pytest.mark.parametrize(
     ("mode", "keeps", "spare_closes_after", "is_dialled_ahead"),
     [
-        (Mode.WARM, 1, SPARE_IDLE_TIME, True),
-        (Mode.LEAN, 0, LINGER, True),
-        (Mode.ON_DEMAND, 0, 0.0, False),
+        (WARM, 1, SPARE_IDLE_TIME, True),
+        (LEAN, 0, LINGER, True),
+        (ON_DEMAND, 0, 0.0, False),
     ],
 )
 @with_pool()
@@ -82,9 +85,9 @@ async def test_what_a_pool_keeps_in_each_mode(
 ) -> None:
     """S1, S4: the standby, what is not needed, and what a reply that comes next will find."""
     pool.resize(1)
-    pool.set_lean(mode is not Mode.WARM)
+    pool.set_lean(mode is not WARM)
     wires = await asyncio.gather(leased(pool), leased(pool))
-    if mode is Mode.ON_DEMAND:
+    if mode is ON_DEMAND:
         network.refuse = [FailureKind.REFUSED]
         with pytest.raises(DialFailedError):
             await pool.acquire(1.0)

@@ -15,10 +15,8 @@ from tests.clock import in_virtual_time
 from tests.reentrant import log_that_runs_the_loop
 from tests.unit.pool_kit import HANDSHAKE, Network, Wire, close_all, idle, leased, make_pool
 from xai_pool_patch.options import PoolOptions
-from xai_pool_patch.pool.pool import (
-    Outcome,
-    Pool,
-)
+from xai_pool_patch.pool.entries import Outcome
+from xai_pool_patch.pool.pool import Pool
 
 
 async def call(pool: Pool[Wire], name: str, turns: int, chance: random.Random) -> int:

@@ -12,8 +12,8 @@ from livekit.agents import APIConnectionError, get_job_context
 
 from ..manager import PoolManager
 from ..pool.backoff import FailureKind
-from ..pool.entries import Outcome
-from ..pool.pool import Acquired, AcquireTimeoutError, DialFailedError, Pool, PoolClosedError
+from ..pool.entries import Acquired, Outcome
+from ..pool.pool import AcquireTimeoutError, DialFailedError, Pool, PoolClosedError
 from ..protocol.connection import Connection
 from ..protocol.exchange import Exchange
 from ..protocol.lease import Lease

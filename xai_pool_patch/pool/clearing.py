@@ -46,7 +46,6 @@ class Clearing(Generic[C]):
     def __init__(
         self,
         options: PoolOptions,
-        *,
         supervisor: Supervisor,
         metrics: PoolMetrics,
         on_ended: Callable[[PoolEntry[C]], None],
@@ -62,9 +61,6 @@ class Clearing(Generic[C]):
         self._failures = 0
         """Clears in a row that failed."""
 
-    def __len__(self) -> int:
-        return len(self.under_way)
-
     @property
     def relied_on(self) -> int:
         """The clears that will probably end sooner than a dial would."""
@@ -79,14 +75,15 @@ class Clearing(Generic[C]):
         # ended() would then not find it. The connection would stay in `under_way` for ever.
         clear = self.under_way[entry] = Clear(soft_timeout)
         run = self._run(entry, clear, CLEAR.seconds(round_trip))
-        clear.task = self._supervisor.spawn(run, name="xai_pool_patch.clear_timeout")
+        clear.tasks.append(self._supervisor.spawn(run, name="xai_pool_patch.clear_timeout"))
 
     def ended(self, entry: PoolEntry[C]) -> None:
         """Learn from a clear that succeeded or failed, and pass the connection on."""
-        clear = self.under_way.pop(entry, None)
+        clear = self._pop(entry)
         if clear is None:
-            # The peer ended the connection during the clear. The pool called this at once, and now
-            # the task of the clear calls it too. Counted twice, one failure would stop all clears.
+            # No clear was under way. Or the peer ended the connection during the clear, the pool
+            # called this at once, and now the task of the clear calls it too. Counted twice, one
+            # failure would stop all clears.
             return
         if entry.connection.is_reusable:
             self._failures = 0
@@ -94,21 +91,28 @@ class Clearing(Generic[C]):
         else:
             self._failures += 1
             if self._failures >= MAX_FAILURES:
-                self.stop_clearing(UNACKNOWLEDGED)
+                self._stop_clearing(UNACKNOWLEDGED)
         self._on_ended(entry)
 
     def drop(self, entry: PoolEntry[C]) -> None:
         """Forget the clear of a connection that the pool closes, if there is one."""
-        clear = self.under_way.pop(entry, None)
+        clear = self._pop(entry)
         if clear is None or self._loop.is_closed():
             return
-        # Both: the first cancels the second a step later, and by then a clear() that has not begun
-        # yet would begin, on a connection that the pool is closing.
-        for task in (clear.task, clear.operation):
-            if task is not None:
-                task.cancel()
+        # Both: one cancels the other a step later, and by then a clear() that has not begun yet
+        # would begin, on a connection that the pool is closing.
+        for task in clear.tasks:
+            task.cancel()
 
-    def stop_clearing(self, reason: str = STALE_AUDIO) -> None:
+    def _pop(self, entry: PoolEntry[C]) -> Clear | None:
+        clear = self.under_way.pop(entry, None)
+        # Before `ended` counts a clear that failed, and might log that clears are not acknowledged:
+        # such a server has acknowledged this one.
+        if entry.connection.sent_stale_audio:
+            self._stop_clearing(STALE_AUDIO)
+        return clear
+
+    def _stop_clearing(self, reason: str) -> None:
         """Close interrupted connections from now on. The first call is logged with its reason."""
         if self.clears_interrupted:
             self.clears_interrupted = False
@@ -116,7 +120,7 @@ class Clearing(Generic[C]):
 
     async def _run(self, entry: PoolEntry[C], clear: Clear, timeout: float) -> None:
         operation = self._supervisor.spawn(entry.connection.clear(), name="xai_pool_patch.clear")
-        clear.operation = operation
+        clear.tasks.append(operation)
         try:
             await asyncio.wait([operation], timeout=timeout)
         finally:

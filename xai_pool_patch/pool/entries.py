@@ -65,6 +65,7 @@ class Poolable(Protocol):
 
 
 C = TypeVar("C", bound=Poolable)
+C_co = TypeVar("C_co", bound=Poolable, covariant=True)
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class PoolEntry(Generic[C]):
 
 @dataclass(eq=False)
 class Waiter(Generic[C]):
-    """A caller that waits for a connection."""
+    """A caller that waits for a connection. What comes of it lies in `outcome`."""
 
     deadline: float
     wants_fresh: bool
@@ -106,36 +107,32 @@ class Waiter(Generic[C]):
     """See `Pool.acquire`."""
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
     """A dial for this caller runs in it: trace hooks of the application find what they expect."""
-    future: asyncio.Future[PoolEntry[C]] = field(
+    outcome: PoolEntry[C] | BaseException = field(default_factory=asyncio.CancelledError)
+    woken: asyncio.Future[None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
 
+    @property
+    def is_done(self) -> bool:
+        """It was served, failed, or cancelled with its caller."""
+        return self.woken.done()
+
     def accept(self, entry: PoolEntry[C]) -> bool:
         """Take the connection. False if the caller does not want one any more, or not this one."""
-        # A waiter leaves the pool's queue only when its task runs again. Until then its future may
-        # be done: served, failed, or cancelled with the caller. set_result() would raise here,
-        # in the middle of another caller's give_back().
-        if self.future.done() or (self.wants_fresh and entry.lease_count):
-            return False
-        self.future.set_result(entry)
-        return True
+        return not (self.wants_fresh and entry.lease_count) and self._end(entry)
 
     def fail(self, error: Exception) -> None:
         """Make the caller's `acquire()` raise, unless the waiter is done already."""
-        # Its deadline, its dial and the end of the pool may all come before its task runs again.
-        # set_exception() would raise for the second of them.
-        if not self.future.done():
-            self.future.set_exception(error)
+        self._end(error)
 
-    @property
-    def unclaimed(self) -> PoolEntry[C] | None:
-        """The connection that it accepted, for a caller who was cancelled before waking up."""
-        # The caller may also be cancelled between fail() and waking up. result() would raise that
-        # error in place of the cancellation, and a task that was cancelled would go on. exception()
-        # marks the error as seen as well. Otherwise asyncio would log that it was never retrieved.
-        if self.future.cancelled() or not self.future.done() or self.future.exception():
-            return None
-        return self.future.result()
+    def _end(self, outcome: PoolEntry[C] | Exception) -> bool:
+        # A waiter leaves the pool's queue only when its task runs again. A connection, its
+        # deadline, its dial and the end of the pool may all come before that, and the first counts.
+        if self.is_done:
+            return False
+        self.outcome = outcome
+        self.woken.set_result(None)
+        return True
 
 
 @dataclass(eq=False)
@@ -157,7 +154,5 @@ class Clear:
 
     soft_timeout: SoftTimeout
     """Once over, callers do not rely on this clear any more."""
-    task: asyncio.Task[None] | None = None
-    """Waits for the outcome, up to the timeout."""
-    operation: asyncio.Task[None] | None = None
-    """The connection's `clear()`; None until `task` has run for the first time."""
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    """The connection's `clear()`, and what waits for it up to the timeout."""

@@ -13,33 +13,24 @@ from __future__ import annotations
 
 import asyncio
 import bisect
-import enum
+import contextvars
 import functools
 import math
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import Generic
+from typing import Any, Generic, NamedTuple, Protocol
 
 from ..errors import XaiPoolPatchError
 from ..options import PoolOptions
 from ..telemetry.pool_metrics import PoolMetrics
 from .backoff import Backoff, FailureKind
 from .clearing import Clearing
-from .entries import Acquired, C, Dial, Outcome, Poolable, PoolEntry, Reason, Waiter
+from .entries import Acquired, C, C_co, Dial, Outcome, PoolEntry, Reason, Waiter
 from .soft_timeout import SoftTimeout
 from .supervisor import CLOSE_TIMEOUT, Supervisor
 
-__all__ = [
-    "AcquireTimeoutError",
-    "Acquired",
-    "DialFailedError",
-    "Outcome",
-    "Pool",
-    "PoolClosedError",
-    "Poolable",
-    "Reason",
-]
+STANDBY_TIMEOUT = 10.0
+"""Seconds a background dial may take: what LiveKit allows a caller's (`APIConnectOptions`)."""
 
 DIAL_SOFT_TIMEOUT = 1.0
 """Seconds from its start in which callers rely on a dial that was begun for others. Then the pool
@@ -78,21 +69,19 @@ SHORT_LIFE = 30.0
 """Seconds. If a server ends an unused connection sooner, the pool dials again with backoff only."""
 
 
-class Mode(enum.Enum):
-    """What a pool keeps: its name, the idle time of what is not needed, and what it dials ahead."""
+class Mode(NamedTuple):
+    """What a pool keeps, and what it dials ahead."""
 
-    WARM = ("warm", SPARE_IDLE_TIME, True, True)
-    LEAN = ("lean", LINGER, False, True)
-    ON_DEMAND = ("on demand", 0.0, False, False)
+    label: str
+    idle_time: float
+    """Of what is not needed."""
+    keeps_min_size: bool
+    dials_for_replies: bool
 
-    def __init__(
-        self, label: str, idle_time: float, keeps_min_size: bool, dials_for_replies: bool
-    ) -> None:
-        self.label = label
-        self.idle_time = idle_time
-        self.keeps_min_size = keeps_min_size
-        self.dials_for_replies = dials_for_replies
 
+WARM = Mode("warm", SPARE_IDLE_TIME, keeps_min_size=True, dials_for_replies=True)
+LEAN = Mode("lean", LINGER, keeps_min_size=False, dials_for_replies=True)
+ON_DEMAND = Mode("on demand", 0.0, keeps_min_size=False, dials_for_replies=False)
 
 ANYBODY = object()
 """The caller that `prewarm()` expects."""
@@ -120,24 +109,40 @@ class AcquireTimeoutError(XaiPoolPatchError):
     """No connection came within the caller's timeout."""
 
 
+class Environment(Protocol[C_co]):
+    """What a pool asks, and whom it tells what happens to it."""
+
+    async def connect(self, pool: Pool[Any], timeout: float) -> C_co | DialFailedError:
+        """Make a connection within the given seconds. What this raises is a fault."""
+
+    def dial_failed(self, pool: Pool[Any], failure: DialFailedError) -> None:
+        """A dial of that pool has failed."""
+
+    def is_defunct(self, pool: Pool[Any]) -> bool:
+        """Whether `connect` can never succeed again, so that the pool should end quietly."""
+
+    def may_dial_ahead(self, pool: Pool[Any]) -> bool:
+        """Whether there is a place for what no caller waits for. When that changes, `Pool.settle`
+        has to be called."""
+
+    def make_room(self) -> object:
+        """A caller's dial takes too long: what is idle anywhere in this process may take its
+        place."""
+
+    def place_is_free(self) -> None:
+        """A connection has been closed, or a dial has failed."""
+
+
 class Pool(Generic[C]):
     """The connections of one key in one event loop.
 
     Args:
-        connect: makes a connection within the given seconds.
+        key: what the environment knows this pool by.
+        environment: makes the connections, and knows what surrounds the pool.
         options: see `PoolOptions`.
         supervisor: owns the tasks and timers.
-        standby_timeout: seconds a background dial may take.
         backoff: decides when background dials may be made.
         metrics: gets the events.
-        failure_kind_of: what the error of a dial means for the next dials.
-        on_dial_failed: called with the error of a dial.
-        make_room: called if a caller's dial takes too long: what is idle anywhere in this process
-            may take its place.
-        on_closed: called when a connection has been closed, and its place is free.
-        may_dial_ahead: whether there is a place for what no caller waits for. When that changes,
-            `settle` has to be called.
-        is_defunct: whether `connect` can never succeed again, so that the pool should end quietly.
         max_age: see `PoolOptions.max_age`; the application may want less.
         jitter: spreads the ages at which connections expire.
 
@@ -147,46 +152,28 @@ class Pool(Generic[C]):
 
     def __init__(
         self,
-        connect: Callable[[float], Awaitable[C]],
+        key: Any,
+        environment: Environment[C],
         options: PoolOptions,
         *,
         supervisor: Supervisor,
-        standby_timeout: float,
         backoff: Backoff,
         metrics: PoolMetrics,
-        failure_kind_of: Callable[[Exception], FailureKind],
-        on_dial_failed: Callable[[Exception], None],
-        make_room: Callable[[], object],
-        on_closed: Callable[[], None],
-        may_dial_ahead: Callable[[], bool],
-        is_defunct: Callable[[], bool],
         max_age: float,
         jitter: random.Random,
     ) -> None:
-        self._connect = connect
+        self.key = key
+        self._environment = environment
         self._options = options
         self._supervisor = supervisor
-        self._standby_timeout = standby_timeout
         self._backoff = backoff
         self.metrics = metrics
-        self._failure_kind_of = failure_kind_of
-        self._on_dial_failed = on_dial_failed
-        self._make_room = make_room
-        self._on_closed = on_closed
-        self._may_dial_ahead = may_dial_ahead
-        self._is_defunct = is_defunct
         self._max_age = max_age
         self._jitter = jitter
         self._loop = asyncio.get_running_loop()
         self._entries: dict[C, PoolEntry[C]] = {}
         self._idle: list[PoolEntry[C]] = []  # by the time they became idle: last in, first out
-        self._clearing = Clearing[C](
-            options,
-            supervisor=supervisor,
-            metrics=metrics,
-            on_ended=self._cleared,
-            on_overdue=self.settle,
-        )
+        self._clearing = Clearing[C](options, supervisor, metrics, self._cleared, self.settle)
         self._dials: set[Dial[C]] = set()
         self._waiters: deque[Waiter[C]] = deque()
         self._closing: dict[asyncio.Task[None], C] = {}
@@ -210,11 +197,11 @@ class Pool(Generic[C]):
 
     def _why_nothing_is_dialled(self) -> str:
         now = self._loop.time()
-        if self.mode is Mode.ON_DEMAND:
+        if self.mode is ON_DEMAND:
             return f", dials for callers only for {self._on_demand_until - now:.1f} s"
         if self._missing() <= 0:
             return ""
-        if not self._may_dial_ahead():
+        if not self._environment.may_dial_ahead(self):
             return ", no place for a standby"
         pause = self._backoff.next_attempt - now
         return f", next dial in {pause:.1f} s" if pause > 0.0 else ""
@@ -222,8 +209,8 @@ class Pool(Generic[C]):
     @property
     def mode(self) -> Mode:
         if self._now() < self._on_demand_until:
-            return Mode.ON_DEMAND
-        return Mode.LEAN if self.is_lean else Mode.WARM
+            return ON_DEMAND
+        return LEAN if self.is_lean else WARM
 
     @property
     def connections(self) -> tuple[C, ...]:
@@ -239,12 +226,12 @@ class Pool(Generic[C]):
         # Statistics may be read in another thread, between two changes that belong together. In
         # `_remove` an entry leaves `_entries` before its clear is dropped: the difference would be
         # -1 then.
-        return max(0, len(self._entries) - len(self._idle) - len(self._clearing))
+        return max(0, len(self._entries) - len(self._idle) - self.clearing)
 
     @property
     def clearing(self) -> int:
         """Connections that are neither idle nor leased, since a clear is under way."""
-        return len(self._clearing)
+        return len(self._clearing.under_way)
 
     @property
     def connecting(self) -> int:
@@ -262,7 +249,7 @@ class Pool(Generic[C]):
     @property
     def is_defunct(self) -> bool:
         """What it dials with is gone for good."""
-        return self._is_defunct()
+        return self._environment.is_defunct(self)
 
     # For callers
 
@@ -310,23 +297,19 @@ class Pool(Generic[C]):
         entry = self._entries.get(connection)
         if entry is None:
             return  # the peer ended it, or the pool gave up on it, while it was leased
-        # In this order: `_offer` may lend the connection to a caller that waits. `_came_back` would
-        # then forget that caller as the holder. Expected again while it speaks, it would get a
-        # second connection.
-        self._came_back(entry)
-        is_clean = outcome is not Outcome.FAILED and connection.is_reusable
-        if self.is_closed:
-            reason = Reason.INTERRUPTED if outcome is Outcome.INTERRUPTED else Reason.SHUTDOWN
-            self._remove(entry, reason)
-        elif outcome is Outcome.INTERRUPTED and not self._clearing.clears_interrupted:
-            self._remove(entry, Reason.INTERRUPTED)
-        elif is_clean:
+        # Before `_offer`, which may lend the connection to a caller that waits. That one would be
+        # forgotten as the holder. Expected again while it speaks, it would get a second connection.
+        entry.idle_since, entry.holder = self._now(), None
+        is_cut_off = outcome is Outcome.INTERRUPTED
+        may_stay = not self.is_closed and (not is_cut_off or self._clearing.clears_interrupted)
+        if may_stay and outcome is not Outcome.FAILED and connection.is_reusable:
             self._offer(entry)
-        elif outcome is Outcome.INTERRUPTED and connection.is_clearable:
+        elif may_stay and is_cut_off and connection.is_clearable:
             self._clearing.begin(entry)
+        elif is_cut_off:
+            self._remove(entry, Reason.INTERRUPTED)
         else:
-            is_cut_off = outcome is Outcome.INTERRUPTED
-            self._remove(entry, Reason.INTERRUPTED if is_cut_off else Reason.FAILED)
+            self._remove(entry, Reason.SHUTDOWN if self.is_closed else Reason.FAILED)
         self.settle()
 
     def give_away(self, connection: C) -> None:
@@ -446,7 +429,6 @@ class Pool(Generic[C]):
         self.is_closed = True
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
         self._expected.clear()
         self._close_idle(Reason.SHUTDOWN)
         for entry in list(self._clearing.under_way):
@@ -494,7 +476,7 @@ class Pool(Generic[C]):
     # Waiting
 
     def _waits(self, caller: object) -> bool:
-        return any(waiter.caller is caller and not waiter.future.done() for waiter in self._waiters)
+        return any(waiter.caller is caller and not waiter.is_done for waiter in self._waiters)
 
     async def _wait(self, waiter: Waiter[C]) -> PoolEntry[C]:
         expiry = self._supervisor.call_at(
@@ -503,19 +485,21 @@ class Pool(Generic[C]):
         try:
             self._waiters.append(waiter)
             self.settle()
-            return await waiter.future
+            await waiter.woken
         except asyncio.CancelledError:
             # The caller was cancelled after accept() and before its task ran again. Without this
             # the connection would stay leased for ever.
-            entry = waiter.unclaimed
-            if entry is not None:
-                self.give_back(entry.connection, Outcome.FINISHED)
+            if isinstance(waiter.outcome, PoolEntry):
+                self.give_back(waiter.outcome.connection, Outcome.FINISHED)
             raise
         finally:
             expiry.cancel()
             # `_offer` has removed it if it was served, but not if it failed or was cancelled.
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
+        if isinstance(waiter.outcome, PoolEntry):
+            return waiter.outcome
+        raise waiter.outcome
 
     def _take_idle(self, caller: object) -> PoolEntry[C] | None:
         now = self._now()
@@ -539,10 +523,6 @@ class Pool(Generic[C]):
             self._backoff.succeeded()
         entry.lease_count += 1
         entry.holder = caller
-
-    def _came_back(self, entry: PoolEntry[C]) -> None:
-        entry.idle_since = self._now()
-        entry.holder = None
 
     def _offer(self, entry: PoolEntry[C]) -> None:
         """Hand a clean connection to the first caller that accepts it; else it becomes idle."""
@@ -584,7 +564,7 @@ class Pool(Generic[C]):
         """
         # A waiter that was served, failed or cancelled leaves the queue when its task runs again.
         # Counted until then, it would get a dial without a caller.
-        waiting = [waiter for waiter in self._waiters if not waiter.future.done()]
+        waiting = [waiter for waiter in self._waiters if not waiter.is_done]
         if not waiting:
             return None
         dialled = sum(not dial.soft_timeout.is_over for dial in self._dials)
@@ -604,18 +584,17 @@ class Pool(Generic[C]):
         # would stay in `_dials` for ever, and callers would rely on it.
         self._dials.add(dial)
         run = self._run_dial(dial, timeout)
-        context = waiter.context if waiter is not None else None
-        dial.task = self._supervisor.spawn(run, "xai_pool_patch.dial", eager=True, context=context)
+        context = waiter.context if waiter is not None else contextvars.Context()
+        dial.task = self._supervisor.spawn(run, "xai_pool_patch.dial", eager_in=context)
 
     def _dial_is_late(self, dial: Dial[C]) -> None:
         if dial.waiter is not None:
-            self._make_room()
+            self._environment.make_room()
         self.settle()
 
     async def _run_dial(self, dial: Dial[C], timeout: float) -> None:
-        outcome: C | Exception
         try:
-            outcome = await self._connect(timeout)
+            outcome = await self._environment.connect(self, timeout)
         except asyncio.CancelledError:
             # aclose() cancelled the dial, or the loop is ending. The waiter must fail, or its
             # caller waits until its deadline. And the pool must end: open, it would dial anew for
@@ -626,15 +605,12 @@ class Pool(Generic[C]):
                 dial.waiter.fail(PoolClosedError("the pool ended during the dial"))
             self.close()
             raise
-        except Exception as error:
-            outcome = error
         finally:
             dial.soft_timeout.stop()
-        # Outside the try: an exception from here on is a fault of the pool, not a failed dial.
         # First, since both outcomes settle: other callers would rely on a dial that has failed, and
         # one that has succeeded would count twice.
         self._dials.discard(dial)
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, DialFailedError):
             self._dial_failed(dial, outcome)
         else:
             self._dial_succeeded(dial, outcome)
@@ -644,14 +620,9 @@ class Pool(Generic[C]):
         self.metrics.connected(now - dial.began)
         if dial.waiter is not None:
             self._backoff.succeeded()
-        lifetime = self._max_age * self._jitter.uniform(0.9, 1.0)
-        entry = PoolEntry(
-            connection,
-            rotate_at=now + lifetime - self._max_age * ROTATION_LEAD,
-            expires_at=now + lifetime,
-            made_at=now,
-            idle_since=now,
-        )
+        expires_at = now + self._max_age * self._jitter.uniform(0.9, 1.0)
+        rotate_at = expires_at - self._max_age * ROTATION_LEAD
+        entry = PoolEntry(connection, rotate_at, expires_at, made_at=now, idle_since=now)
         self._entries[connection] = entry
         connection.on_lost = lambda: self._lost(entry)
         self._offer(entry)
@@ -664,21 +635,22 @@ class Pool(Generic[C]):
             self._lost(entry)
         self.settle()
 
-    def _dial_failed(self, dial: Dial[C], error: Exception) -> None:
-        failure_kind = self._failure_kind_of(error)
-        self._backoff.failed(failure_kind, self._now())
-        if failure_kind is FailureKind.REFUSED:
+    def _dial_failed(self, dial: Dial[C], failure: DialFailedError) -> None:
+        self._backoff.failed(failure.kind, self._now())
+        if failure.kind is FailureKind.REFUSED:
             self.metrics.rate_limited()
             if self.is_lean and dial.waiter is not None:
                 seconds = ON_DEMAND_LASTS * self._jitter.uniform(0.8, 1.0)
                 self._go_on_demand(seconds, "refused, though nothing was kept")
         if dial.waiter is not None:
             # Before anything that settles, which would dial for this waiter again.
-            dial.waiter.fail(DialFailedError(error, failure_kind))
-        self._on_dial_failed(error)  # may make this pool lean, which was asked for above
+            dial.waiter.fail(failure)
+        # It may make this pool lean, which was asked for above.
+        self._environment.dial_failed(self, failure)
         if dial.waiter is None and not self.is_defunct:
-            self.metrics.standby_failed(error, self._backoff.next_attempt - self._now())
-        self._supervisor.call_at(self._now(), self._on_closed)
+            retry_in = self._backoff.next_attempt - self._now()
+            self.metrics.standby_failed(failure.error, retry_in)
+        self._supervisor.call_at(self._now(), self._environment.place_is_free)
         self.settle()
 
     # Losing and closing
@@ -691,13 +663,9 @@ class Pool(Generic[C]):
         self.settle()
 
     def _lost(self, entry: PoolEntry[C]) -> None:
-        # First: such a server has acknowledged the clear. `ended` counts a clear that failed, and
-        # might log that clears are not acknowledged.
-        self._note_stale_audio(entry)
-        if entry in self._clearing.under_way:
-            # At once, though the task of the clear would find out a step later: until then callers
-            # would rely on this clear.
-            self._clearing.ended(entry)
+        # At once, though the task of the clear would find out a step later: until then callers
+        # would rely on this clear.
+        self._clearing.ended(entry)
         if entry.connection not in self._entries:
             return  # closed already: by ended(), with its lease, or by `_offer` when its dial ended
         if not entry.lease_count and self._now() - entry.made_at < SHORT_LIFE:
@@ -707,10 +675,6 @@ class Pool(Generic[C]):
         self._remove(entry, Reason.LOST if entry in self._idle else Reason.FAILED)
         self.settle()
 
-    def _note_stale_audio(self, entry: PoolEntry[C]) -> None:
-        if entry.connection.sent_stale_audio:
-            self._clearing.stop_clearing()
-
     def _remove(self, entry: PoolEntry[C], reason: Reason, *, listen: bool = False) -> None:
         now, idle_for = self._now(), None
         if entry in self._idle:
@@ -718,7 +682,6 @@ class Pool(Generic[C]):
             idle_for = now - entry.idle_since
         del self._entries[entry.connection]
         self._clearing.drop(entry)
-        self._note_stale_audio(entry)
         self.metrics.closed(reason.value, now - entry.made_at, idle_for)
         # A lease may be collected after its loop was closed. Nothing can be sent then, and the
         # task of a close would never run.
@@ -729,7 +692,7 @@ class Pool(Generic[C]):
                 run = self._supervisor.run
                 task.add_done_callback(functools.partial(run, self._has_closed))
             else:
-                self._supervisor.call_at(now, self._on_closed)
+                self._supervisor.call_at(now, self._environment.place_is_free)
 
     def _close_idle(self, reason: Reason, *, made_by: float = math.inf) -> None:
         # Looked up again after each: a log handler that runs the loop lets callers ask meanwhile,
@@ -739,7 +702,7 @@ class Pool(Generic[C]):
 
     def _has_closed(self, task: asyncio.Task[None]) -> None:
         del self._closing[task]
-        self._on_closed()
+        self._environment.place_is_free()
 
     # What follows from the state
 
@@ -758,7 +721,7 @@ class Pool(Generic[C]):
             self._arm(min([self._on_demand_ends(), *[rule() for rule in rules]]))
 
     def _on_demand_ends(self) -> float:
-        return self._on_demand_until if self.mode is Mode.ON_DEMAND else math.inf
+        return self._on_demand_until if self.mode is ON_DEMAND else math.inf
 
     def _forget_late(self) -> float:
         """Expect no caller any more that should have asked by now."""
@@ -793,14 +756,14 @@ class Pool(Generic[C]):
 
     def _idle_time(self) -> float:
         """How long a connection stays that is not needed."""
-        if self.mode is Mode.WARM and len(self._entries) == 1:
+        if self.mode is WARM and len(self._entries) == 1:
             return self._options.max_idle_time  # the only one: the next turn may come yet
         return min(self.mode.idle_time, self._options.max_idle_time)
 
     def _top_up(self) -> float:
         """Dial what is missing, unless background dials have to pause."""
         missing = self._missing()
-        if missing <= 0 or not self._may_dial_ahead():
+        if missing <= 0 or not self._environment.may_dial_ahead(self):
             return math.inf
         if self._now() < self._backoff.next_attempt:
             return self._backoff.next_attempt
@@ -808,8 +771,8 @@ class Pool(Generic[C]):
             self.close()
             return math.inf
         for _ in range(missing):
-            if self._may_dial_ahead():  # each may take the last place
-                self._dial(None, self._standby_timeout)
+            if self._environment.may_dial_ahead(self):  # each may take the last place
+                self._dial(None, STANDBY_TIMEOUT)
         return math.inf
 
     def _missing(self) -> int:
@@ -821,7 +784,7 @@ class Pool(Generic[C]):
         kept = self._min_size if self.mode.keeps_min_size else 0
         if not self._expected or not self.mode.dials_for_replies:
             return kept
-        waiting = [waiter.caller for waiter in self._waiters if not waiter.future.done()]
+        waiting = [waiter.caller for waiter in self._waiters if not waiter.is_done]
         # A session speaks one reply at a time: what it has, or waits for, is for the next one, too.
         served = {*waiting, *(entry.holder for entry in self._entries.values())}
         expected = len(self._expected.keys() - served)

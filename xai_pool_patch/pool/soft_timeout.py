@@ -27,11 +27,11 @@ class SoftTimeout:
     def __init__(self, supervisor: Supervisor, seconds: float, on_end: Callable[[], None]) -> None:
         self._supervisor = supervisor
         self._tick = seconds / TICKS
-        self._left = TICKS if seconds > 0.0 else 0
+        self._left = TICKS + 1 if seconds > 0.0 else 0
         self._on_end = on_end
         self._timer: asyncio.TimerHandle | None = None
         if not self.is_over:
-            self._wait(self._tick, self._pass)
+            self._wait()
 
     @property
     def is_over(self) -> bool:
@@ -42,22 +42,17 @@ class SoftTimeout:
         if self._timer is not None:
             self._timer.cancel()
 
-    def _wait(self, seconds: float, then: Callable[[], None]) -> None:
+    def _wait(self) -> None:
+        # After a block in the last tick, the loop runs its timer before it reads what arrived
+        # during the block. So one more timer is due at once: it runs in the loop's next pass, after
+        # the sockets were read. Without it, an answer that is there would count as missing.
+        seconds = self._tick if self._left > 1 else 0.0
         now = asyncio.get_running_loop().time()
-        self._timer = self._supervisor.call_at(now + seconds, then)
+        self._timer = self._supervisor.call_at(now + seconds, self._pass)
 
     def _pass(self) -> None:
-        if self._left > 1:
-            self._left -= 1
-            self._wait(self._tick, self._pass)
+        self._left -= 1
+        if self.is_over:
+            self._on_end()
         else:
-            # After a block in the last tick, the loop runs this timer before it reads what arrived
-            # during the block. A timer that is due at once runs in the loop's next pass, after the
-            # sockets were read. Without it, an answer that is there would count as missing.
-            self._wait(0.0, self._end)
-
-    def _end(self) -> None:
-        # In this order: `on_end` asks `is_over`. It would go on to rely on what is late, and
-        # nothing would ask again.
-        self._left = 0
-        self._on_end()
+            self._wait()

@@ -28,24 +28,23 @@ T = TypeVar("T")
 
 
 def spawn(
-    coroutine: Coroutine[Any, Any, T],
-    name: str,
-    *,
-    eager: bool = False,
-    context: contextvars.Context | None = None,
+    coroutine: Coroutine[Any, Any, T], name: str, *, eager_in: contextvars.Context | None = None
 ) -> asyncio.Task[T]:
     """Start a task that belongs to the pool, not to the turn that happens to start it.
 
-    An eager one runs at once, up to its first real wait, if Python can do that (3.12). The loop
-    would first run whatever else is ready, such as nine other callers.
+    The task has an empty context. Otherwise the turn's trace span, stream and TTS would live as
+    long as the connection. If a loop is closed without cancelling its tasks, asyncio does not warn
+    about this one: its socket is gone with the loop.
 
-    The task has an empty context, unless one is given. Otherwise the turn's trace span, stream and
-    TTS would live as long as the connection. If a loop is closed without cancelling its tasks,
-    asyncio does not warn about this one: its socket is gone with the loop.
+    Args:
+        eager_in: a context in which the task runs at once, up to its first real wait, if Python can
+            do that (3.12). The loop would first run whatever else is ready, such as nine other
+            callers.
     """
-    loop, context = asyncio.get_running_loop(), context or contextvars.Context()
+    loop = asyncio.get_running_loop()
+    is_eager, context = eager_in is not None, eager_in or contextvars.Context()
     task: asyncio.Task[T]
-    if eager and sys.version_info >= (3, 12) and loop.get_task_factory() is None:
+    if is_eager and sys.version_info >= (3, 12) and loop.get_task_factory() is None:
         task = asyncio.Task(coroutine, loop=loop, name=name, context=context, eager_start=True)
     else:
         task = context.run(loop.create_task, coroutine, name=name)
@@ -96,11 +95,10 @@ class Supervisor:
         coroutine: Coroutine[Any, Any, None],
         name: str,
         *,
-        eager: bool = False,
-        context: contextvars.Context | None = None,
+        eager_in: contextvars.Context | None = None,
     ) -> asyncio.Task[None]:
         """Start a task whose exception is a fault."""
-        task = spawn(coroutine, name, eager=eager, context=context)
+        task = spawn(coroutine, name, eager_in=eager_in)
         # Not for `stop` alone: asyncio has only weak references to its tasks. One that nothing else
         # refers to may be collected before it has ended.
         self._tasks.add(task)
