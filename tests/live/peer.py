@@ -128,7 +128,7 @@ async def connection(
         made.on_lost = watch.note_loss
         yield made, peer, watch
         made.close()
-        await until(lambda: made.is_over)
+        await until(lambda: made.reader.done())
 
 
 async def until(condition: Any) -> None:

@@ -37,7 +37,7 @@ def message(type_: str, **fields: str) -> str:
 
 
 async def say(live: Connection, frame: str) -> None:
-    live.sending(frame)
+    live.utterance.sent(frame)
     await live.ws.send_str(frame)
 
 
@@ -129,7 +129,7 @@ async def test_silence_ends_a_connection_to_a_server_that_answers_pings() -> Non
         await until(lambda: watch.lost)
         seconds = asyncio.get_running_loop().time() - began
         assert 1.5 * HEARTBEAT <= seconds <= 1.5 * HEARTBEAT + 1.0
-        await until(lambda: live.is_over)
+        await until(lambda: live.reader.done())
         await until(lambda: socket.fileno() == -1)
         assert (live.state, watch.lost) == (State.LOST, 1)
 
@@ -151,7 +151,7 @@ async def test_pings_of_the_peer_are_answered(leased: bool) -> None:
     """Idle or leased, and the sink does not see them."""
     async with connection() as (live, peer, watch):
         if leased:
-            live.attach(watch.take)
+            live.sink = watch.take
         await peer.ws.ping(b"there?")
         answer = await peer.hears()
         assert (answer.type, answer.data) == (WSMsgType.PONG, b"there?")
@@ -167,7 +167,7 @@ async def test_the_sink_gets_only_messages_read_while_it_is_attached() -> None:
         await peer.ws.send_str(message("note", text="before"))
         await peer.ws.ping()
         await peer.hears()  # so it has been read
-        live.attach(watch.take)
+        live.sink = watch.take
         await peer.ws.send_str(message("note", text="now"))
         taken, type_ = await watch.takes()
         assert (json.loads(taken.data)["text"], type_) == ("now", "note")
@@ -176,7 +176,7 @@ async def test_the_sink_gets_only_messages_read_while_it_is_attached() -> None:
         await peer.ws.ping()
         await peer.hears()
         assert watch.taken.empty()
-        live.attach(watch.take)
+        live.sink = watch.take
         await peer.ws.send_bytes(b"\0")
         taken, type_ = await watch.takes()
         assert (taken.type, taken.data, type_) == (WSMsgType.BINARY, b"\0", "unreadable")
@@ -210,7 +210,7 @@ async def test_audio_errors_and_unreadable_messages_end_an_idle_connection(
         await (peer.ws.send_str(frame) if isinstance(frame, str) else peer.ws.send_bytes(frame))
         await until(lambda: watch.lost)
         assert (live.state, live.is_reusable, live.sent_stale_audio) == (State.LOST, False, False)
-        await until(lambda: live.is_over)
+        await until(lambda: live.reader.done())
         assert watch.lost == 1
 
 
@@ -218,7 +218,7 @@ async def test_audio_before_any_text_is_not_heard() -> None:
     """The sink gets the end of the connection instead."""
     async with connection() as (live, peer, watch):
         as_a_pool_does(live, watch)
-        live.attach(watch.take)
+        live.sink = watch.take
         await peer.ws.send_str(message("audio.delta", delta=""))
         taken = [await watch.takes() for _ in range(2)]
         assert taken[-1] == (CLOSED_MESSAGE, "")
@@ -229,7 +229,7 @@ async def test_audio_before_any_text_is_not_heard() -> None:
 async def test_an_error_during_an_utterance_goes_to_the_sink() -> None:
     """The connection stays open, and is not reusable."""
     async with connection() as (live, peer, watch):
-        live.attach(watch.take)
+        live.sink = watch.take
         await say(live, TEXT)
         await peer.ws.send_str(message("error"))
         assert (await watch.takes())[1] == "error"
@@ -241,7 +241,7 @@ async def test_the_sink_and_the_pool_learn_of_an_end_by_the_peer(ends: str) -> N
     """By a Close frame or by a reset."""
     async with connection() as (live, peer, watch):
         await until(lambda: live.round_trip is not None)
-        live.attach(watch.take)
+        live.sink = watch.take
         if ends == "Close":
             await asyncio.gather(peer.ws.close(code=1001), until(lambda: watch.lost))
             assert (await watch.takes())[0].type is WSMsgType.CLOSE
@@ -249,7 +249,7 @@ async def test_the_sink_and_the_pool_learn_of_an_end_by_the_peer(ends: str) -> N
             peer.hangs_up()
             assert (await watch.takes())[0].type in (WSMsgType.CLOSED, WSMsgType.ERROR)
         assert await watch.takes() == (CLOSED_MESSAGE, "")
-        assert (live.state, live.is_over, watch.lost) == (State.LOST, True, 1)
+        assert (live.state, live.reader.done(), watch.lost) == (State.LOST, True, 1)
 
 
 async def test_a_fault_of_the_sink_ends_the_reader_and_is_reported() -> None:
@@ -262,9 +262,9 @@ async def test_a_fault_of_the_sink_ends_the_reader_and_is_reported() -> None:
         raise fault
 
     async with connection() as (live, peer, watch):
-        live.attach(fails)
+        live.sink = fails
         await peer.ws.send_str(message("note"))
-        await until(lambda: live.is_over)
+        await until(lambda: live.reader.done())
         assert (watch.faults[0], watch.lost, live.state) == (fault, 0, State.LOST)
         assert calls[1:] == [CLOSED_MESSAGE]
 
@@ -273,7 +273,7 @@ async def test_a_cancelled_reader_informs_only_the_sink() -> None:
     """The loop is ending: if the pool learned of a loss, it would dial anew."""
     async with connection() as (live, _, watch):
         await until(lambda: live.round_trip is not None)
-        live.attach(watch.take)
+        live.sink = watch.take
         live.reader.cancel()
         assert await watch.takes() == (CLOSED_MESSAGE, "")
         assert (live.state, watch.lost, watch.faults) == (State.LOST, 0, [])
@@ -289,7 +289,7 @@ async def test_each_frame_sent_advances_the_stage_of_the_utterance() -> None:
         assert (await peer.hears()).data == TEXT
         assert live.utterance.stage is Stage.ASKED
         assert not live.is_reusable
-        live.sending(b"\1")
+        live.utterance.sent(b"\1")
         await live.ws.send_bytes(b"\1")
         assert (await peer.hears()).data == b"\1"
         assert live.utterance.stage is Stage.DIRTY
@@ -352,7 +352,7 @@ async def test_the_end_of_the_connection_ends_the_wait_for_an_acknowledgement(an
         else:
             peer.hangs_up()
             await clearing
-        await until(lambda: live.is_over)
+        await until(lambda: live.reader.done())
         assert (live.is_reusable, watch.lost, watch.faults) == (False, 1, [])
 
 
@@ -383,7 +383,7 @@ async def test_a_fault_during_a_clear_is_raised(monkeypatch: pytest.MonkeyPatch)
 async def test_a_dirty_connection_is_not_cleared() -> None:
     """clear() returns at once."""
     async with connection() as (live, _, _):
-        live.sending(b"")
+        live.utterance.sent(b"")
         await asyncio.wait_for(live.clear(), 5.0)
         assert not live.is_reusable
 
@@ -420,7 +420,7 @@ async def asked(
         elif used:
             await answered(live, peer)
         peer.answers_pings = False
-        live.attach(watch.take)
+        live.sink = watch.take
         await live.probe(lambda: silences.append(asyncio.get_running_loop().time()))
         await say(live, TEXT)
         ping = await peer.hears()
@@ -530,7 +530,7 @@ async def test_a_server_that_has_answered_no_ping_is_not_asked() -> None:
     async with connection(answers_pings=False) as (live, peer, watch):
         await peer.hears()  # the first PING
         await answered(live, peer)
-        live.attach(watch.take)
+        live.sink = watch.take
         await live.probe(lambda: watch.faults.append(AssertionError()))
         await asyncio.sleep(10.0)
         await say(live, TEXT)
@@ -592,14 +592,14 @@ async def test_only_the_first_answer_refuses() -> None:
 async def test_a_configured_connection_is_for_nobody_else(is_shared: bool) -> None:
     """A `session.update` changed how it speaks."""
     async with connection(is_shared=is_shared) as (live, _, _):
-        live.sending(message("session.update"))
+        live.utterance.sent(message("session.update"))
         assert live.is_reusable != is_shared
 
 
 async def test_whoever_was_given_it_hears_everything() -> None:
     """L1: audio that nobody asked for too, and errors; nothing ends the connection."""
     async with connection() as (live, peer, watch):
-        live.attach(watch.take)
+        live.sink = watch.take
         live.is_given_away = True
         for frame in (OLD, message("error"), AUDIO_DONE):
             await peer.ws.send_str(frame)
@@ -614,7 +614,7 @@ async def test_close_sends_a_close_frame_and_waits_for_the_answer() -> None:
     """A second close() returns the same task, and the sink gets the end."""
     async with connection() as (live, peer, watch):
         await until(lambda: live.round_trip is not None)
-        live.attach(watch.take)
+        live.sink = watch.take
         closing = live.close()
         assert closing is not None
         assert live.close() is closing
@@ -622,7 +622,7 @@ async def test_close_sends_a_close_frame_and_waits_for_the_answer() -> None:
         await closing
         heard = await peer.hears()
         assert (heard.type, heard.data) == (WSMsgType.CLOSE, 1000)
-        assert (live.state, live.is_over, watch.lost) == (State.CLOSING, True, 0)
+        assert (live.state, live.reader.done(), watch.lost) == (State.CLOSING, True, 0)
         taken = [watch.taken.get_nowait() for _ in range(watch.taken.qsize())]
         assert taken[-1] == (CLOSED_MESSAGE, "")
 
@@ -636,7 +636,7 @@ async def test_a_peer_that_does_not_answer_the_close_is_aborted() -> None:
         assert closing is not None
         await closing  # aiohttp itself would wait for ten
         assert asyncio.get_running_loop().time() - began == pytest.approx(CLOSE_TIMEOUT, abs=0.2)
-        assert live.is_over
+        assert live.reader.done()
         await until(lambda: socket.fileno() == -1)
 
 
@@ -728,7 +728,7 @@ async def test_a_cancelled_close_aborts_the_socket() -> None:
         assert (await peer.hears()).type is WSMsgType.CLOSE
         closing.cancel()
         await asyncio.wait([closing])
-        await until(lambda: live.is_over)
+        await until(lambda: live.reader.done())
         await until(lambda: socket.fileno() == -1)
 
 
@@ -757,6 +757,6 @@ async def test_repr_shows_the_states() -> None:
     """Of the connection, of its lease and of its utterance."""
     async with connection() as (live, _, watch):
         assert repr(live) == "<Connection open idle clean>"
-        live.attach(watch.take)
+        live.sink = watch.take
         await say(live, TEXT)
         assert repr(live) == "<Connection open leased asked>"

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("patched")
 RETRYING = APIConnectOptions(max_retry=1, retry_interval=0.01, timeout=2.0)
 
 BEFORE_THE_UTTERANCE = [
-    "protocol.connection.Connection.attach",
+    "protocol.exchange.Exchange._begin",
     "registry.Registry.here",
     "manager.PoolManager.register",
     "plugin.asking.Asking.request_of",

@@ -314,7 +314,7 @@ async def test_messages_read_before_the_connection_ended_are_still_received() ->
         await peer.ws.send_str(NOTE)
         await peer.ws.send_str(NOTE)
         peer.hangs_up()
-        await until(lambda: live.is_over)
+        await until(lambda: live.reader.done())
         assert [message.data async for message in lease if message.type is WSMsgType.TEXT] == [
             NOTE,
             NOTE,
@@ -361,7 +361,7 @@ async def test_a_send_that_fails_after_the_replay_does_not_reach_the_plugin(
         monkeypatch.setattr(dead.ws, "send_str", fails_late)
         lease = lease_of(dead, TakesBack(), acquire_fresh=lambda: _returning(live))
         sending = asyncio.create_task(lease.send_str(TEXT))
-        await until(lambda: lease._exchange._attempt.sent)  # type: ignore[union-attr]
+        await until(lambda: lease._exchange._sent)
 
         await peer.ws.send_str('{"type":"error"}')
         assert (await other_peer.hears()).data == TEXT

@@ -21,14 +21,14 @@ class SoftTimeout:
     Args:
         supervisor: owns the timers.
         seconds: 0.0 for a timeout that is over from the start.
-        on_end: called once when the time is over; not if it was over from the start.
+        then: called once when the time is over; not if it was over from the start.
     """
 
-    def __init__(self, supervisor: Supervisor, seconds: float, on_end: Callable[[], None]) -> None:
+    def __init__(self, supervisor: Supervisor, seconds: float, then: Callable[[], object]) -> None:
         self._supervisor = supervisor
         self._tick = seconds / TICKS
         self._left = TICKS + 1 if seconds > 0.0 else 0
-        self._on_end = on_end
+        self._then = then
         self._timer: asyncio.TimerHandle | None = None
         if not self.is_over:
             self._wait()
@@ -38,7 +38,7 @@ class SoftTimeout:
         return self._left == 0
 
     def stop(self) -> None:
-        """Never call `on_end`: what the timeout was for has happened, or cannot happen."""
+        """Never call `then`: what the timeout was for has happened, or cannot happen."""
         if self._timer is not None:
             self._timer.cancel()
 
@@ -53,6 +53,6 @@ class SoftTimeout:
     def _pass(self) -> None:
         self._left -= 1
         if self.is_over:
-            self._on_end()
+            self._then()
         else:
             self._wait()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import enum
 import functools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ..pool.supervisor import CLOSE_TIMEOUT, Supervisor, hang_up, within
 from ..sessions.refusal import says_refused
 from ..telemetry.log import LogEvent, log_event
 from .host import Host
-from .utterance import Stage, UtteranceTracker, parsed, type_of
+from .utterance import SPEAKING, Stage, UtteranceTracker, parsed, type_of
 
 IDENTIFIER = re.compile(r"[a-z_]{1,20}(\.[a-z_]{1,20})?")
 DATA = (WSMsgType.TEXT, WSMsgType.BINARY)
@@ -49,13 +50,10 @@ class _Probe:
     """A PING that left just ahead of an utterance's first text. See `Connection.probe`."""
 
     token: bytes
-    began: float
     separates: bool
     """What comes before its PONG may be of an older utterance."""
-    timeout: SoftTimeout | None = None
+    timeout: SoftTimeout
     is_answered: bool = False
-    held: aiohttp.WSMessage | None = None
-    """An `audio.done` that came ahead of any audio."""
 
 
 class Connection:
@@ -110,11 +108,13 @@ class Connection:
         self._has_answered = False
         self._pinged_at: dict[bytes, float] = {}
         self._probe: _Probe | None = None
+        self._held: aiohttp.WSMessage | None = None
+        """An `audio.done` that came ahead of any audio, and of the probe's PONG."""
         self._closer: asyncio.Task[None] | None = None
-        self._close_sent_at: float | None = None
+        self._close_sent_at = math.inf
         self._sign_of_life: asyncio.Future[None] = self._loop.create_future()
         self._transport = transport_of(ws)
-        self._beat_timer = self._beat_in(heartbeat)
+        self._beat_at(self._opened_at + heartbeat)
         self.reader = supervisor.spawn(self._read(), name="xai_pool_patch.reader")
 
     def __repr__(self) -> str:
@@ -134,18 +134,9 @@ class Connection:
         return self.round_trip is not None and not self.host.pongs_unordered
 
     @property
-    def is_over(self) -> bool:
-        """The reader has ended."""
-        return self.reader.done()
-
-    @property
     def is_in_step(self) -> bool:
         """Whatever comes now answers the current utterance, not an older one."""
         return self._probe is None or not self._probe.separates or self._probe.is_answered
-
-    def attach(self, sink: Sink) -> None:
-        """Pass everything that is read from now on to a sink."""
-        self.sink = sink
 
     def detach(self) -> None:
         """Pass nothing on any more."""
@@ -162,7 +153,7 @@ class Connection:
         self._pinged_at = {token: now}
         return token
 
-    async def probe(self, on_silence: Callable[[], None]) -> None:
+    async def probe(self, on_silence: Callable[[], object]) -> None:
         """Send a PING just ahead of an utterance's first text, on a connection that was idle.
 
         It asks for a sign of life: `on_silence` is called if nothing at all comes in time. And it
@@ -176,14 +167,14 @@ class Connection:
         token = self._new_token()
         if self.round_trip is not None:
             separates = not (self.utterance.is_unused or self.host.pongs_unordered)
-            probe = self._probe = _Probe(token, self._loop.time(), separates)
-            patience = self.host.patience(self.round_trip)
-            on_end = functools.partial(self._probe_over, probe, on_silence)
-            probe.timeout = SoftTimeout(self._supervisor, patience, on_end)
+            on_end = functools.partial(self._probe_over, self._loop.time(), on_silence)
+            timeout = SoftTimeout(self._supervisor, self.host.patience(self.round_trip), on_end)
+            self._end_probe()
+            self._probe = _Probe(token, separates, timeout)
         await self.ws.ping(token)
 
-    def _probe_over(self, probe: _Probe, on_silence: Callable[[], None]) -> None:
-        held, probe.held = probe.held, None
+    def _probe_over(self, began: float, on_silence: Callable[[], object]) -> None:
+        held, self._held = self._held, None
         if held is not None and self.utterance.stage in (Stage.AWAITING, Stage.EMPTY):
             self._end_probe()
             self._accept(held, "audio.done")
@@ -191,20 +182,13 @@ class Connection:
             # not get it.
             self.utterance.stage = Stage.DIRTY
             self.host.held_an_end()
-        elif self.last_heard <= probe.began:
+        elif self.last_heard <= began:
             on_silence()
 
     def _end_probe(self) -> None:
-        if self._probe is not None and self._probe.timeout is not None:
+        if self._probe is not None:
             self._probe.timeout.stop()
-        self._probe = None
-
-    def sending(self, frame: object) -> str:
-        """Follow a frame that is about to be sent, and return its type.
-
-        Call this before the send: a send that is cancelled may have left all the same.
-        """
-        return self.utterance.sent(frame)
+        self._probe = self._held = None
 
     async def clear(self) -> None:
         """Send a `text.clear`: the server cancels the current utterance.
@@ -215,14 +199,15 @@ class Connection:
         over = self._loop.create_future()
 
         def take(message: aiohttp.WSMessage, type_: str) -> None:
-            if not over.done() and (message.type not in DATA or not self.utterance.awaits_clear):
+            is_clearing = message.type in DATA and self.utterance.stage is Stage.CLEARING
+            if not is_clearing and not over.done():
                 over.set_result(None)
 
-        self.attach(take)
+        self.sink = take
         try:
-            self.sending(TEXT_CLEAR)
+            self.utterance.sent(TEXT_CLEAR)
             await self.ws.send_str(TEXT_CLEAR)
-            if self.utterance.awaits_clear:
+            if self.utterance.stage is Stage.CLEARING:
                 # The reader does not pause between messages that arrived together. So audio that
                 # came right behind the acknowledgement is judged before this task runs again, and
                 # such a connection is not handed out.
@@ -261,8 +246,7 @@ class Connection:
 
     def abort_if_closing(self) -> None:
         """Give up waiting for the peer's Close, if ours has most likely arrived."""
-        sent_at = self._close_sent_at
-        if sent_at is not None and self._loop.time() >= sent_at + CLOSE_COUNTS:
+        if self._loop.time() >= self._close_sent_at + CLOSE_COUNTS:
             self._abort()
 
     async def _shut(self, listen: bool) -> None:
@@ -293,21 +277,20 @@ class Connection:
 
     # While nothing is heard
 
-    def _beat_in(self, seconds: float) -> asyncio.TimerHandle:
-        return self._supervisor.call_at(self._loop.time() + seconds, self._beat)
+    def _beat_at(self, when: float) -> None:
+        self._beat_timer = self._supervisor.call_at(when, self._beat)
 
     def _beat(self) -> None:
         """Send a PING if nothing has been heard for an interval.
 
         aiohttp's own heartbeat sets a timer anew for each message.
         """
-        now = self._loop.time()
-        if now < self.last_heard + self._heartbeat:
-            self._beat_timer = self._beat_in(self.last_heard + self._heartbeat - now)
+        now, due = self._loop.time(), self.last_heard + self._heartbeat
+        if now < due:
+            self._beat_at(due)
             return
         self._supervisor.spawn(self._ping_quietly(), name="xai_pool_patch.heartbeat")
-        overdue = functools.partial(self._beat_over, now)
-        SoftTimeout(self._supervisor, self._heartbeat / 2, overdue)
+        SoftTimeout(self._supervisor, self._heartbeat / 2, functools.partial(self._beat_over, now))
 
     async def _ping_quietly(self) -> None:
         with contextlib.suppress(OSError):  # the reader reports the end
@@ -320,7 +303,7 @@ class Connection:
             self._lose()
             self._abort()
         else:
-            self._beat_timer = self._beat_in(self._heartbeat / 2)
+            self._beat_at(self._loop.time() + self._heartbeat / 2)
 
     # Reading
 
@@ -352,16 +335,17 @@ class Connection:
         self._supervisor.sockets.discard(self.ws)
 
     def _take_end(self, message: aiohttp.WSMessage) -> None:
-        is_first_answer = not self._has_answered and self._is_fresh
-        if is_first_answer and message.type is WSMsgType.CLOSE and says_refused(message.data):
-            self._on_refused()
+        if message.type is WSMsgType.CLOSE and says_refused(message.data):
+            self._says_refused()
         self._deliver(message)
         self._lose()
 
-    @property
-    def _is_fresh(self) -> bool:
+    def _says_refused(self) -> None:
+        """The server says that there are too many sessions. Only as its first answer it counts."""
         is_young = self._loop.time() < self._opened_at + FRESH
-        return self.utterance.is_first or (self.utterance.is_unused and is_young)
+        is_fresh = self.utterance.is_first or (self.utterance.is_unused and is_young)
+        if is_fresh and not self._has_answered:
+            self._on_refused()
 
     def _take_pong(self, token: bytes) -> None:
         pinged_at = self._pinged_at.pop(token, None)
@@ -369,10 +353,9 @@ class Connection:
             self.round_trip = self.last_heard - pinged_at
             self.host.answered(self.round_trip)
             self._gave_a_sign()
-        probe = self._probe
-        if probe is not None and token == probe.token:
-            probe.is_answered = True
-            if probe.held is None:
+        if self._probe is not None and token == self._probe.token:
+            self._probe.is_answered = True
+            if self._held is None:
                 self.host.was_in_order()
 
     def _gave_a_sign(self) -> None:
@@ -381,7 +364,8 @@ class Connection:
 
     def _take(self, message: aiohttp.WSMessage) -> None:
         type_ = type_of(message.data)
-        if type_ == "audio.delta" and self.utterance.is_speaking and self.sink is not None:
+        is_more = type_ == "audio.delta" and self.utterance.stage in SPEAKING
+        if is_more and self.sink is not None:
             self.sink(message, type_)  # the most frequent message changes nothing
             return
         if self.state is not State.OPEN:
@@ -389,19 +373,14 @@ class Connection:
                 self.host.answered(self.last_heard - pinged_at)
             self._gave_a_sign()
             return
-        is_first_answer, self._has_answered = not self._has_answered, True
-        if is_first_answer and type_ == "error" and self._is_fresh:
-            self._take_first_error(message)
+        if type_ == "error" and says_refused(error_message=parsed(message.data).get("message")):
+            self._says_refused()
+        self._has_answered = True
         is_answer = type_.startswith("audio.")
         if is_answer and self.utterance.is_first and self._awaits_pong:
             self.host.pongs_unordered = True
-        if is_answer and self._probe is not None and self._hold(message, type_):
-            return
-        self._accept(message, type_)
-
-    def _take_first_error(self, message: aiohttp.WSMessage) -> None:
-        if says_refused(error_message=parsed(message.data).get("message")):
-            self._on_refused()
+        if not (is_answer and self._hold(message, type_)):
+            self._accept(message, type_)
 
     @property
     def _awaits_pong(self) -> bool:
@@ -410,24 +389,20 @@ class Connection:
 
     def _hold(self, message: aiohttp.WSMessage, type_: str) -> bool:
         """Keep an `audio.done` that comes by itself, until it is known what it answers."""
-        assert self._probe is not None
-        if not self._probe.separates:
-            self._end_probe()
-        elif type_ == "audio.done" and not self._probe.is_answered:
-            if self.utterance.stage in (Stage.ASKED, Stage.AWAITING, Stage.EMPTY):
-                self._probe.held = message
-                return True
-        elif self._probe.is_answered:
+        if self.is_in_step:
             self._end_probe()  # what was held is older than this
-        return False
+            return False
+        is_alone = self.utterance.stage in (Stage.ASKED, Stage.AWAITING, Stage.EMPTY)
+        if type_ != "audio.done" or not is_alone:
+            return False
+        self._held = message
+        return True
 
     def _accept(self, message: aiohttp.WSMessage, type_: str) -> None:
-        if not self.is_in_step and type_.startswith("audio."):
-            self.sent_stale_audio |= self.utterance.was_cleared
-            self._deliver(message, type_)  # the exchange gives this connection up
-            return
-        if self.is_given_away:
-            self._deliver(message, type_)
+        is_out_of_step = type_.startswith("audio.") and not self.is_in_step
+        self.sent_stale_audio |= is_out_of_step and self.utterance.was_cleared
+        if is_out_of_step or self.is_given_away:
+            self._deliver(message, type_)  # the exchange gives a connection out of step up
             return
         is_asked_for = self.utterance.received(type_)
         is_idle_and_dirty = self.sink is None and self.utterance.stage is Stage.DIRTY

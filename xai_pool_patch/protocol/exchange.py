@@ -13,7 +13,6 @@ import contextlib
 import enum
 import functools
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -57,16 +56,6 @@ OF_THE_CONNECTION = {Failure.NOT_SENT, Failure.ENDED, Failure.NO_PONG}
 text's, or the server's with this one connection."""
 
 
-@dataclass(eq=False)
-class Attempt:
-    """A connection that carries the utterance."""
-
-    connection: Connection
-    sent: int = 0
-    """How many of the frames have been sent on this connection."""
-    is_sending: bool = False
-
-
 class Exchange:
     """Carries the utterance of one lease.
 
@@ -104,9 +93,11 @@ class Exchange:
         self._may_replay = not acquired.fresh
         self._timer: SoftTimeout | None = None
         self._replaying: asyncio.Task[None] | None = None
-        self._attempt: Attempt | None = None
+        self._carrier: Connection | None
         """None while a replay is dialling, and when no connection is left."""
-        self._begin(acquired)
+        self._sender: Connection | None = None
+        """What frames are being sent on."""
+        self._begin(acquired.connection)
 
     def __repr__(self) -> str:
         state = "may replay" if self._may_replay else "replaying" if self.is_replaying else "heard"
@@ -121,7 +112,7 @@ class Exchange:
         """Nothing more will come into the inbox."""
         if self._may_replay or self.is_replaying:  # the next send fails, and begins a replay
             return False
-        return self._attempt is None or self.connection.is_over
+        return self._carrier is None or self._carrier.reader.done()
 
     async def send(self, frame: Frame) -> None:
         """Send a frame, once those before it are sent.
@@ -130,15 +121,14 @@ class Exchange:
             OSError: the WebSocket raised it, and no other connection can carry the utterance.
         """
         self._frames.append(frame)
-        attempt = self._attempt
-        if attempt is not None:
-            await self._catch_up(attempt)
+        if self._carrier is not None:
+            await self._catch_up(self._carrier)
 
     def end(self, outcome: Outcome) -> None:
         """Give the connection back to the pool. Never waits."""
         self._stop()
-        if self._attempt is not None:
-            self._attempt = None
+        if self._carrier is not None:
+            self._carrier = None
             self.connection.detach()
             if self.connection.is_given_away:
                 self.connection.close()
@@ -154,46 +144,45 @@ class Exchange:
 
     # Sending
 
-    def _begin(self, acquired: Acquired[Connection]) -> Attempt:
-        attempt = self._attempt = Attempt(acquired.connection)
-        self.connection = attempt.connection
-        self.connection.attach(functools.partial(self._hear, attempt))
-        return attempt
+    def _begin(self, connection: Connection) -> None:
+        self.connection = self._carrier = connection
+        self._sent = 0
+        """How many of the frames have been sent on it."""
+        connection.sink = functools.partial(self._hear, connection)
 
-    async def _catch_up(self, attempt: Attempt) -> None:
+    async def _catch_up(self, connection: Connection) -> None:
         """Send what has not been sent on this connection yet, in order."""
-        if attempt.is_sending:
+        if self._sender is connection:
             # The plugin's send() and the replay may both be here. The first one also sends the
             # frames that the plugin adds in the meantime. Two senders would mix up their order.
             return
-        attempt.is_sending = True
+        self._sender = connection
         try:
-            while attempt is self._attempt and attempt.sent < len(self._frames):
-                await self._send_next(attempt)
+            while connection is self._carrier and self._sent < len(self._frames):
+                await self._send_next(connection)
         except OSError:
-            if attempt is self._attempt and not self._replay_if_possible(Failure.NOT_SENT):
+            if connection is self._carrier and not self._replay_if_possible(Failure.NOT_SENT):
                 raise
         finally:
-            attempt.is_sending = False
-        if attempt is self._attempt and not self._may_replay:
+            if self._sender is connection:  # else it failed, and another carries the utterance
+                self._sender = None
+        if connection is self._carrier and not self._may_replay:
             self._frames.clear()
-            attempt.sent = 0
+            self._sent = 0
 
-    async def _send_next(self, attempt: Attempt) -> None:
-        if attempt.sent == 0 and self._may_replay:
-            await attempt.connection.probe(self._heard_nothing)
-            if attempt is not self._attempt:
+    async def _send_next(self, connection: Connection) -> None:
+        if self._sent == 0 and self._may_replay:
+            on_silence = functools.partial(self._replay_if_possible, Failure.NO_PONG)
+            await connection.probe(on_silence)
+            if connection is not self._carrier:
                 return
-        frame = self._frames[attempt.sent]
+        frame = self._frames[self._sent]
         # Before the await: a send that is cancelled may have left, and is not sent twice.
-        attempt.sent += 1
-        type_ = attempt.connection.sending(frame.args[0])
+        self._sent += 1
+        type_ = connection.utterance.sent(frame.args[0])
         if type_ == "text.done" and self._may_replay:
             self._timer = SoftTimeout(self._supervisor, self._answer_timeout, self._not_answered)
-        await frame.send(attempt.connection.ws)
-
-    def _heard_nothing(self) -> None:
-        self._replay_if_possible(Failure.NO_PONG)
+        await frame.send(connection.ws)
 
     def _not_answered(self) -> None:
         """The connection answers PINGs, and its session is dead: LiveKit retries on a fresh one."""
@@ -203,11 +192,11 @@ class Exchange:
 
     # Hearing
 
-    def _hear(self, attempt: Attempt, message: aiohttp.WSMessage, type_: str) -> None:
-        if attempt is not self._attempt:
+    def _hear(self, connection: Connection, message: aiohttp.WSMessage, type_: str) -> None:
+        if connection is not self._carrier:
             return
         if self._may_replay:
-            failure = _failure_in(attempt.connection, message, type_)
+            failure = _failure_in(connection, message, type_)
             if failure is not None and not (failure is Failure.ERROR and self._is_wordless()):
                 self._replay_if_possible(failure)
                 return
@@ -238,7 +227,7 @@ class Exchange:
     def _give_up(self, *, listen: bool, with_others: bool) -> None:
         self._may_replay = False
         self._stop()
-        self._attempt = None
+        self._carrier = None
         self.connection.detach()
         self._pool.evict(self.connection, listen=listen, with_others=with_others)
 
@@ -249,11 +238,11 @@ class Exchange:
             self._pool.metrics.replay_failed(error, failure.value)
             self.inbox.put(error)
             return
-        attempt = self._begin(acquired)
+        self._begin(acquired.connection)
         self._pool.metrics.replayed(acquired.waited, failure.value)
         self._on_replayed(acquired.waited, failure.value)
         with contextlib.suppress(OSError):  # the connection's reader reports its end
-            await self._catch_up(attempt)
+            await self._catch_up(acquired.connection)
 
     def _stop(self) -> None:
         if self._timer is not None:

@@ -46,7 +46,8 @@ class Lease(aiohttp.ClientWebSocketResponse):
 
     Only what touches the socket is overridden. The rest of the class (`receive_str`, `send_json`,
     iteration, `async with` …) is built on these and works as it is. What the base class keeps for
-    itself (`_response`, `_writer` …) is that of the current socket.
+    itself (`_response`, `_close_code` …) is that of the current socket, and so is what it tells of
+    that (`close_code`, `get_extra_info()` …).
 
     Args:
         exchange: carries the utterance.
@@ -162,32 +163,6 @@ class Lease(aiohttp.ClientWebSocketResponse):
     @property
     def closed(self) -> bool:
         return self.is_closed or self._exchange.is_over
-
-    @property
-    def close_code(self) -> int | None:
-        return self._socket.close_code
-
-    @property
-    def protocol(self) -> str | None:
-        return self._socket.protocol
-
-    @property
-    def compress(self) -> int:
-        return self._socket.compress
-
-    @property
-    def client_notakeover(self) -> bool:
-        return self._socket.client_notakeover
-
-    def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return self._socket.get_extra_info(name, default)
-
-    def exception(self) -> BaseException | None:
-        return self._socket.exception()
-
-    @property
-    def _socket(self) -> aiohttp.ClientWebSocketResponse:
-        return self._exchange.connection.ws
 
     def _check_open(self) -> None:
         if self.is_closed:

@@ -34,6 +34,9 @@ class Stage(enum.Enum):
     """Unknown. Such a connection never serves another utterance."""
 
 
+SPEAKING = (Stage.SPEAKING, Stage.FINISHING)
+"""Audio has come, and more of it changes nothing."""
+
 # A frame that is not listed for a stage makes the connection dirty. So does every frame that is
 # sent before a clear is acknowledged: there is never more than one clear at a time.
 _AFTER_SENDING = {
@@ -96,15 +99,6 @@ class UtteranceTracker:
     @property
     def is_clean(self) -> bool:
         return self.stage is Stage.CLEAN
-
-    @property
-    def is_speaking(self) -> bool:
-        """Audio has come, and more of it changes nothing."""
-        return self.stage is Stage.FINISHING or self.stage is Stage.SPEAKING
-
-    @property
-    def awaits_clear(self) -> bool:
-        return self.stage is Stage.CLEARING
 
     def sent(self, frame: object) -> str:
         """Follow a frame to the server, and return its type.
