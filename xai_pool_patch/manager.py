@@ -54,15 +54,9 @@ class _User:
         return {each for each in (self.current, self.previous) if each is not None}
 
 
+@dataclass(eq=False, repr=False)
 class PoolManager:
     """The pools of one event loop. All methods run in that loop's thread.
-
-    Args:
-        options: see `PoolOptions`.
-        on_fault: takes a fault of the pools.
-        shortage_at: what this process knows of refusals by that host.
-        store: where it hears of refusals that others met; None if nowhere.
-        make_room: lets go of all idle connections of this process.
 
     It is the `Environment` of its pools, which have their requests as keys.
 
@@ -73,23 +67,20 @@ class PoolManager:
         pools: replaced by a new dict at each change, since other threads read it for statistics.
     """
 
-    def __init__(
-        self,
-        options: PoolOptions,
-        on_fault: OnFault,
-        *,
-        shortage_at: Callable[[str], Shortage],
-        store: Store | None,
-        make_room: Callable[[], object],
-    ) -> None:
+    options: PoolOptions
+    on_fault: OnFault
+    shortage_at: Callable[[str], Shortage]
+    """What this process knows of refusals by that host."""
+    store: Store | None
+    """Where it hears of refusals that others met; None if nowhere."""
+    make_room: Callable[[], object]
+    """Lets go of all idle connections of this process."""
+
+    def __post_init__(self) -> None:
         self.counters = Counters()
-        self.supervisor = Supervisor(on_fault)
+        self.supervisor = Supervisor(self.on_fault)
         self.leases: set[Lease] = set()
         self.pools: dict[Request, Pool[Connection]] = {}
-        self._options = options
-        self._shortage_at = shortage_at
-        self._store = store
-        self.make_room = make_room
         self._loop = asyncio.get_running_loop()
         self._ending: list[Pool[Connection]] = []
         self._users: weakref.WeakKeyDictionary[object, _User] = weakref.WeakKeyDictionary()
@@ -139,7 +130,7 @@ class PoolManager:
             pool = self._make(request)
             self.pools = {**self.pools, request: pool}
             self._resize(request)
-            if self._options.warm == "auto":
+            if self.options.warm == "auto":
                 self._watch_of(request.host).begin()
         return pool
 
@@ -148,11 +139,11 @@ class PoolManager:
         pool = Pool[Connection](
             request,
             self,
-            self._options,
+            self.options,
             supervisor=self.supervisor,
             backoff=Backoff(rate_limit, self._jitter),
             metrics=PoolMetrics(next(_numbers), into=self.counters),
-            max_age=min(self._options.max_age, request.max_age),
+            max_age=min(self.options.max_age, request.max_age),
             jitter=self._jitter,
         )
         pool.set_lean(self._is_lean(request.host))
@@ -215,7 +206,7 @@ class PoolManager:
             return {}
         if not any(user.current == request for user in self._users.values()):
             return self.pools[request].leave()
-        self.pools[request].resize(self._options.min_size)
+        self.pools[request].resize(self.options.min_size)
         return {}
 
     # Jobs
@@ -297,8 +288,8 @@ class PoolManager:
             self._watches.pop(host).end()
         is_last = bool(ended) and not self._watches and not self._loop.is_closed()
         # A task for nothing would never run if this is the loop's last step, and Python would warn.
-        if is_last and self._store is not None and self._store.keeps_open:
-            close = self._store.aclose()
+        if is_last and self.store is not None and self.store.keeps_open:
+            close = self.store.aclose()
             self._closing_store = self.supervisor.spawn(close, "xai_pool_patch.store")
 
     # Sessions
@@ -322,8 +313,8 @@ class PoolManager:
     def _watch_of(self, host: str) -> ShortageWatch:
         if host not in self._watches:
             self._watches[host] = ShortageWatch(
-                self._shortage_at(host),
-                self._store,
+                self.shortage_at(host),
+                self.store,
                 supervisor=self.supervisor,
                 on_change=lambda: self._set_lean(host),
                 wants_to_know=lambda: any(pool.idle for pool in self._pools_at(host)),
@@ -335,9 +326,9 @@ class PoolManager:
             pool.set_lean(self._is_lean(host))
 
     def _is_lean(self, host: str) -> bool:
-        if self._options.warm == "auto":
+        if self.options.warm == "auto":
             return self._watch_of(host).is_lean
-        return self._options.warm == "reply"
+        return self.options.warm == "reply"
 
     def _pools_at(self, host: str) -> list[Pool[Connection]]:
         return [pool for request, pool in self.pools.items() if request.host == host]
@@ -345,7 +336,7 @@ class PoolManager:
     # What the pools ask, and tell
 
     def dial_failed(self, pool: Pool[Connection], failure: DialFailedError) -> None:
-        if self._options.warm == "auto" and not self.is_defunct(pool):
+        if self.options.warm == "auto" and not self.is_defunct(pool):
             watch = self._watch_of(pool.key.host)
             if failure.kind is FailureKind.REFUSED:
                 watch.refused(status_of(failure.error))
@@ -394,14 +385,14 @@ class PoolManager:
             ws,
             supervisor=self.supervisor,
             host=self._hosts.setdefault(request.host, Host()),
-            heartbeat=self._options.heartbeat,
+            heartbeat=self.options.heartbeat,
             is_shared=request.owner is None,
             on_refused=lambda: self._refused_in_words(pool),
         )
 
     def _refused_in_words(self, pool: Pool[Connection]) -> None:
         pool.metrics.rate_limited()
-        if self._options.warm == "auto":
+        if self.options.warm == "auto":
             self._watch_of(pool.key.host).refused(None)
 
 

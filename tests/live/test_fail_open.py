@@ -26,7 +26,7 @@ BEFORE_THE_UTTERANCE = [
     "telemetry.pool_metrics.PoolMetrics.reused",
     "pool.pool.Pool.acquire",
     "pool.pool.Pool._take_idle",
-    "protocol.exchange.Exchange.__init__",
+    "protocol.exchange.Exchange.__post_init__",
     "protocol.lease.Lease.__init__",
 ]
 DURING_THE_UTTERANCE = [

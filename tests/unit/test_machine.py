@@ -535,7 +535,7 @@ class Agents(RuleBasedStateMachine):
         until = self.loop.time() + LONGEST_PAUSE + 10.0
         self.inside(pool.expect, caller, until)
         self.let(LONGEST_PAUSE + 1.0)
-        pauses = pool._backoff.next_attempt > self.loop.time()  # after a 401, for longer
+        pauses = pool.backoff.next_attempt > self.loop.time()  # after a 401, for longer
         if not (pool.is_closed or self.speaking or pauses):
             assert pool.idle + pool.connecting + pool.clearing >= 1, "nobody dialled for it"
         self.inside(pool.withdraw, caller)
@@ -560,7 +560,7 @@ class Agents(RuleBasedStateMachine):
             assert pool.connecting == 0
             unused = pool.idle + pool.clearing
             assert pool.leased + unused <= max(least, pool.leased), "holds more than it uses"
-            if pool._backoff.next_attempt <= self.loop.time():
+            if pool.backoff.next_attempt <= self.loop.time():
                 assert pool.leased + unused >= least, "keeps less than it should"
 
     # What holds at all times

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Generic
 
 from ..options import PoolOptions
@@ -29,35 +30,27 @@ UNACKNOWLEDGED = "clears are not acknowledged"
 STALE_AUDIO = "audio came after the acknowledgement of a clear"
 
 
+@dataclass(eq=False, repr=False)
 class Clearing(Generic[C]):
     """The clears under way in one pool, and what their outcomes say about the next.
-
-    Args:
-        options: see `PoolOptions`.
-        supervisor: owns the tasks and timers.
-        metrics: gets the events.
-        on_ended: called when a clear has ended. Not called for a clear that was dropped.
-        on_overdue: called when callers should stop relying on a clear.
 
     Attributes:
         clears_interrupted: whether an interrupted connection is worth a clear.
     """
 
-    def __init__(
-        self,
-        options: PoolOptions,
-        supervisor: Supervisor,
-        metrics: PoolMetrics,
-        on_ended: Callable[[PoolEntry[C]], None],
-        on_overdue: Callable[[], None],
-    ) -> None:
-        self._supervisor = supervisor
-        self._metrics = metrics
-        self._on_ended = on_ended
-        self._on_overdue = on_overdue
+    options: PoolOptions
+    supervisor: Supervisor
+    """Owns the tasks and timers."""
+    metrics: PoolMetrics
+    on_ended: Callable[[PoolEntry[C]], None]
+    """Called when a clear has ended. Not called for a clear that was dropped."""
+    on_overdue: Callable[[], None]
+    """Called when callers should stop relying on a clear."""
+
+    def __post_init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self.under_way: dict[PoolEntry[C], Clear] = {}
-        self.clears_interrupted = options.interruption == "clear"
+        self.clears_interrupted = self.options.interruption == "clear"
         self._failures = 0
         """Clears in a row that failed."""
 
@@ -70,12 +63,12 @@ class Clearing(Generic[C]):
         """Clear a connection that is neither idle nor leased."""
         round_trip = entry.connection.round_trip
         reliance = 0.0 if round_trip is None else RELIANCE.seconds(round_trip)
-        soft_timeout = SoftTimeout(self._supervisor, reliance, self._on_overdue)
+        soft_timeout = SoftTimeout(self.supervisor, reliance, self.on_overdue)
         # Before spawn(): with an eager task factory the clear may fail before spawn() returns, and
         # ended() would then not find it. The connection would stay in `under_way` for ever.
         clear = self.under_way[entry] = Clear(soft_timeout)
         run = self._run(entry, clear, CLEAR.seconds(round_trip))
-        clear.tasks.append(self._supervisor.spawn(run, name="xai_pool_patch.clear_timeout"))
+        clear.tasks.append(self.supervisor.spawn(run, name="xai_pool_patch.clear_timeout"))
 
     def ended(self, entry: PoolEntry[C]) -> None:
         """Learn from a clear that succeeded or failed, and pass the connection on."""
@@ -87,12 +80,12 @@ class Clearing(Generic[C]):
             return
         if entry.connection.is_reusable:
             self._failures = 0
-            self._metrics.cleared()
+            self.metrics.cleared()
         else:
             self._failures += 1
             if self._failures >= MAX_FAILURES:
                 self._stop_clearing(UNACKNOWLEDGED)
-        self._on_ended(entry)
+        self.on_ended(entry)
 
     def drop(self, entry: PoolEntry[C]) -> None:
         """Forget the clear of a connection that the pool closes, if there is one."""
@@ -116,10 +109,10 @@ class Clearing(Generic[C]):
         """Close interrupted connections from now on. The first call is logged with its reason."""
         if self.clears_interrupted:
             self.clears_interrupted = False
-            self._metrics.clearing_stopped(reason)
+            self.metrics.clearing_stopped(reason)
 
     async def _run(self, entry: PoolEntry[C], clear: Clear, timeout: float) -> None:
-        operation = self._supervisor.spawn(entry.connection.clear(), name="xai_pool_patch.clear")
+        operation = self.supervisor.spawn(entry.connection.clear(), name="xai_pool_patch.clear")
         clear.tasks.append(operation)
         try:
             await asyncio.wait([operation], timeout=timeout)

@@ -18,6 +18,7 @@ import functools
 import math
 import random
 from collections import deque
+from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol
 
 from ..errors import XaiPoolPatchError
@@ -133,47 +134,35 @@ class Environment(Protocol[C_co]):
         """A connection has been closed, or a dial has failed."""
 
 
+@dataclass(eq=False)
 class Pool(Generic[C]):
     """The connections of one key in one event loop.
-
-    Args:
-        key: what the environment knows this pool by.
-        environment: makes the connections, and knows what surrounds the pool.
-        options: see `PoolOptions`.
-        supervisor: owns the tasks and timers.
-        backoff: decides when background dials may be made.
-        metrics: gets the events.
-        max_age: see `PoolOptions.max_age`; the application may want less.
-        jitter: spreads the ages at which connections expire.
 
     Attributes:
         is_lean: sessions are scarce, or the options say so.
     """
 
-    def __init__(
-        self,
-        key: Any,
-        environment: Environment[C],
-        options: PoolOptions,
-        *,
-        supervisor: Supervisor,
-        backoff: Backoff,
-        metrics: PoolMetrics,
-        max_age: float,
-        jitter: random.Random,
-    ) -> None:
-        self.key = key
-        self._environment = environment
-        self._options = options
-        self._supervisor = supervisor
-        self._backoff = backoff
-        self.metrics = metrics
-        self._max_age = max_age
-        self._jitter = jitter
+    key: Any
+    """What the environment knows this pool by."""
+    environment: Environment[C]
+    options: PoolOptions
+    supervisor: Supervisor
+    """Owns the tasks and timers."""
+    backoff: Backoff
+    """Decides when background dials may be made."""
+    metrics: PoolMetrics
+    max_age: float
+    """See `PoolOptions.max_age`; the application may want less."""
+    jitter: random.Random
+    """Spreads the ages at which connections expire."""
+
+    def __post_init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._entries: dict[C, PoolEntry[C]] = {}
         self._idle: list[PoolEntry[C]] = []  # by the time they became idle: last in, first out
-        self._clearing = Clearing[C](options, supervisor, metrics, self._cleared, self.settle)
+        self._clearing = Clearing[C](
+            self.options, self.supervisor, self.metrics, self._cleared, self.settle
+        )
         self._dials: set[Dial[C]] = set()
         self._waiters: deque[Waiter[C]] = deque()
         self._closing: dict[asyncio.Task[None], C] = {}
@@ -201,9 +190,9 @@ class Pool(Generic[C]):
             return f", dials for callers only for {self._on_demand_until - now:.1f} s"
         if self._missing() <= 0:
             return ""
-        if not self._environment.may_dial_ahead(self):
+        if not self.environment.may_dial_ahead(self):
             return ", no place for a standby"
-        pause = self._backoff.next_attempt - now
+        pause = self.backoff.next_attempt - now
         return f", next dial in {pause:.1f} s" if pause > 0.0 else ""
 
     @property
@@ -249,7 +238,7 @@ class Pool(Generic[C]):
     @property
     def is_defunct(self) -> bool:
         """What it dials with is gone for good."""
-        return self._environment.is_defunct(self)
+        return self.environment.is_defunct(self)
 
     # For callers
 
@@ -418,7 +407,7 @@ class Pool(Generic[C]):
         # A TTS registers and asks for a connection in one step of the event loop. Dialled at once,
         # the standby would serve that caller, who would then learn of a failed dial only after a
         # second one. A step later the caller has a dial of its own, and that one counts.
-        self._supervisor.call_at(self._now(), self.settle)
+        self.supervisor.call_at(self._now(), self.settle)
 
     def close(self) -> None:
         """End the pool: close leased connections when they come back, and the others now.
@@ -479,7 +468,7 @@ class Pool(Generic[C]):
         return any(waiter.caller is caller and not waiter.is_done for waiter in self._waiters)
 
     async def _wait(self, waiter: Waiter[C]) -> PoolEntry[C]:
-        expiry = self._supervisor.call_at(
+        expiry = self.supervisor.call_at(
             waiter.deadline, lambda: waiter.fail(AcquireTimeoutError())
         )
         try:
@@ -519,8 +508,8 @@ class Pool(Generic[C]):
         # A standby resets the backoff only when a caller uses it. A server may accept handshakes
         # and then end the connections: reset by the dial, the pool would dial without a pause.
         # After a permanent refusal only a caller's dial resets it (`_dial_succeeded`).
-        if not entry.lease_count and self._backoff.next_attempt < math.inf:
-            self._backoff.succeeded()
+        if not entry.lease_count and self.backoff.next_attempt < math.inf:
+            self.backoff.succeeded()
         entry.lease_count += 1
         entry.holder = caller
 
@@ -579,22 +568,22 @@ class Pool(Generic[C]):
     def _dial(self, waiter: Waiter[C] | None, timeout: float) -> None:
         dial = Dial(self._now(), waiter)
         late = functools.partial(self._dial_is_late, dial)
-        dial.soft_timeout = SoftTimeout(self._supervisor, DIAL_SOFT_TIMEOUT, late)
-        # Before spawn(): an eager dial may end before spawn() returns. If it were added later, it
-        # would stay in `_dials` for ever, and callers would rely on it.
+        dial.soft_timeout = SoftTimeout(self.supervisor, DIAL_SOFT_TIMEOUT, late)
+        # Before spawn(): an eager dial may end before spawn() returns. Added afterwards, it would
+        # stay in `_dials` for ever, and callers would rely on it.
         self._dials.add(dial)
         run = self._run_dial(dial, timeout)
         context = waiter.context if waiter is not None else contextvars.Context()
-        dial.task = self._supervisor.spawn(run, "xai_pool_patch.dial", eager_in=context)
+        dial.task = self.supervisor.spawn(run, "xai_pool_patch.dial", eager_in=context)
 
     def _dial_is_late(self, dial: Dial[C]) -> None:
         if dial.waiter is not None:
-            self._environment.make_room()
+            self.environment.make_room()
         self.settle()
 
     async def _run_dial(self, dial: Dial[C], timeout: float) -> None:
         try:
-            outcome = await self._environment.connect(self, timeout)
+            outcome = await self.environment.connect(self, timeout)
         except asyncio.CancelledError:
             # aclose() cancelled the dial, or the loop is ending. The waiter must fail, or its
             # caller waits until its deadline. And the pool must end: open, it would dial anew for
@@ -619,9 +608,9 @@ class Pool(Generic[C]):
         now = self._now()
         self.metrics.connected(now - dial.began)
         if dial.waiter is not None:
-            self._backoff.succeeded()
-        expires_at = now + self._max_age * self._jitter.uniform(0.9, 1.0)
-        rotate_at = expires_at - self._max_age * ROTATION_LEAD
+            self.backoff.succeeded()
+        expires_at = now + self.max_age * self.jitter.uniform(0.9, 1.0)
+        rotate_at = expires_at - self.max_age * ROTATION_LEAD
         entry = PoolEntry(connection, rotate_at, expires_at, made_at=now, idle_since=now)
         self._entries[connection] = entry
         connection.on_lost = lambda: self._lost(entry)
@@ -636,21 +625,21 @@ class Pool(Generic[C]):
         self.settle()
 
     def _dial_failed(self, dial: Dial[C], failure: DialFailedError) -> None:
-        self._backoff.failed(failure.kind, self._now())
+        self.backoff.failed(failure.kind, self._now())
         if failure.kind is FailureKind.REFUSED:
             self.metrics.rate_limited()
             if self.is_lean and dial.waiter is not None:
-                seconds = ON_DEMAND_LASTS * self._jitter.uniform(0.8, 1.0)
+                seconds = ON_DEMAND_LASTS * self.jitter.uniform(0.8, 1.0)
                 self._go_on_demand(seconds, "refused, though nothing was kept")
         if dial.waiter is not None:
             # Before anything that settles, which would dial for this waiter again.
             dial.waiter.fail(failure)
         # It may make this pool lean, which was asked for above.
-        self._environment.dial_failed(self, failure)
+        self.environment.dial_failed(self, failure)
         if dial.waiter is None and not self.is_defunct:
-            retry_in = self._backoff.next_attempt - self._now()
+            retry_in = self.backoff.next_attempt - self._now()
             self.metrics.standby_failed(failure.error, retry_in)
-        self._supervisor.call_at(self._now(), self._environment.place_is_free)
+        self.supervisor.call_at(self._now(), self.environment.place_is_free)
         self.settle()
 
     # Losing and closing
@@ -671,7 +660,7 @@ class Pool(Generic[C]):
         if not entry.lease_count and self._now() - entry.made_at < SHORT_LIFE:
             # From the dial on: what the backoff limits is how often the pool dials. Counted from
             # here on, a server that ends idle connections after some seconds would cost a turn.
-            self._backoff.failed(FailureKind.TRANSIENT, entry.made_at)
+            self.backoff.failed(FailureKind.TRANSIENT, entry.made_at)
         self._remove(entry, Reason.LOST if entry in self._idle else Reason.FAILED)
         self.settle()
 
@@ -689,10 +678,10 @@ class Pool(Generic[C]):
             task = entry.connection.close(listen=listen)
             if task is not None:
                 self._closing[task] = entry.connection
-                run = self._supervisor.run
+                run = self.supervisor.run
                 task.add_done_callback(functools.partial(run, self._has_closed))
             else:
-                self._supervisor.call_at(now, self._environment.place_is_free)
+                self.supervisor.call_at(now, self.environment.place_is_free)
 
     def _close_idle(self, reason: Reason, *, made_by: float = math.inf) -> None:
         # Looked up again after each: a log handler that runs the loop lets callers ask meanwhile,
@@ -702,7 +691,7 @@ class Pool(Generic[C]):
 
     def _has_closed(self, task: asyncio.Task[None]) -> None:
         del self._closing[task]
-        self._environment.place_is_free()
+        self.environment.place_is_free()
 
     # What follows from the state
 
@@ -757,21 +746,21 @@ class Pool(Generic[C]):
     def _idle_time(self) -> float:
         """How long a connection stays that is not needed."""
         if self.mode is WARM and len(self._entries) == 1:
-            return self._options.max_idle_time  # the only one: the next turn may come yet
-        return min(self.mode.idle_time, self._options.max_idle_time)
+            return self.options.max_idle_time  # the only one: the next turn may come yet
+        return min(self.mode.idle_time, self.options.max_idle_time)
 
     def _top_up(self) -> float:
         """Dial what is missing, unless background dials have to pause."""
         missing = self._missing()
-        if missing <= 0 or not self._environment.may_dial_ahead(self):
+        if missing <= 0 or not self.environment.may_dial_ahead(self):
             return math.inf
-        if self._now() < self._backoff.next_attempt:
-            return self._backoff.next_attempt
+        if self._now() < self.backoff.next_attempt:
+            return self.backoff.next_attempt
         if self.is_defunct:
             self.close()
             return math.inf
         for _ in range(missing):
-            if self._environment.may_dial_ahead(self):  # each may take the last place
+            if self.environment.may_dial_ahead(self):  # each may take the last place
                 self._dial(None, STANDBY_TIMEOUT)
         return math.inf
 
@@ -808,7 +797,7 @@ class Pool(Generic[C]):
             return
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._supervisor.call_at(due, self._on_timer)
+        self._timer = self.supervisor.call_at(due, self._on_timer)
 
     def _on_timer(self) -> None:
         # Before `settle`: `_arm` would take the timer that runs now for one that is still to come,

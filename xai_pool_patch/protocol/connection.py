@@ -56,19 +56,13 @@ class _Probe:
     is_answered: bool = False
 
 
+@dataclass(eq=False)
 class Connection:
     """A WebSocket with one reader for its whole life.
 
     The reader answers PINGs and notices a peer that goes away, also while the connection is idle.
     The sink of the lease gets everything else. The WebSocket must have been opened with
     `autoping=False`, so that PINGs and PONGs reach the reader.
-
-    Args:
-        supervisor: owns the tasks and timers.
-        host: what is known about the server, and learns from this connection.
-        heartbeat: see `PoolOptions.heartbeat`.
-        is_shared: several TTS instances may use it.
-        on_refused: called if the server's first answer says that there are too many sessions.
 
     Attributes:
         sink: takes what the reader reads; None while the connection is idle.
@@ -80,22 +74,19 @@ class Connection:
         is_given_away: the application uses it, and hears whatever comes.
     """
 
-    def __init__(
-        self,
-        ws: aiohttp.ClientWebSocketResponse,
-        *,
-        supervisor: Supervisor,
-        host: Host,
-        heartbeat: float,
-        is_shared: bool,
-        on_refused: Callable[[], None],
-    ) -> None:
-        self.ws = ws
-        self.host = host
-        self._supervisor = supervisor
-        self._heartbeat = heartbeat
-        self._is_shared = is_shared
-        self._on_refused = on_refused
+    ws: aiohttp.ClientWebSocketResponse
+    supervisor: Supervisor
+    """Owns the tasks and timers."""
+    host: Host
+    """What is known about the server. It learns from this connection."""
+    heartbeat: float
+    """See `PoolOptions.heartbeat`."""
+    is_shared: bool
+    """Several TTS instances may use it."""
+    on_refused: Callable[[], None]
+    """Called if the server's first answer says that there are too many sessions."""
+
+    def __post_init__(self) -> None:
         self.utterance = UtteranceTracker()
         self.state = State.OPEN
         self.on_lost: Callable[[], None] | None = None
@@ -113,9 +104,9 @@ class Connection:
         self._closer: asyncio.Task[None] | None = None
         self._close_sent_at = math.inf
         self._sign_of_life: asyncio.Future[None] = self._loop.create_future()
-        self._transport = transport_of(ws)
-        self._beat_at(self._opened_at + heartbeat)
-        self.reader = supervisor.spawn(self._read(), name="xai_pool_patch.reader")
+        self._transport = transport_of(self.ws)
+        self._beat_at(self._opened_at + self.heartbeat)
+        self.reader = self.supervisor.spawn(self._read(), name="xai_pool_patch.reader")
 
     def __repr__(self) -> str:
         use = "leased" if self.sink is not None else "idle"
@@ -125,7 +116,7 @@ class Connection:
     def is_reusable(self) -> bool:
         utterance = self.utterance
         is_trusted = not (utterance.was_cleared and self.host.pongs_unordered)
-        is_as_made = not (utterance.was_configured and self._is_shared)
+        is_as_made = not (utterance.was_configured and self.is_shared)
         return self.state is State.OPEN and utterance.is_clean and is_trusted and is_as_made
 
     @property
@@ -168,7 +159,7 @@ class Connection:
         if self.round_trip is not None:
             separates = not (self.utterance.is_unused or self.host.pongs_unordered)
             on_end = functools.partial(self._probe_over, self._loop.time(), on_silence)
-            timeout = SoftTimeout(self._supervisor, self.host.patience(self.round_trip), on_end)
+            timeout = SoftTimeout(self.supervisor, self.host.patience(self.round_trip), on_end)
             self._end_probe()
             self._probe = _Probe(token, separates, timeout)
         await self.ws.ping(token)
@@ -237,7 +228,7 @@ class Connection:
             if not listen:
                 # Not in `_shut`, a step later: the wait for `CLOSE_COUNTS` begins now.
                 self._close_sent_at = self._loop.time()
-            self._closer = self._supervisor.spawn(self._shut(listen), name="xai_pool_patch.close")
+            self._closer = self.supervisor.spawn(self._shut(listen), name="xai_pool_patch.close")
         return self._closer
 
     @property
@@ -278,19 +269,19 @@ class Connection:
     # While nothing is heard
 
     def _beat_at(self, when: float) -> None:
-        self._beat_timer = self._supervisor.call_at(when, self._beat)
+        self._beat_timer = self.supervisor.call_at(when, self._beat)
 
     def _beat(self) -> None:
         """Send a PING if nothing has been heard for an interval.
 
         aiohttp's own heartbeat sets a timer anew for each message.
         """
-        now, due = self._loop.time(), self.last_heard + self._heartbeat
+        now, due = self._loop.time(), self.last_heard + self.heartbeat
         if now < due:
             self._beat_at(due)
             return
-        self._supervisor.spawn(self._ping_quietly(), name="xai_pool_patch.heartbeat")
-        SoftTimeout(self._supervisor, self._heartbeat / 2, functools.partial(self._beat_over, now))
+        self.supervisor.spawn(self._ping_quietly(), name="xai_pool_patch.heartbeat")
+        SoftTimeout(self.supervisor, self.heartbeat / 2, functools.partial(self._beat_over, now))
 
     async def _ping_quietly(self) -> None:
         with contextlib.suppress(OSError):  # the reader reports the end
@@ -303,7 +294,7 @@ class Connection:
             self._lose()
             self._abort()
         else:
-            self._beat_at(self._loop.time() + self._heartbeat / 2)
+            self._beat_at(self._loop.time() + self.heartbeat / 2)
 
     # Reading
 
@@ -332,7 +323,7 @@ class Connection:
             self._beat_timer.cancel()
             self._gave_a_sign()  # or never will
             self._deliver(CLOSED_MESSAGE)
-        self._supervisor.sockets.discard(self.ws)
+        self.supervisor.sockets.discard(self.ws)
 
     def _take_end(self, message: aiohttp.WSMessage) -> None:
         if message.type is WSMsgType.CLOSE and says_refused(message.data):
@@ -345,7 +336,7 @@ class Connection:
         is_young = self._loop.time() < self._opened_at + FRESH
         is_fresh = self.utterance.is_first or (self.utterance.is_unused and is_young)
         if is_fresh and not self._has_answered:
-            self._on_refused()
+            self.on_refused()
 
     def _take_pong(self, token: bytes) -> None:
         pinged_at = self._pinged_at.pop(token, None)

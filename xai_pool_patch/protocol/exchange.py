@@ -13,6 +13,7 @@ import contextlib
 import enum
 import functools
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -56,48 +57,40 @@ OF_THE_CONNECTION = {Failure.NOT_SENT, Failure.ENDED, Failure.NO_PONG}
 text's, or the server's with this one connection."""
 
 
+@dataclass(eq=False)
 class Exchange:
     """Carries the utterance of one lease.
-
-    Args:
-        acquired: the connection to begin with.
-        pool: the pool that the connections come from and go back to.
-        supervisor: owns the tasks and timers.
-        acquire_fresh: dials, and returns the new connection.
-        answer_timeout: see `PoolOptions.answer_timeout`.
-        on_replayed: called when the utterance is replayed, with the seconds that it waited for the
-            connection and the reason.
 
     Attributes:
         inbox: what the plugin has not received yet.
         connection: carries the utterance, or was the last to carry it.
     """
 
-    def __init__(
-        self,
-        acquired: Acquired[Connection],
-        pool: Pool[Connection],
-        *,
-        supervisor: Supervisor,
-        acquire_fresh: Callable[[], Awaitable[Acquired[Connection]]],
-        answer_timeout: float,
-        on_replayed: Callable[[float, str], None],
-    ) -> None:
+    acquired: Acquired[Connection]
+    """The connection to begin with."""
+    pool: Pool[Connection]
+    """Where the connections come from and go back to."""
+    supervisor: Supervisor
+    """Owns the tasks and timers."""
+    acquire_fresh: Callable[[], Awaitable[Acquired[Connection]]]
+    """Dials, and returns the new connection."""
+    answer_timeout: float
+    """See `PoolOptions.answer_timeout`."""
+    on_replayed: Callable[[float, str], None]
+    """Called when the utterance is replayed, with the seconds that it waited for the connection and
+    the reason."""
+
+    def __post_init__(self) -> None:
         self.inbox = Inbox()
-        self._pool = pool
-        self._supervisor = supervisor
-        self._acquire_fresh = acquire_fresh
-        self._answer_timeout = answer_timeout
-        self._on_replayed = on_replayed
         self._frames: list[Frame] = []
-        self._may_replay = not acquired.fresh
+        self._may_replay = not self.acquired.fresh
         self._timer: SoftTimeout | None = None
         self._replaying: asyncio.Task[None] | None = None
         self._carrier: Connection | None
         """None while a replay is dialling, and when no connection is left."""
         self._sender: Connection | None = None
         """What frames are being sent on."""
-        self._begin(acquired.connection)
+        self._begin(self.acquired.connection)
 
     def __repr__(self) -> str:
         state = "may replay" if self._may_replay else "replaying" if self.is_replaying else "heard"
@@ -133,14 +126,14 @@ class Exchange:
             if self.connection.is_given_away:
                 self.connection.close()
             else:
-                self._pool.give_back(self.connection, outcome)
+                self.pool.give_back(self.connection, outcome)
 
     def give_away(self) -> None:
         """Leave the connection to the application, which goes on using this exchange."""
         self._stop()
         self._may_replay = False
         self.connection.is_given_away = True
-        self._pool.give_away(self.connection)
+        self.pool.give_away(self.connection)
 
     # Sending
 
@@ -181,7 +174,7 @@ class Exchange:
         self._sent += 1
         type_ = connection.utterance.sent(frame.args[0])
         if type_ == "text.done" and self._may_replay:
-            self._timer = SoftTimeout(self._supervisor, self._answer_timeout, self._not_answered)
+            self._timer = SoftTimeout(self.supervisor, self.answer_timeout, self._not_answered)
         await frame.send(connection.ws)
 
     def _not_answered(self) -> None:
@@ -221,7 +214,7 @@ class Exchange:
         of_connection = failure in OF_THE_CONNECTION
         self._give_up(listen=failure is Failure.NO_PONG, with_others=of_connection)
         replay = self._replay(failure)
-        self._replaying = self._supervisor.spawn(replay, name="xai_pool_patch.replay")
+        self._replaying = self.supervisor.spawn(replay, name="xai_pool_patch.replay")
         return True
 
     def _give_up(self, *, listen: bool, with_others: bool) -> None:
@@ -229,18 +222,18 @@ class Exchange:
         self._stop()
         self._carrier = None
         self.connection.detach()
-        self._pool.evict(self.connection, listen=listen, with_others=with_others)
+        self.pool.evict(self.connection, listen=listen, with_others=with_others)
 
     async def _replay(self, failure: Failure) -> None:
         try:
-            acquired = await self._acquire_fresh()
+            acquired = await self.acquire_fresh()
         except Exception as error:
-            self._pool.metrics.replay_failed(error, failure.value)
+            self.pool.metrics.replay_failed(error, failure.value)
             self.inbox.put(error)
             return
         self._begin(acquired.connection)
-        self._pool.metrics.replayed(acquired.waited, failure.value)
-        self._on_replayed(acquired.waited, failure.value)
+        self.pool.metrics.replayed(acquired.waited, failure.value)
+        self.on_replayed(acquired.waited, failure.value)
         with contextlib.suppress(OSError):  # the connection's reader reports its end
             await self._catch_up(acquired.connection)
 

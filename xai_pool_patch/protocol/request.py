@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 import yarl
 
 
+@dataclass(eq=False)
 class Request:
     """A call of `ClientSession.ws_connect`. Two that are equal open interchangeable connections.
 
     The repr shows nothing of it: the headers have the API key, and a voice may be a customer's own.
-
-    Args:
-        session: compared by identity.
-        args: the positional arguments; the first is the URL.
-        kwargs: the keyword arguments.
-        max_age: seconds after which the application wants no connection to be used any more.
-        owner: what the connections belong to, if they are not shared; compared by identity.
 
     Attributes:
         host: the URL's host and port.
@@ -29,24 +24,23 @@ class Request:
         TypeError, ValueError, IndexError: the arguments cannot be compared, or have no URL.
     """
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        *,
-        max_age: float,
-        owner: object = None,
-    ) -> None:
-        url = yarl.URL(args[0])
+    session: aiohttp.ClientSession
+    """Compared by identity."""
+    args: tuple[Any, ...]
+    """The positional arguments; the first is the URL."""
+    kwargs: Mapping[str, Any]
+    max_age: float
+    """Seconds after which the application wants no connection to be used any more."""
+    owner: object = None
+    """What the connections belong to, if they are not shared; compared by identity."""
+
+    def __post_init__(self) -> None:
+        url = yarl.URL(self.args[0])
         self.host = f"{url.host}:{url.port}"
-        self.session = session
-        self.max_age = max_age
-        self.owner = owner
-        self._args = args
-        self._kwargs = dict(kwargs)
-        self._identity = (id(session), _frozen(args), _frozen(kwargs), max_age, id(owner))
+        asked = (_frozen(self.args), _frozen(self.kwargs))
+        self._identity = (id(self.session), *asked, self.max_age, id(self.owner))
         self._hash = hash(self._identity)
+        self.kwargs = {**self.kwargs, "autoping": False}
 
     def __repr__(self) -> str:
         return "<Request>"
@@ -64,9 +58,8 @@ class Request:
             The WebSocket, or what aiohttp or a hook of the application has raised. What this raises
             is a fault of the package.
         """
-        arguments = {**self._kwargs, "autoping": False}
         try:
-            opening = self.session.ws_connect(*self._args, **arguments)
+            opening = self.session.ws_connect(*self.args, **self.kwargs)
             return await asyncio.wait_for(opening, timeout)
         except Exception as error:
             return error
