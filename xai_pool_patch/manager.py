@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
+import math
 import random
 import weakref
-from collections.abc import Callable, Collection
+from collections import defaultdict
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
 from .options import PoolOptions
@@ -87,8 +90,8 @@ class PoolManager:
         self._owners: weakref.WeakKeyDictionary[object, object] = weakref.WeakKeyDictionary()
         self._jobs: weakref.WeakSet[object] = weakref.WeakSet()
         self._over: weakref.WeakSet[object] = weakref.WeakSet()
-        self._hosts: dict[str, Host] = {}
-        self._rate_limits: dict[str, RateLimit] = {}
+        self._hosts = defaultdict[str, Host](Host)
+        self._rate_limits = defaultdict[str, RateLimit](RateLimit)
         self._watches: dict[str, ShortageWatch] = {}
         self._closing_store: asyncio.Task[None] | None = None
         self._jitter = random.Random()
@@ -135,16 +138,11 @@ class PoolManager:
         return pool
 
     def _make(self, request: Request) -> Pool[Connection]:
-        rate_limit = self._rate_limits.setdefault(request.host, RateLimit())
+        backoff = Backoff(self._rate_limits[request.host], self._jitter)
+        metrics = PoolMetrics(next(_numbers), into=self.counters)
+        max_age = min(self.options.max_age, request.max_age)
         pool = Pool[Connection](
-            request,
-            self,
-            self.options,
-            supervisor=self.supervisor,
-            backoff=Backoff(rate_limit, self._jitter),
-            metrics=PoolMetrics(next(_numbers), into=self.counters),
-            max_age=min(self.options.max_age, request.max_age),
-            jitter=self._jitter,
+            request, self, self.options, self.supervisor, backoff, metrics, max_age, self._jitter
         )
         pool.set_lean(self._is_lean(request.host))
         return pool
@@ -268,12 +266,12 @@ class PoolManager:
         for lease in list(self.leases):
             lease.mark_closed()
 
-    def _end_unused(self, requests: Collection[Request | None]) -> list[Pool[Connection]]:
+    def _end_unused(self, requests: Set[Request | None]) -> list[Pool[Connection]]:
         used = {request for user in self._users.values() for request in user.requests}
-        return self._end({request for request in requests if request is not None} - used)
+        return self._end(requests - used)
 
-    def _end(self, requests: set[Request]) -> list[Pool[Connection]]:
-        ended = [self.pools[request] for request in requests & self.pools.keys()]
+    def _end(self, requests: Set[Request | None]) -> list[Pool[Connection]]:
+        ended = [pool for request, pool in self.pools.items() if request in requests]
         self.pools = {key: pool for key, pool in self.pools.items() if key not in requests}
         for pool in ended:
             pool.close()
@@ -344,24 +342,24 @@ class PoolManager:
                 watch.failed()
 
     def is_defunct(self, pool: Pool[Connection]) -> bool:
-        is_closed: bool = pool.key.session.closed
-        return is_closed
+        return bool(pool.key.session.closed)
 
     def may_dial_ahead(self, pool: Pool[Connection]) -> bool:
         request = pool.key
-        if self._open_connections(request) >= _limit_of(request):
+        if self._places(request) <= 0:
             return False
         watch = self._watches.get(request.host)
         is_short = watch is not None and watch.shortage.is_on
         return not (is_short and any(pool.closing for pool in self._pools_at(request.host)))
 
-    def _open_connections(self, request: Request) -> int:
-        """What takes a place of the HTTP session's connector, as far as the pools know."""
-        return sum(
-            len(pool.connections) + pool.connecting + pool.closing
-            for other, pool in self.pools.items()
-            if other.session is request.session and other.host == request.host
-        )
+    def _places(self, request: Request) -> float:
+        """How many the HTTP session's connector has left for that host, as far as pools know."""
+        session = request.session
+        pools = [pool for pool in self._pools_at(request.host) if pool.key.session is session]
+        taken = sum(len(pool.connections) + pool.connecting + pool.closing for pool in pools)
+        connector = session.connector
+        limits = (connector.limit, connector.limit_per_host) if connector is not None else ()
+        return min([limit for limit in limits if limit > 0], default=math.inf) - taken
 
     def place_is_free(self) -> None:
         """What was held back may be dialled now."""
@@ -370,7 +368,7 @@ class PoolManager:
 
     async def connect(self, pool: Pool[Connection], timeout: float) -> Connection | DialFailedError:
         request: Request = pool.key
-        if self._open_connections(request) > _limit_of(request):
+        if self._places(request) < 0:
             self.make_room()  # aiohttp would wait until one of the others is closed
         ws = await request.connect(timeout)
         if self.supervisor.is_stopped and not isinstance(ws, Exception):
@@ -381,14 +379,10 @@ class PoolManager:
         if isinstance(ws, Exception):
             return DialFailedError(ws, failure_kind_of(ws))
         self.supervisor.sockets.add(ws)
-        return Connection(
-            ws,
-            supervisor=self.supervisor,
-            host=self._hosts.setdefault(request.host, Host()),
-            heartbeat=self.options.heartbeat,
-            is_shared=request.owner is None,
-            on_refused=lambda: self._refused_in_words(pool),
-        )
+        host = self._hosts[request.host]
+        is_shared = request.owner is None
+        on_refused = functools.partial(self._refused_in_words, pool)
+        return Connection(ws, self.supervisor, host, self.options.heartbeat, is_shared, on_refused)
 
     def _refused_in_words(self, pool: Pool[Connection]) -> None:
         pool.metrics.rate_limited()
@@ -406,13 +400,6 @@ async def _other_callbacks_are_done() -> bool:
     if others:
         await asyncio.wait(others)
     return True
-
-
-def _limit_of(request: Request) -> float:
-    """The open connections that the HTTP session's connector allows to one host."""
-    connector = request.session.connector
-    limits = (connector.limit, connector.limit_per_host) if connector is not None else ()
-    return min([limit for limit in limits if limit > 0], default=float("inf"))
 
 
 def failure_kind_of(error: Exception) -> FailureKind:

@@ -72,11 +72,7 @@ class Registry:
         manager = self._loops.managers.get(loop)
         if manager is None:
             manager = PoolManager(
-                self.options,
-                self.fail,
-                shortage_at=self._shortage_at,
-                store=self._store,
-                make_room=self.make_room,
+                self.options, self.fail, self._shortage_at, self._store, self.make_room
             )
             metrics.share()
             announce.retell()

@@ -15,7 +15,6 @@ from aiohttp import WSMsgType
 from tests.live.peer import PROTOCOL, Peer, connection, line, until, with_send_frame
 from tests.unit.pool_kit import TakesBack
 from xai_pool_patch.pool.entries import Acquired, Outcome
-from xai_pool_patch.pool.supervisor import Supervisor
 from xai_pool_patch.protocol.connection import Connection
 from xai_pool_patch.protocol.exchange import Exchange
 from xai_pool_patch.protocol.lease import Lease
@@ -31,13 +30,10 @@ def lease_of(live: Connection, pool: Any, acquire_fresh: Any = None) -> Lease:
     acquired = Acquired(
         live, waited=0.0, reused=acquire_fresh is not None, fresh=acquire_fresh is None
     )
-    supervisor = Supervisor(_never)
     exchange = Exchange(
         acquired,
         pool,
-        supervisor=supervisor,
         acquire_fresh=acquire_fresh or _never,
-        answer_timeout=5.0,
         on_replayed=_never if acquire_fresh is None else lambda *_: None,
     )
     return Lease(exchange, _never)

@@ -143,6 +143,8 @@ class TakesBack:
     def __init__(self) -> None:
         self.came_back: list[object] = []
         self.metrics = PoolMetrics(pool=1)
+        self.supervisor = Supervisor(no_fault)
+        self.options = PoolOptions(answer_timeout=5.0)
 
     def give_back(self, connection: object, outcome: Outcome) -> None:
         self.came_back.append(outcome)

@@ -9,9 +9,8 @@ import aiohttp
 import pytest
 
 from tests.clock import in_virtual_time
-from tests.unit.pool_kit import TakesBack, no_fault
+from tests.unit.pool_kit import TakesBack
 from xai_pool_patch.pool.entries import Acquired, Outcome
-from xai_pool_patch.pool.supervisor import Supervisor
 from xai_pool_patch.protocol.connection import Connection
 from xai_pool_patch.protocol.exchange import Exchange, Frame
 from xai_pool_patch.protocol.host import Host
@@ -40,10 +39,9 @@ class Socket:
 async def exchange_of(outcome: Outcome, *, fresh: bool) -> tuple[Socket, TakesBack]:
     socket: Any = Socket()
     pool: Any = TakesBack()
-    supervisor = Supervisor(no_fault)
     connection = Connection(
         socket,
-        supervisor=supervisor,
+        supervisor=pool.supervisor,
         host=Host(),
         heartbeat=20.0,
         is_shared=True,
@@ -53,9 +51,7 @@ async def exchange_of(outcome: Outcome, *, fresh: bool) -> tuple[Socket, TakesBa
     exchange = Exchange(
         Acquired(connection, waited=0.0, reused=not fresh, fresh=fresh),
         pool,
-        supervisor=supervisor,
         acquire_fresh=_never,
-        answer_timeout=5.0,
         on_replayed=_never,
     )
     for frame in (TEXT, DONE):

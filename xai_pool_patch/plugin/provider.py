@@ -108,15 +108,8 @@ class ConnectionProvider:
             conversation.speaks(tts, pool)
         if self.registry.has_failed:  # since the pool handed out this connection
             return None
-        exchange = Exchange(
-            acquired,
-            pool,
-            supervisor=manager.supervisor,
-            acquire_fresh=lambda: _raise_errors(acquire(functools.partial(ask, fresh=True))),
-            answer_timeout=self.registry.options.answer_timeout,
-            on_replayed=turn.replayed,
-        )
-        lease = Lease(exchange, self.registry.fail)
+        fresh = functools.partial(_raise_errors, functools.partial(acquire, fresh=True))
+        lease = Lease(Exchange(acquired, pool, fresh, turn.replayed), self.registry.fail)
         turn.begin(lease, manager, usage)
         turn.acquired(acquired.waited, reused=acquired.reused)
         return lease

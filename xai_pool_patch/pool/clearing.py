@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic
 
-from ..options import PoolOptions
 from ..telemetry.pool_metrics import PoolMetrics
 from .entries import C, Clear, PoolEntry
 from .round_trips import RoundTrips
@@ -32,13 +31,10 @@ STALE_AUDIO = "audio came after the acknowledgement of a clear"
 
 @dataclass(eq=False, repr=False)
 class Clearing(Generic[C]):
-    """The clears under way in one pool, and what their outcomes say about the next.
+    """The clears under way in one pool, and what their outcomes say about the next."""
 
-    Attributes:
-        clears_interrupted: whether an interrupted connection is worth a clear.
-    """
-
-    options: PoolOptions
+    clears_interrupted: bool
+    """Whether an interrupted connection is worth a clear."""
     supervisor: Supervisor
     """Owns the tasks and timers."""
     metrics: PoolMetrics
@@ -50,14 +46,8 @@ class Clearing(Generic[C]):
     def __post_init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self.under_way: dict[PoolEntry[C], Clear] = {}
-        self.clears_interrupted = self.options.interruption == "clear"
         self._failures = 0
         """Clears in a row that failed."""
-
-    @property
-    def relied_on(self) -> int:
-        """The clears that will probably end sooner than a dial would."""
-        return sum(not clear.soft_timeout.is_over for clear in self.under_way.values())
 
     def begin(self, entry: PoolEntry[C]) -> None:
         """Clear a connection that is neither idle nor leased."""

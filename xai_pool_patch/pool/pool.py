@@ -160,9 +160,8 @@ class Pool(Generic[C]):
         self._loop = asyncio.get_running_loop()
         self._entries: dict[C, PoolEntry[C]] = {}
         self._idle: list[PoolEntry[C]] = []  # by the time they became idle: last in, first out
-        self._clearing = Clearing[C](
-            self.options, self.supervisor, self.metrics, self._cleared, self.settle
-        )
+        clears = self.options.interruption == "clear"
+        self._clearing = Clearing(clears, self.supervisor, self.metrics, self._cleared, self.settle)
         self._dials: set[Dial[C]] = set()
         self._waiters: deque[Waiter[C]] = deque()
         self._closing: dict[asyncio.Task[None], C] = {}
@@ -468,9 +467,7 @@ class Pool(Generic[C]):
         return any(waiter.caller is caller and not waiter.is_done for waiter in self._waiters)
 
     async def _wait(self, waiter: Waiter[C]) -> PoolEntry[C]:
-        expiry = self.supervisor.call_at(
-            waiter.deadline, lambda: waiter.fail(AcquireTimeoutError())
-        )
+        expiry = self.supervisor.call_at(waiter.deadline, waiter.fail, AcquireTimeoutError())
         try:
             self._waiters.append(waiter)
             self.settle()
@@ -557,7 +554,7 @@ class Pool(Generic[C]):
         if not waiting:
             return None
         dialled = sum(not dial.soft_timeout.is_over for dial in self._dials)
-        cleared = self._clearing.relied_on
+        cleared = sum(not clear.soft_timeout.is_over for clear in self._clearing.under_way.values())
         # A caller that wants a fresh connection would rely on a clear in vain.
         cleared = min(cleared, sum(not waiter.wants_fresh for waiter in waiting))
         if dialled + cleared >= len(waiting):
@@ -678,8 +675,7 @@ class Pool(Generic[C]):
             task = entry.connection.close(listen=listen)
             if task is not None:
                 self._closing[task] = entry.connection
-                run = self.supervisor.run
-                task.add_done_callback(functools.partial(run, self._has_closed))
+                task.add_done_callback(functools.partial(self.supervisor.run, self._has_closed))
             else:
                 self.supervisor.call_at(now, self.environment.place_is_free)
 

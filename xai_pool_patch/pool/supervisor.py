@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import functools
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
+from contextvars import Context
 from typing import Any, Protocol, TypeVar
 
 OnFault = Callable[[str, Exception], None]
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def spawn(
-    coroutine: Coroutine[Any, Any, T], name: str, *, eager_in: contextvars.Context | None = None
+    coroutine: Coroutine[Any, Any, T], name: str, *, eager_in: Context | None = None
 ) -> asyncio.Task[T]:
     """Start a task that belongs to the pool, not to the turn that happens to start it.
 
@@ -42,7 +42,7 @@ def spawn(
             callers.
     """
     loop = asyncio.get_running_loop()
-    is_eager, context = eager_in is not None, eager_in or contextvars.Context()
+    is_eager, context = eager_in is not None, eager_in or Context()
     task: asyncio.Task[T]
     if is_eager and sys.version_info >= (3, 12) and loop.get_task_factory() is None:
         task = asyncio.Task(coroutine, loop=loop, name=name, context=context, eager_start=True)
@@ -91,11 +91,7 @@ class Supervisor:
         self.is_stopped = False
 
     def spawn(
-        self,
-        coroutine: Coroutine[Any, Any, None],
-        name: str,
-        *,
-        eager_in: contextvars.Context | None = None,
+        self, coroutine: Coroutine[Any, Any, None], name: str, *, eager_in: Context | None = None
     ) -> asyncio.Task[None]:
         """Start a task whose exception is a fault."""
         task = spawn(coroutine, name, eager_in=eager_in)
@@ -105,10 +101,12 @@ class Supervisor:
         task.add_done_callback(self._ended)
         return task
 
-    def call_at(self, when: float, callback: Callable[[], object]) -> asyncio.TimerHandle:
+    def call_at(
+        self, when: float, callback: Callable[..., object], *args: object
+    ) -> asyncio.TimerHandle:
         """Call `loop.call_at` in an empty context, for the same reason as `spawn`."""
         loop = asyncio.get_running_loop()
-        return loop.call_at(when, self.run, callback, context=contextvars.Context())
+        return loop.call_at(when, self.run, callback, *args, context=Context())
 
     def run(self, callback: Callable[..., object], *args: object) -> None:
         """Call a function for the event loop: its exception is a fault."""

@@ -19,7 +19,7 @@ from ..pool.supervisor import CLOSE_TIMEOUT, Supervisor, hang_up, within
 from ..sessions.refusal import says_refused
 from ..telemetry.log import LogEvent, log_event
 from .host import Host
-from .utterance import SPEAKING, Stage, UtteranceTracker, parsed, type_of
+from .utterance import SPEAKING, UNHEARD, Stage, UtteranceTracker, parsed, type_of
 
 IDENTIFIER = re.compile(r"[a-z_]{1,20}(\.[a-z_]{1,20})?")
 DATA = (WSMsgType.TEXT, WSMsgType.BINARY)
@@ -115,9 +115,10 @@ class Connection:
     @property
     def is_reusable(self) -> bool:
         utterance = self.utterance
+        is_clean = self.state is State.OPEN and utterance.stage is Stage.CLEAN
         is_trusted = not (utterance.was_cleared and self.host.pongs_unordered)
         is_as_made = not (utterance.was_configured and self.is_shared)
-        return self.state is State.OPEN and utterance.is_clean and is_trusted and is_as_made
+        return is_clean and is_trusted and is_as_made
 
     @property
     def is_clearable(self) -> bool:
@@ -368,26 +369,21 @@ class Connection:
             self._says_refused()
         self._has_answered = True
         is_answer = type_.startswith("audio.")
-        if is_answer and self.utterance.is_first and self._awaits_pong:
+        # A PING left ahead of the utterance: its PONG is due first.
+        is_due = self.round_trip is None if self._probe is None else not self._probe.is_answered
+        if is_answer and self.utterance.is_first and is_due:
             self.host.pongs_unordered = True
         if not (is_answer and self._hold(message, type_)):
             self._accept(message, type_)
-
-    @property
-    def _awaits_pong(self) -> bool:
-        """A PING left ahead of the utterance, and its PONG has not come yet."""
-        return self.round_trip is None if self._probe is None else not self._probe.is_answered
 
     def _hold(self, message: aiohttp.WSMessage, type_: str) -> bool:
         """Keep an `audio.done` that comes by itself, until it is known what it answers."""
         if self.is_in_step:
             self._end_probe()  # what was held is older than this
-            return False
-        is_alone = self.utterance.stage in (Stage.ASKED, Stage.AWAITING, Stage.EMPTY)
-        if type_ != "audio.done" or not is_alone:
-            return False
-        self._held = message
-        return True
+        elif type_ == "audio.done" and self.utterance.stage in UNHEARD:
+            self._held = message
+            return True
+        return False
 
     def _accept(self, message: aiohttp.WSMessage, type_: str) -> None:
         is_out_of_step = type_.startswith("audio.") and not self.is_in_step

@@ -22,7 +22,6 @@ from aiohttp import WSMsgType
 from ..pool.entries import Acquired, Outcome
 from ..pool.pool import Pool
 from ..pool.soft_timeout import SoftTimeout
-from ..pool.supervisor import Supervisor
 from .connection import DATA, Connection
 from .inbox import Inbox
 from .utterance import UNREADABLE, Stage, parsed
@@ -36,9 +35,6 @@ class Frame(NamedTuple):
 
     def __repr__(self) -> str:
         return f"<Frame {self.method}>"  # not what is spoken
-
-    def send(self, ws: aiohttp.ClientWebSocketResponse) -> Awaitable[None]:
-        return getattr(ws, self.method)(*self.args)  # type: ignore[no-any-return]
 
 
 class Failure(enum.Enum):
@@ -70,12 +66,8 @@ class Exchange:
     """The connection to begin with."""
     pool: Pool[Connection]
     """Where the connections come from and go back to."""
-    supervisor: Supervisor
-    """Owns the tasks and timers."""
     acquire_fresh: Callable[[], Awaitable[Acquired[Connection]]]
     """Dials, and returns the new connection."""
-    answer_timeout: float
-    """See `PoolOptions.answer_timeout`."""
     on_replayed: Callable[[float, str], None]
     """Called when the utterance is replayed, with the seconds that it waited for the connection and
     the reason."""
@@ -165,8 +157,7 @@ class Exchange:
 
     async def _send_next(self, connection: Connection) -> None:
         if self._sent == 0 and self._may_replay:
-            on_silence = functools.partial(self._replay_if_possible, Failure.NO_PONG)
-            await connection.probe(on_silence)
+            await connection.probe(functools.partial(self._replay_if_possible, Failure.NO_PONG))
             if connection is not self._carrier:
                 return
         frame = self._frames[self._sent]
@@ -174,8 +165,9 @@ class Exchange:
         self._sent += 1
         type_ = connection.utterance.sent(frame.args[0])
         if type_ == "text.done" and self._may_replay:
-            self._timer = SoftTimeout(self.supervisor, self.answer_timeout, self._not_answered)
-        await frame.send(connection.ws)
+            timeout = self.pool.options.answer_timeout
+            self._timer = SoftTimeout(self.pool.supervisor, timeout, self._not_answered)
+        await getattr(connection.ws, frame.method)(*frame.args)
 
     def _not_answered(self) -> None:
         """The connection answers PINGs, and its session is dead: LiveKit retries on a fresh one."""
@@ -214,7 +206,7 @@ class Exchange:
         of_connection = failure in OF_THE_CONNECTION
         self._give_up(listen=failure is Failure.NO_PONG, with_others=of_connection)
         replay = self._replay(failure)
-        self._replaying = self.supervisor.spawn(replay, name="xai_pool_patch.replay")
+        self._replaying = self.pool.supervisor.spawn(replay, name="xai_pool_patch.replay")
         return True
 
     def _give_up(self, *, listen: bool, with_others: bool) -> None:

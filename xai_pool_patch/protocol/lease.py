@@ -78,17 +78,13 @@ class Lease(aiohttp.ClientWebSocketResponse):
         """A `session.update` changed how its connection speaks."""
         return self._exchange.connection.utterance.was_configured
 
-    @property
-    def _is_given_away(self) -> bool:
-        return self._exchange.connection.is_given_away
-
     def end(self, outcome: Outcome) -> None:
         """The utterance is over: give the connection back. Never waits.
 
         A lease that the plugin has not closed after a whole utterance belongs to the application
         from now on, with its connection.
         """
-        if self._is_given_away:
+        if self._exchange.connection.is_given_away:
             return
         if outcome is Outcome.FINISHED and not self.is_closed:
             self._exchange.give_away()
@@ -156,7 +152,7 @@ class Lease(aiohttp.ClientWebSocketResponse):
         """Mark the lease as closed. `end` decides whether the socket is closed."""
         was_open = not self.is_closed
         self.mark_closed()
-        if self._is_given_away:
+        if self._exchange.connection.is_given_away:
             self._exchange.end(Outcome.FAILED)
         return was_open
 

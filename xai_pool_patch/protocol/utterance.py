@@ -34,6 +34,8 @@ class Stage(enum.Enum):
     """Unknown. Such a connection never serves another utterance."""
 
 
+UNHEARD = (Stage.ASKED, Stage.AWAITING, Stage.EMPTY)
+"""None of the audio has come."""
 SPEAKING = (Stage.SPEAKING, Stage.FINISHING)
 """Audio has come, and more of it changes nothing."""
 
@@ -96,10 +98,6 @@ class UtteranceTracker:
     def __repr__(self) -> str:
         return f"<UtteranceTracker {self.stage.value}>"
 
-    @property
-    def is_clean(self) -> bool:
-        return self.stage is Stage.CLEAN
-
     def sent(self, frame: object) -> str:
         """Follow a frame to the server, and return its type.
 
@@ -107,7 +105,7 @@ class UtteranceTracker:
         """
         type_ = type_of(frame)
         self.was_configured |= type_ == "session.update"
-        if self.is_clean and type_ != "session.update":
+        if self.stage is Stage.CLEAN and type_ != "session.update":
             self.is_first, self.is_unused = self.is_unused, False
         self.stage = _AFTER_SENDING.get((self.stage, type_), Stage.DIRTY)
         self.was_cleared |= self.stage is Stage.CLEARING
@@ -116,7 +114,7 @@ class UtteranceTracker:
     def received(self, type_: str) -> bool:
         """Follow a frame from the server. False for audio that no text asked for."""
         is_answer = type_.startswith("audio.")
-        is_asked_for = not (is_answer and self.is_clean)
+        is_asked_for = not (is_answer and self.stage is Stage.CLEAN)
         if is_answer or type_ in ("error", UNREADABLE):
             self.stage = _AFTER_RECEIVING.get((self.stage, type_), Stage.DIRTY)
         return is_asked_for
