@@ -108,9 +108,7 @@ class Waiter(Generic[C]):
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
     """A dial for this caller runs in it: trace hooks of the application find what they expect."""
     outcome: PoolEntry[C] | BaseException = field(default_factory=asyncio.CancelledError)
-    woken: asyncio.Future[None] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+    woken: asyncio.Future[None] = field(default_factory=asyncio.Future)
 
     @property
     def is_done(self) -> bool:
@@ -119,13 +117,10 @@ class Waiter(Generic[C]):
 
     def accept(self, entry: PoolEntry[C]) -> bool:
         """Take the connection. False if the caller does not want one any more, or not this one."""
-        return not (self.wants_fresh and entry.lease_count) and self._end(entry)
+        return not (self.wants_fresh and entry.lease_count) and self.end(entry)
 
-    def fail(self, error: Exception) -> None:
-        """Make the caller's `acquire()` raise, unless the waiter is done already."""
-        self._end(error)
-
-    def _end(self, outcome: PoolEntry[C] | Exception) -> bool:
+    def end(self, outcome: PoolEntry[C] | Exception) -> bool:
+        """Make the caller's `acquire()` return or raise. False if the waiter is done already."""
         # A waiter leaves the pool's queue only when its task runs again. A connection, its
         # deadline, its dial and the end of the pool may all come before that, and the first counts.
         if self.is_done:

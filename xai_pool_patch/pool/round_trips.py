@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class RoundTrips:
-    """A multiple of the round trip, clamped; in seconds."""
+class RoundTrips(NamedTuple):
+    """So many round trips, within bounds in seconds."""
 
     times: float
     at_least: float = 0.0

@@ -48,11 +48,7 @@ _AFTER_SENDING = {
     (Stage.ASKED, "text.done"): Stage.AWAITING,
     (Stage.SPEAKING, "text.delta"): Stage.SPEAKING,
     (Stage.SPEAKING, "text.done"): Stage.FINISHING,
-    (Stage.ASKED, "text.clear"): Stage.CLEARING,
-    (Stage.SPEAKING, "text.clear"): Stage.CLEARING,
-    (Stage.AWAITING, "text.clear"): Stage.CLEARING,
-    (Stage.FINISHING, "text.clear"): Stage.CLEARING,
-    (Stage.EMPTY, "text.clear"): Stage.CLEARING,
+    **{(stage, "text.clear"): Stage.CLEARING for stage in (*UNHEARD, *SPEAKING)},
     **{(stage, "session.update"): stage for stage in Stage},
 }
 _AFTER_RECEIVING = {
