@@ -117,17 +117,22 @@ class Waiter(Generic[C]):
 
     def accept(self, entry: PoolEntry[C]) -> bool:
         """Take the connection. False if the caller does not want one any more, or not this one."""
-        return not (self.wants_fresh and entry.lease_count) and self.end(entry)
-
-    def end(self, outcome: PoolEntry[C] | Exception) -> bool:
-        """Make the caller's `acquire()` return or raise. False if the waiter is done already."""
-        # A waiter leaves the pool's queue only when its task runs again. A connection, its
-        # deadline, its dial and the end of the pool may all come before that, and the first counts.
-        if self.is_done:
+        # A waiter leaves the pool's queue only when its task runs again. A connection, its deadline,
+        # its dial and the end of the pool may all come before that, and the first counts.
+        if self.woken.done() or (self.wants_fresh and entry.lease_count):
             return False
-        self.outcome = outcome
+        self.outcome = entry
         self.woken.set_result(None)
         return True
+
+    def fail(self, error: Exception) -> None:
+        """Make the caller's `acquire()` raise, unless the waiter is done already.
+
+        Shares no code with `accept`, which may be what failed.
+        """
+        if not self.woken.done():
+            self.outcome = error
+            self.woken.set_result(None)
 
 
 @dataclass(eq=False)

@@ -432,7 +432,7 @@ class Pool(Generic[C]):
         """
         self.is_closed = True
         for waiter in self._waiters:
-            waiter.end(PoolClosedError("the pool failed"))
+            waiter.fail(PoolClosedError("the pool failed"))
         # The supervisor has cancelled the dials, and a step later each of them calls close(). That
         # must find nothing to close: how the pool closes may be what failed.
         for held in (self._entries, self._idle, self._clearing.under_way, self._dials):
@@ -466,7 +466,7 @@ class Pool(Generic[C]):
         return any(waiter.caller is caller and not waiter.is_done for waiter in self._waiters)
 
     async def _wait(self, waiter: Waiter[C]) -> PoolEntry[C]:
-        expiry = self.supervisor.call_at(waiter.deadline, waiter.end, AcquireTimeoutError())
+        expiry = self.supervisor.call_at(waiter.deadline, waiter.fail, AcquireTimeoutError())
         try:
             self._waiters.append(waiter)
             self.settle()
@@ -587,8 +587,12 @@ class Pool(Generic[C]):
             # dial again for a waiter that has not failed, or rely on this dial for another.
             self._dials.discard(dial)
             if dial.waiter is not None:
-                dial.waiter.end(PoolClosedError("the pool ended during the dial"))
+                dial.waiter.fail(PoolClosedError("the pool ended during the dial"))
             self.close()
+            raise
+        except Exception:  # a fault, after which nobody may know this pool any more
+            if dial.waiter is not None:
+                dial.waiter.fail(PoolClosedError("the pool failed during the dial"))
             raise
         finally:
             dial.soft_timeout.stop()
@@ -629,7 +633,7 @@ class Pool(Generic[C]):
                 self._go_on_demand(seconds, "refused, though nothing was kept")
         if dial.waiter is not None:
             # Before anything that settles, which would dial for this waiter again.
-            dial.waiter.end(failure)
+            dial.waiter.fail(failure)
         # It may make this pool lean, which was asked for above.
         self.environment.dial_failed(self, failure)
         if dial.waiter is None and not self.is_defunct:
