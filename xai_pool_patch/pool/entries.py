@@ -109,16 +109,12 @@ class Waiter(Generic[C]):
     """A dial for this caller runs in it: trace hooks of the application find what they expect."""
     outcome: PoolEntry[C] | BaseException = field(default_factory=asyncio.CancelledError)
     woken: asyncio.Future[None] = field(default_factory=asyncio.Future)
-
-    @property
-    def is_done(self) -> bool:
-        """It was served, failed, or cancelled with its caller."""
-        return self.woken.done()
+    """Done once it is served, failed, or cancelled with its caller."""
 
     def accept(self, entry: PoolEntry[C]) -> bool:
         """Take the connection. False if the caller does not want one any more, or not this one."""
-        # A waiter leaves the pool's queue only when its task runs again. A connection, its deadline,
-        # its dial and the end of the pool may all come before that, and the first counts.
+        # A waiter leaves the pool's queue only when its task runs again. A connection, its
+        # deadline, its dial and the end of the pool may all come before that: the first counts.
         if self.woken.done() or (self.wants_fresh and entry.lease_count):
             return False
         self.outcome = entry

@@ -463,7 +463,7 @@ class Pool(Generic[C]):
     # Waiting
 
     def _waits(self, caller: object) -> bool:
-        return any(waiter.caller is caller and not waiter.is_done for waiter in self._waiters)
+        return any(waiter.caller is caller and not waiter.woken.done() for waiter in self._waiters)
 
     async def _wait(self, waiter: Waiter[C]) -> PoolEntry[C]:
         expiry = self.supervisor.call_at(waiter.deadline, waiter.fail, AcquireTimeoutError())
@@ -549,7 +549,7 @@ class Pool(Generic[C]):
         """
         # A waiter that was served, failed or cancelled leaves the queue when its task runs again.
         # Counted until then, it would get a dial without a caller.
-        waiting = [waiter for waiter in self._waiters if not waiter.is_done]
+        waiting = [waiter for waiter in self._waiters if not waiter.woken.done()]
         if not waiting:
             return None
         dialled = sum(not dial.soft_timeout.is_over for dial in self._dials)
@@ -772,7 +772,7 @@ class Pool(Generic[C]):
         kept = self._min_size if self.mode.keeps_min_size else 0
         if not self._expected or not self.mode.dials_for_replies:
             return kept
-        waiting = [waiter.caller for waiter in self._waiters if not waiter.is_done]
+        waiting = [waiter.caller for waiter in self._waiters if not waiter.woken.done()]
         # A session speaks one reply at a time: what it has, or waits for, is for the next one, too.
         served = {*waiting, *(entry.holder for entry in self._entries.values())}
         expected = len(self._expected.keys() - served)
