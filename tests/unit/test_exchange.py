@@ -12,7 +12,7 @@ from tests.clock import in_virtual_time
 from tests.unit.pool_kit import TakesBack
 from xai_pool_patch.pool.entries import Acquired, Outcome
 from xai_pool_patch.protocol.connection import Connection
-from xai_pool_patch.protocol.exchange import Exchange, Frame
+from xai_pool_patch.protocol.exchange import Exchange
 from xai_pool_patch.protocol.host import Host
 
 TEXT, DONE = '{"type":"text.delta","delta":"Hello"}', '{"type":"text.done"}'
@@ -55,7 +55,7 @@ async def exchange_of(outcome: Outcome, *, fresh: bool) -> tuple[Socket, TakesBa
         on_replayed=_never,
     )
     for frame in (TEXT, DONE):
-        await exchange.send(Frame("send_str", (frame, None)))
+        await exchange.send("send_str", frame, None)
     exchange.end(outcome)
     connection.reader.cancel()
     await asyncio.wait([connection.reader])

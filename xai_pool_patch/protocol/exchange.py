@@ -14,7 +14,7 @@ import enum
 import functools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import aiohttp
 from aiohttp import WSMsgType
@@ -25,16 +25,6 @@ from ..pool.soft_timeout import SoftTimeout
 from .connection import DATA, Connection
 from .inbox import Inbox
 from .utterance import UNREADABLE, Stage, parsed
-
-
-class Frame(NamedTuple):
-    """A frame that the plugin sent: the method of the WebSocket, and its arguments."""
-
-    method: str
-    args: tuple[Any, ...]
-
-    def __repr__(self) -> str:
-        return f"<Frame {self.method}>"  # not what is spoken
 
 
 class Failure(enum.Enum):
@@ -74,7 +64,8 @@ class Exchange:
 
     def __post_init__(self) -> None:
         self.inbox = Inbox()
-        self._frames: list[Frame] = []
+        self._frames: list[tuple[str, tuple[Any, ...]]] = []
+        """What the plugin sent: the method of the WebSocket, and its arguments."""
         self._may_replay = not self.acquired.fresh
         self._timer: SoftTimeout | None = None
         self._replaying: asyncio.Task[None] | None = None
@@ -99,13 +90,13 @@ class Exchange:
             return False
         return self._carrier is None or self._carrier.reader.done()
 
-    async def send(self, frame: Frame) -> None:
-        """Send a frame, once those before it are sent.
+    async def send(self, method: str, *args: Any) -> None:
+        """Send a frame by that method of the WebSocket, once those before it are sent.
 
         Raises:
             OSError: the WebSocket raised it, and no other connection can carry the utterance.
         """
-        self._frames.append(frame)
+        self._frames.append((method, args))
         if self._carrier is not None:
             await self._catch_up(self._carrier)
 
@@ -160,14 +151,14 @@ class Exchange:
             await connection.probe(functools.partial(self._replay_if_possible, Failure.NO_PONG))
             if connection is not self._carrier:
                 return
-        frame = self._frames[self._sent]
+        method, args = self._frames[self._sent]
         # Before the await: a send that is cancelled may have left, and is not sent twice.
         self._sent += 1
-        type_ = connection.utterance.sent(frame.args[0])
+        type_ = connection.utterance.sent(args[0])
         if type_ == "text.done" and self._may_replay:
             timeout = self.pool.options.answer_timeout
             self._timer = SoftTimeout(self.pool.supervisor, timeout, self._not_answered)
-        await getattr(connection.ws, frame.method)(*frame.args)
+        await getattr(connection.ws, method)(*args)
 
     def _not_answered(self) -> None:
         """The connection answers PINGs, and its session is dead: LiveKit retries on a fresh one."""
@@ -192,7 +183,7 @@ class Exchange:
 
     def _is_wordless(self) -> bool:
         """Whether the whole text is sent and has nothing to speak: an error is its answer then."""
-        sent = [parsed(frame.args[0]) for frame in self._frames]
+        sent = [parsed(args[0]) for _, args in self._frames]
         spoken = "".join(str(each.get("delta", "")) for each in sent)
         is_whole = any(each.get("type") == "text.done" for each in sent)
         return is_whole and not any(map(str.isalnum, spoken))
@@ -203,8 +194,7 @@ class Exchange:
         """Go on with a fresh connection. False if the caller must report the failure."""
         if not self._may_replay:
             return False
-        of_connection = failure in OF_THE_CONNECTION
-        self._give_up(listen=failure is Failure.NO_PONG, with_others=of_connection)
+        self._give_up(listen=failure is Failure.NO_PONG, with_others=failure in OF_THE_CONNECTION)
         replay = self._replay(failure)
         self._replaying = self.pool.supervisor.spawn(replay, name="xai_pool_patch.replay")
         return True

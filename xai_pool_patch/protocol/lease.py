@@ -13,7 +13,7 @@ from aiohttp import WSMsgType
 from ..pool.entries import Outcome
 from ..pool.supervisor import OnFault
 from .connection import CLOSED_MESSAGE
-from .exchange import Exchange, Frame
+from .exchange import Exchange
 
 Method = TypeVar("Method", bound=Callable[..., Coroutine[Any, Any, Any]])
 
@@ -135,7 +135,7 @@ class Lease(aiohttp.ClientWebSocketResponse):
 
     async def _send(self, method: str, *args: Any) -> None:
         self._check_open()
-        await self._exchange.send(Frame(method, args))
+        await self._exchange.send(method, *args)
 
     @_reports_faults
     async def ping(self, message: bytes = b"") -> None:
