@@ -114,7 +114,11 @@ class Environment(Protocol[C_co]):
     """What a pool asks, and whom it tells what happens to it."""
 
     async def connect(self, pool: Pool[Any], timeout: float) -> C_co | DialFailedError:
-        """Make a connection within the given seconds. What this raises is a fault."""
+        """Make a connection within the given seconds.
+
+        What this raises is a fault. Taken for a failure of the network, every turn would meet it
+        again, and no agent of the process would speak any more.
+        """
 
     def dial_failed(self, pool: Pool[Any], failure: DialFailedError) -> None:
         """A dial of that pool has failed."""
