@@ -108,8 +108,13 @@ class ConnectionProvider:
             conversation.speaks(tts, pool)
         if self.registry.has_failed:  # since the pool handed out this connection
             return None
-        fresh = functools.partial(_raise_errors, functools.partial(acquire, fresh=True))
-        lease = Lease(Exchange(acquired, pool, fresh, turn.replayed), self.registry.fail)
+        exchange = Exchange(
+            acquired,
+            pool,
+            acquire_fresh=lambda: _raise_errors(acquire(functools.partial(ask, fresh=True))),
+            on_replayed=turn.replayed,
+        )
+        lease = Lease(exchange, self.registry.fail)
         turn.begin(lease, manager, usage)
         turn.acquired(acquired.waited, reused=acquired.reused)
         return lease

@@ -569,8 +569,8 @@ class Pool(Generic[C]):
         dial = Dial(self._now(), waiter)
         late = functools.partial(self._dial_is_late, dial)
         dial.soft_timeout = SoftTimeout(self.supervisor, DIAL_SOFT_TIMEOUT, late)
-        # Before spawn(): an eager dial may end before spawn() returns. Added afterwards, it would
-        # stay in `_dials` for ever, and callers would rely on it.
+        # Before spawn(): an eager dial may end before spawn() returns. If it were added later, it
+        # would stay in `_dials` for ever, and callers would rely on it.
         self._dials.add(dial)
         run = self._run_dial(dial, timeout)
         context = waiter.context if waiter is not None else contextvars.Context()
