@@ -134,7 +134,7 @@ class Supervisor:
             self._goodbyes.add(goodbye)
             goodbye.add_done_callback(self._goodbyes.discard)
             # Not by the task: a loop that ends cancels it, maybe before its first step.
-            goodbye.add_done_callback(functools.partial(hang_up, ws))
+            goodbye.add_done_callback(functools.partial(_hang_up, ws))
 
     async def wait_stopped(self) -> None:
         """Wait until the Close frames that `stop` sent are answered, or too late."""
@@ -157,8 +157,7 @@ async def _say_goodbye(ws: Socket) -> None:
         closing.exception()  # the socket was gone already: asyncio must not log that
 
 
-def hang_up(ws: Socket, _: object = None) -> None:
-    """Let aiohttp release the socket, without a Close frame."""
+def _hang_up(ws: Socket, _: object) -> None:
     response = getattr(ws, "_response", None)
     if response is not None:
         response.close()

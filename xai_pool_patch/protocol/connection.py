@@ -15,7 +15,7 @@ import aiohttp
 from aiohttp import WSMsgType
 
 from ..pool.soft_timeout import SoftTimeout
-from ..pool.supervisor import CLOSE_TIMEOUT, Supervisor, hang_up, within
+from ..pool.supervisor import CLOSE_TIMEOUT, Supervisor, within
 from ..sessions.refusal import says_refused
 from ..telemetry.log import LogEvent, log_event
 from .host import Host
@@ -104,6 +104,7 @@ class Connection:
         self._closer: asyncio.Task[None] | None = None
         self._close_sent_at = math.inf
         self._sign_of_life: asyncio.Future[None] = self._loop.create_future()
+        self._response = getattr(self.ws, "_response", None)
         self._transport = transport_of(self.ws)
         self._beat_at(self._opened_at + self.heartbeat)
         self.reader = self.supervisor.spawn(self._read(), name="xai_pool_patch.reader")
@@ -224,7 +225,8 @@ class Connection:
         # Without its transport no Close frame can leave. aiohttp 3.10 calls that WebSocket open.
         if self.ws.closed or self._is_cut:
             self._abort()
-            hang_up(self.ws)  # which aiohttp does only once the end has been read
+            if self._response is not None:
+                self._response.close()  # aiohttp does that only once the end has been read
         elif self._closer is None:
             if not listen:
                 # Not in `_shut`, a step later: the wait for `CLOSE_COUNTS` begins now.
