@@ -31,11 +31,8 @@ def _is_not_ours(function: Any) -> bool:
 
 
 class _AskedError(BaseException):
-    """Carries the arguments of `ws_connect` through the plugin's `except Exception`."""
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().__init__()
-        self.arguments = args, kwargs
+    """Carries the session and the arguments of `ws_connect` through the plugin's `except
+    Exception`."""
 
 
 class _Session:
@@ -51,7 +48,8 @@ class _Session:
 
     def ws_connect(self, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() == self._thread:
-            raise self._error if self._error is not None else _AskedError(args, kwargs)
+            asked = _AskedError(self._session, args, kwargs)
+            raise asked if self._error is None else self._error
         return self._session.ws_connect(*args, **kwargs)  # another thread uses the same TTS
 
 
@@ -104,20 +102,18 @@ class Asking:
             reason = self._why_not_native(vars(tts).get("_pool"))
             if reason is not None:
                 return reason
-            tts = self._connecting(tts)
+            tts = vars(tts)["_pool"]._connect_cb.__self__
         for name, current in self._current.items():
             if is_connecting and name == "_connect_ws" and not self._is_native:
                 continue
-            if name in vars(tts) or self._looked_up(type(tts), name) is not current:
+            of_its_types = (vars(each)[name] for each in type(tts).__mro__ if name in vars(each))
+            if name in vars(tts) or next(of_its_types, None) is not current:
                 return f"{name} is not the plugin's own"
         if not self.has_session(tts):
             return "there is no HTTP session outside a job"
         if not isinstance(tts._session, aiohttp.ClientSession):
             return "its HTTP session is not an aiohttp.ClientSession"
         return None
-
-    def _looked_up(self, tts_type: type, name: str) -> Any:
-        return next((vars(each)[name] for each in tts_type.__mro__ if name in vars(each)), None)
 
     def _why_not_native(self, native: Any) -> str | None:
         if type(native) is not ConnectionPool:
@@ -140,10 +136,11 @@ class Asking:
         asked = self._first_step(tts, opts, None)
         if not isinstance(asked, _AskedError):
             return None
-        args, kwargs = asked.arguments
+        session, args, kwargs = asked.args
+        duration = vars(tts)["_pool"]._max_session_duration if self._is_native else None
         try:
-            session = self._connecting(tts)._ensure_session()
-            return Request(session, args, kwargs, max_age=self._max_age(tts), owner=owner)
+            max_age = float("inf") if duration is None else float(duration)
+            return Request(session, args, kwargs, max_age, owner)
         except (TypeError, ValueError, IndexError):
             return None
 
@@ -153,31 +150,19 @@ class Asking:
         raised = self._first_step(tts, opts, error)
         return error if raised is None else raised
 
-    def _connect(self, tts: Any, opts: Any) -> Any:
-        """The coroutine of the plugin's own connect, which will not come to use its timeout."""
-        if self._is_native:
-            return vars(tts)["_pool"]._connect_cb(0.0)
-        connect = self._published["_connect_ws"]
-        if self._shape is Shape.TAKES_OPTIONS:
-            return connect(tts, 0.0, opts if opts is not None else tts._opts)
-        return connect(tts, 0.0)
-
-    def _connecting(self, tts: Any) -> Any:
-        """The TTS that connects: a copy of a TTS shares the native pool of the original."""
-        return vars(tts)["_pool"]._connect_cb.__self__ if self._is_native else tts
-
-    def _max_age(self, tts: Any) -> float:
-        duration = vars(tts)["_pool"]._max_session_duration if self._is_native else None
-        return float("inf") if duration is None else float(duration)
-
     def _first_step(self, tts: Any, opts: Any, error: Exception | None) -> BaseException | None:
         """Run the plugin's connect up to `ws_connect`, which raises; returns what leaves it."""
-        connecting = self._connecting(tts)
-        attributes = vars(connecting)
-        connecting._ensure_session()
+        if self._is_native:  # a copy of a TTS shares the native pool of the original
+            connect = vars(tts)["_pool"]._connect_cb
+        else:
+            connect = self._published["_connect_ws"].__get__(tts)
+        takes_options = self._shape is Shape.TAKES_OPTIONS
+        spoken_with = (opts if opts is not None else tts._opts,) if takes_options else ()
+        connect.__self__._ensure_session()
+        attributes = vars(connect.__self__)
         session = attributes["_session"]
         asked = _Session(session, error)
-        coroutine = self._connect(tts, opts)
+        coroutine = connect(0.0, *spoken_with)  # which will not come to use its timeout
         # Last: left in place by an exception of ours, it would keep the TTS from connecting.
         attributes["_session"] = asked
         try:
