@@ -41,20 +41,25 @@ _numbers = itertools.count(1)
 
 
 @dataclass(eq=False)
-class _User:
+class User:
     """What a manager knows about one TTS instance. Holds no reference to the instance."""
 
-    finalizer: weakref.finalize[..., object] | None = None
+    finalizer: weakref.finalize[..., object] = field(init=False)
     current: Request | None = None
     previous: Request | None = None
-    may_differ: bool = True
-    """The TTS's options have changed since its last turn."""
-    unexplained: int = 0
+    unexplained: int = -1
+    """Turns in a row that asked for something else than the one before, though no option was
+    changed. -1 until the first turn, and after a change of options: the next turn may differ."""
     usage: UsageStats = field(default_factory=UsageStats)
 
     @property
     def requests(self) -> set[Request]:
         return {each for each in (self.current, self.previous) if each is not None}
+
+    @property
+    def is_unsteady(self) -> bool:
+        """Each turn asks for something else, so nothing can be ready for it."""
+        return self.unexplained >= UNEXPLAINED
 
 
 @dataclass(eq=False, repr=False)
@@ -67,6 +72,7 @@ class PoolManager:
         counters: the totals of all pools.
         supervisor: owns the tasks, timers and sockets.
         leases: the leases that the plugin holds.
+        users: the TTS instances that use the pools.
         pools: replaced by a new dict at each change, since other threads read it for statistics.
     """
 
@@ -86,10 +92,9 @@ class PoolManager:
         self.pools: dict[Request, Pool[Connection]] = {}
         self._loop = asyncio.get_running_loop()
         self._ending: list[Pool[Connection]] = []
-        self._users: weakref.WeakKeyDictionary[object, _User] = weakref.WeakKeyDictionary()
-        self._owners: weakref.WeakKeyDictionary[object, object] = weakref.WeakKeyDictionary()
-        self._jobs: weakref.WeakSet[object] = weakref.WeakSet()
-        self._over: weakref.WeakSet[object] = weakref.WeakSet()
+        self.users: weakref.WeakKeyDictionary[object, User] = weakref.WeakKeyDictionary()
+        self._jobs: weakref.WeakKeyDictionary[object, bool] = weakref.WeakKeyDictionary()
+        """The jobs that use the pools, and whether each is ending."""
         self._hosts = defaultdict[str, Host](Host)
         self._rate_limits = defaultdict[str, RateLimit](RateLimit)
         self._watches: dict[str, ShortageWatch] = {}
@@ -97,9 +102,6 @@ class PoolManager:
         self._jitter = random.Random()
 
     # TTS instances
-
-    def knows(self, tts: object) -> bool:
-        return tts in self._users
 
     def register(
         self, tts: object, request: Request, *, is_turn: bool = False, keep: bool = True
@@ -110,11 +112,9 @@ class PoolManager:
             is_turn: the TTS is about to speak.
             keep: keep the pool warm until the TTS registers for another request or is closed.
         """
-        user = self._users.get(tts) or self._join(tts)
+        user = self.users.get(tts) or self._join(tts)
         if is_turn:
-            is_explained = user.may_differ or user.current in (request, None)
-            user.unexplained = 0 if is_explained else user.unexplained + 1
-            user.may_differ = False
+            user.unexplained = 0 if user.current in (request, None) else user.unexplained + 1
         pool = self.pool_of(request)
         if keep and user.current != request:
             older, user.previous, user.current = user.previous, user.current, request
@@ -149,47 +149,29 @@ class PoolManager:
 
     def options_changed(self, tts: object) -> None:
         """The next request of this TTS may differ from the last."""
-        if tts in self._users:
-            self._users[tts].may_differ = True
-
-    def is_unsteady(self, tts: object) -> bool:
-        """Each turn of this TTS asks for something else, so nothing can be ready for it."""
-        return tts in self._users and self._users[tts].unexplained >= UNEXPLAINED
-
-    def owner_of(self, tts: object) -> object:
-        """What tells the connections of this TTS from those of others; None if it may share."""
-        return self._owners.get(tts)
-
-    def make_private(self, tts: object) -> None:
-        """From now on nothing is shared with this TTS: it changes how its connections speak."""
-        self._owners.setdefault(tts, object())
-        self.options_changed(tts)
-
-    def usage(self, tts: object) -> UsageStats:
-        """The usage of a TTS that these pools know."""
-        return self._users[tts].usage
+        if tts in self.users:
+            self.users[tts].unexplained = -1
 
     def unregister(self, tts: object) -> list[Pool[Connection]]:
         """Forget a TTS that is not used any more. Ends the pools that no other TTS uses, and
         returns them."""
-        user = self._users.pop(tts, None)
+        user = self.users.pop(tts, None)
         return self._depart(user) if user is not None else []
 
-    def _join(self, tts: object) -> _User:
-        user = self._users[tts] = _User()
+    def _join(self, tts: object) -> User:
+        user = self.users[tts] = User()
         user.finalizer = weakref.finalize(tts, self._collected, user)
         user.finalizer.atexit = False
         return user
 
-    def _collected(self, user: _User) -> None:
+    def _collected(self, user: User) -> None:
         # The garbage collector may run in any thread, and in the middle of a change to the pools.
         # Departing at once, it would change them from there.
         with contextlib.suppress(RuntimeError):  # the loop is closed, and its pools with it
             self._loop.call_soon_threadsafe(self.supervisor.run, lambda: self._depart(user))
 
-    def _depart(self, user: _User) -> list[Pool[Connection]]:
-        if user.finalizer is not None:
-            user.finalizer.detach()
+    def _depart(self, user: User) -> list[Pool[Connection]]:
+        user.finalizer.detach()
         requests = user.requests
         user.current = user.previous = None
         for request in requests:
@@ -202,7 +184,7 @@ class PoolManager:
         """Returns the callers that were expected at a pool that no TTS speaks with any more."""
         if request not in self.pools:
             return {}
-        if not any(user.current == request for user in self._users.values()):
+        if not any(user.current == request for user in self.users.values()):
             return self.pools[request].leave()
         self.pools[request].resize(self.options.min_size)
         return {}
@@ -211,7 +193,7 @@ class PoolManager:
 
     def is_first_use_by(self, job: object) -> bool:
         is_first = job not in self._jobs
-        self._jobs.add(job)
+        self._jobs.setdefault(job, False)
         return is_first
 
     async def end_with(self, job: object) -> None:
@@ -220,7 +202,7 @@ class PoolManager:
         Other shutdown callbacks run at the same time, and may still speak: see `is_over`. What is
         in use when they are done belongs to a task that LiveKit does not wait for.
         """
-        self._over.add(job)
+        self._jobs[job] = True
         pools = [*self.pools.values(), *self._ending]
         await self.aclose()
         if await _other_callbacks_are_done():
@@ -230,16 +212,16 @@ class PoolManager:
 
     def is_over(self, job: object | None) -> bool:
         """Whether the job is ending. A connection opened for it must be closed after its use."""
-        return job is not None and job in self._over
+        return job is not None and self._jobs.get(job, False)
 
     # Ends
 
     def close(self) -> None:
         """End all pools."""
         self._end(set(self.pools))
-        for user in list(self._users.values()):
+        for user in list(self.users.values()):
             self._depart(user)
-        self._users.clear()
+        self.users.clear()
 
     async def aclose(self) -> None:
         """End all pools, and wait until they and those that ended before have closed everything."""
@@ -262,12 +244,12 @@ class PoolManager:
             pool.abandon()
         self.pools = {}
         self._watches.clear()
-        self._users.clear()
+        self.users.clear()
         for lease in list(self.leases):
             lease.mark_closed()
 
     def _end_unused(self, requests: Set[Request | None]) -> list[Pool[Connection]]:
-        used = {request for user in self._users.values() for request in user.requests}
+        used = {request for user in self.users.values() for request in user.requests}
         return self._end(requests - used)
 
     def _end(self, requests: Set[Request | None]) -> list[Pool[Connection]]:

@@ -441,7 +441,7 @@ class Agents(RuleBasedStateMachine):
     def change_voice(self, data: st.DataObject, voice: str) -> None:
         tts = self.pick(data, self.ttss)
         tts.voice = voice
-        if self.pools.knows(tts):
+        if tts in self.pools.users:
             self.inside(self.pools.register, tts, self.world.request(voice))
 
     @precondition(lambda self: self.ttss)
@@ -553,7 +553,7 @@ class Agents(RuleBasedStateMachine):
         if any(pool.connecting for pool in self.pools.pools.values()):
             self.let(1.0)  # a rotation, of all moments in this one
         assert self.waiting == [], "a caller was forgotten"
-        users = list(self.pools._users.values())  # it is an iterator
+        users = list(self.pools.users.values())  # it is an iterator
         for request, pool in self.pools.pools.items():
             is_used = any(user.current == request for user in users)
             least = self.options.min_size if is_used and pool.mode is WARM else 0
@@ -593,7 +593,7 @@ class Agents(RuleBasedStateMachine):
 
     @invariant()
     def a_pool_is_there_for_two_requests_of_a_tts(self) -> None:
-        used = {request for user in self.pools._users.values() for request in user.requests}
+        used = {request for user in self.pools.users.values() for request in user.requests}
         assert self.pools.pools.keys() == used
 
     @invariant()

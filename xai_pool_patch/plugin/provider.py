@@ -44,6 +44,8 @@ class ConnectionProvider:
         self._asking = asking
         self._left_alone: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
         """The TTS instances that were found to be unlike the others, and why."""
+        self._owners: weakref.WeakKeyDictionary[Any, object] = weakref.WeakKeyDictionary()
+        """Of the TTS instances that share no connection, since they change how it speaks."""
         self._told: set[tuple[type, str]] = set()
 
     def serves(self, tts: Any, *, is_connecting: bool = False) -> bool:
@@ -97,7 +99,7 @@ class ConnectionProvider:
         if pool is None:
             return None
         # Now, since the TTS may be closed before the connection is there.
-        usage = manager.usage(tts)
+        usage = manager.users[tts].usage
         conversation = current_conversation()
         ask = functools.partial(pool.acquire, caller=conversation)
         acquire = functools.partial(self._acquire, pool, tts, timeout, opts)
@@ -125,10 +127,10 @@ class ConnectionProvider:
             return
         conversation = current_conversation()
         if conversation is not None and conversation.is_closing:
-            self._leave(manager, conversation)  # nothing is to be replaced
-        if lease.was_configured and manager.owner_of(tts) is None:
-            manager.make_private(tts)
-            self._use_again(manager, tts)
+            self.leave(manager, conversation)  # nothing is to be replaced
+        if lease.was_configured and tts not in self._owners:
+            self._owners[tts] = object()
+            self.follow(tts)
         turn.end(outcome)
 
     async def close_if_over(self, turn: Turn) -> None:
@@ -167,43 +169,40 @@ class ConnectionProvider:
         elif not self._asking.has_session(tts):
             log_event(LogEvent.PREWARM_SKIPPED, reason="there is no HTTP session outside a job")
         elif self.serves(tts):
-            self._prewarm(self.registry.here(), tts)
+            manager = self.registry.here()
+            pool = None if manager.is_over(_job()) else self._use(manager, tts, None)
+            if pool is not None:
+                pool.prewarm()
+            conversation = current_conversation()
+            if conversation is not None:
+                conversation.tts = tts  # of an agent that takes over, and has not spoken yet
         else:
             return False
         return True
 
-    def _prewarm(self, manager: PoolManager, tts: Any) -> None:
-        if not manager.is_over(_job()):
-            pool = self._use(manager, tts, None)
-            if pool is not None:
-                pool.prewarm()
-        conversation = current_conversation()
-        if conversation is not None:
-            conversation.tts = tts  # of an agent that takes over, and has not spoken yet
-
     def follow(self, tts: Any) -> None:
         """Warm the pool of the TTS's new options, if the TTS has used a pool before."""
         if has_loop():
-            manager = self.registry.here()
-            manager.options_changed(tts)
-            self._use_again(manager, tts)
+            self.registry.here().options_changed(tts)
+            self._use_again(tts)
 
     def expect(self, conversation: Conversation, tts: Any) -> bool:
         """Has a connection ready for a reply that is to come. False if that TTS is not in use."""
-        pool = self._use_again(self.registry.here(), tts)
+        pool = self._use_again(tts)
         if pool is not None:
             conversation.expect_at(pool)
         return pool is not None
 
-    def _use_again(self, manager: PoolManager, tts: Any) -> Pool[Connection] | None:
+    def _use_again(self, tts: Any) -> Pool[Connection] | None:
         """The pool of a TTS that has used one before; None for any other."""
-        is_in_use = manager.knows(tts) and not manager.is_over(_job()) and self.serves(tts)
+        manager = self.registry.here()
+        is_in_use = tts in manager.users and not manager.is_over(_job()) and self.serves(tts)
         return self._use(manager, tts, None) if is_in_use else None
 
     def _use(
         self, manager: PoolManager, tts: Any, opts: Any, *, is_turn: bool = False, keep: bool = True
     ) -> Pool[Connection] | None:
-        request = self._asking.request_of(tts, opts, manager.owner_of(tts))
+        request = self._asking.request_of(tts, opts, self._owners.get(tts))
         if request is None:
             self._leave_alone(tts, "what it connects to cannot be known in advance")
             return None
@@ -213,7 +212,7 @@ class ConnectionProvider:
             job.add_shutdown_callback(lambda: manager.end_with(job))
         keep = keep and not manager.is_over(job)
         pool = manager.register(tts, request, is_turn=is_turn, keep=keep)
-        if manager.is_unsteady(tts):
+        if manager.users[tts].is_unsteady:
             self._leave_alone(tts, "each turn asks for another connection")
             manager.unregister(tts)
             return None
@@ -237,11 +236,8 @@ class ConnectionProvider:
         except Exception as fault:
             self.registry.fail("aclose", fault)
 
-    def leave(self, conversation: Conversation) -> None:
+    def leave(self, manager: PoolManager, conversation: Conversation) -> None:
         """A conversation is over: let go of what only its TTS instances used."""
-        self._leave(self.registry.here(), conversation)
-
-    def _leave(self, manager: PoolManager, conversation: Conversation) -> None:
         for tts in conversation.close():
             manager.unregister(tts)
 

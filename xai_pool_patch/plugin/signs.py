@@ -73,7 +73,7 @@ class Signs:
             self._expect(session, conversation)
 
     def _closed(self, session: Any, conversation: Conversation, event: Any) -> None:
-        self._provider.leave(conversation)
+        self._provider.leave(self._provider.registry.here(), conversation)
 
     def _expect_reply(self, session: Any, conversation: Conversation) -> None:
         if conversation.replies_to_come:
