@@ -20,7 +20,7 @@ BEFORE_THE_UTTERANCE = [
     "registry.Registry.here",
     "manager.PoolManager.register",
     "plugin.asking.Asking.request_of",
-    "plugin.provider.Turn.begin",
+    "plugin.provider.Turn.end",
     "plugin.provider.Turn.acquired",
     "plugin.provider._job",
     "telemetry.pool_metrics.PoolMetrics.reused",

@@ -99,7 +99,7 @@ class ConnectionProvider:
         if pool is None:
             return None
         # Now, since the TTS may be closed before the connection is there.
-        usage = manager.users[tts].usage
+        turn.usage = manager.users[tts].usage
         conversation = current_conversation()
         ask = functools.partial(pool.acquire, caller=conversation)
         acquire = functools.partial(self._acquire, pool, tts, timeout, opts)
@@ -116,8 +116,9 @@ class ConnectionProvider:
             acquire_fresh=lambda: _raise_errors(acquire(functools.partial(ask, fresh=True))),
             on_replayed=turn.replayed,
         )
-        lease = Lease(exchange, self.registry.fail)
-        turn.begin(lease, manager, usage)
+        turn.end(Outcome.FAILED)  # a subclass may connect more than once
+        lease = turn.lease = Lease(exchange, self.registry.fail)
+        manager.leases.add(lease)
         turn.acquired(acquired.waited, reused=acquired.reused)
         return lease
 

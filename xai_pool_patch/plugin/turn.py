@@ -27,6 +27,7 @@ class Turn:
         waited: seconds that the turn waited for the connection that is heard.
         reused: the connection was ready when the turn asked for it.
         manager: the pools of the turn's event loop; None until the turn asks for a connection.
+        usage: what the pools did for the turn's TTS; set before there is a lease.
         lease: the lease that the plugin holds.
     """
 
@@ -35,18 +36,12 @@ class Turn:
         self.reused = False
         self.manager: PoolManager | None = None
         self.lease: Lease | None = None
-        self._usage = UsageStats()
+        self.usage: UsageStats
         self._stream = weakref.ref(stream) if stream is not None else _nothing
         self._reporting = [self._stream, _reporting.get()]
 
     def __repr__(self) -> str:
         return f"<Turn waited={self.waited:.3f} reused={self.reused}>"
-
-    def begin(self, lease: Lease, manager: PoolManager, usage: UsageStats) -> None:
-        self.end(Outcome.FAILED)  # a subclass may connect more than once
-        self.lease = lease
-        self._usage = usage
-        manager.leases.add(lease)
 
     def end(self, outcome: Outcome) -> None:
         lease, self.lease = self.lease, None
@@ -57,14 +52,14 @@ class Turn:
     @harmless
     def acquired(self, waited: float, *, reused: bool) -> None:
         self.note(waited, reused=reused)
-        self._usage.begun(waited, reused=reused)
+        self.usage.begun(waited, reused=reused)
         if not reused:
             self._mark("waited", wait_ms=in_ms(waited))
 
     @harmless
     def replayed(self, waited: float, reason: str) -> None:
         self.note(waited)
-        self._usage.replaced(waited)
+        self.usage.replaced(waited)
         self._mark("replayed", reason=reason, wait_ms=in_ms(waited))
 
     @harmless
