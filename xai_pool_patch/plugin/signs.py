@@ -35,12 +35,17 @@ class Signs:
 
     def emitted(self, session: Any, _: None, event: str, arg: Any) -> None:
         """Runs after `AgentSession.emit`: the session's own listeners may interrupt a reply."""
-        sign = _SIGNS.get(event)
-        if sign is None or not has_loop():
+        if event not in (*_SIGNS, "close") or not has_loop():
             return
         conversation = self._enter(session)
-        if event == "close" or _is_heard(session):
-            sign(self, session, conversation, arg)
+        if event == "close":
+            self._provider.leave(self._provider.registry.here(), conversation)
+        elif _is_heard(session) and _SIGNS[event](self, session, conversation, arg):
+            expect = functools.partial(self._provider.expect, conversation)
+            # Before its first word, the session's own TTS is the best guess. Inside an adapter
+            # there may be several: which of them speaks is known once one has.
+            if not expect(conversation.tts):
+                expect(_model(session, "tts"))
 
     def _enter(self, session: Any) -> Conversation:
         conversation = self._conversations.setdefault(session, Conversation(session))
@@ -49,41 +54,28 @@ class Signs:
         enter_conversation(conversation)
         return conversation
 
-    def _speech_created(self, session: Any, conversation: Conversation, event: Any) -> None:
+    # Each says whether a reply is to come that needs a connection.
+
+    def _speech_created(self, session: Any, conversation: Conversation, event: Any) -> bool:
         if event.source == "generate_reply" and _speaks_itself(session):
-            return
+            return False
         conversation.begin_reply(event.speech_handle)
         attempt = functools.partial(self._provider.registry.attempt, "the end of a reply")
         event.speech_handle.add_done_callback(functools.partial(attempt, self._ended, conversation))
-        self._expect_reply(session, conversation)
+        return conversation.replies_to_come > 0
 
-    def _tools_executed(self, session: Any, conversation: Conversation, event: Any) -> None:
-        if event.has_tool_reply:
-            self._expect_reply(session, conversation)
+    def _tools_executed(self, session: Any, conversation: Conversation, event: Any) -> bool:
+        return event.has_tool_reply and conversation.replies_to_come > 0
 
-    def _agent_state_changed(self, session: Any, conversation: Conversation, event: Any) -> None:
+    def _agent_state_changed(self, session: Any, conversation: Conversation, event: Any) -> bool:
         # Only prolongs: it comes too when a tool begins that may take any time.
-        if event.new_state == "thinking" and conversation.is_expected:
-            self._expect_reply(session, conversation)
+        is_prolonged = event.new_state == "thinking" and conversation.is_expected
+        return is_prolonged and conversation.replies_to_come > 0
 
-    def _user_state_changed(self, session: Any, conversation: Conversation, event: Any) -> None:
+    def _user_state_changed(self, session: Any, conversation: Conversation, event: Any) -> bool:
         # A realtime model creates its speech with its first output, which is too late.
         is_realtime = isinstance(_model(session, "llm"), RealtimeModel)
-        if event.new_state == "listening" and is_realtime and not _speaks_itself(session):
-            self._expect(session, conversation)
-
-    def _closed(self, session: Any, conversation: Conversation, event: Any) -> None:
-        self._provider.leave(self._provider.registry.here(), conversation)
-
-    def _expect_reply(self, session: Any, conversation: Conversation) -> None:
-        if conversation.replies_to_come:
-            self._expect(session, conversation)
-
-    def _expect(self, session: Any, conversation: Conversation) -> None:
-        expect = functools.partial(self._provider.expect, conversation)
-        # Before its first word, the session's own TTS is the best guess. Inside an adapter there
-        # may be several: which of them speaks is known once one has.
-        _ = expect(conversation.tts) or expect(_model(session, "tts"))
+        return event.new_state == "listening" and is_realtime and not _speaks_itself(session)
 
     def _ended(self, conversation: Conversation, handle: Any) -> None:
         if not conversation.replies_to_come:
@@ -95,7 +87,6 @@ _SIGNS = {
     "function_tools_executed": Signs._tools_executed,
     "agent_state_changed": Signs._agent_state_changed,
     "user_state_changed": Signs._user_state_changed,
-    "close": Signs._closed,
 }
 
 
