@@ -246,14 +246,6 @@ def _checked(options: object, allow_unverified: bool, on_unsupported: str) -> Po
 
 
 def _check_same(installed: PoolOptions, wanted: PoolOptions) -> None:
-    if wanted != installed:
-        raise AlreadyInstalledError(
-            f"already installed with {_differences(installed, wanted)}; to change that, call"
-            " uninstall() first, or install() only once"
-        )
-
-
-def _differences(installed: PoolOptions, wanted: PoolOptions) -> str:
     found = []
     for option in fields(PoolOptions):
         one, other = getattr(installed, option.name), getattr(wanted, option.name)
@@ -261,7 +253,11 @@ def _differences(installed: PoolOptions, wanted: PoolOptions) -> str:
             found.append(f"{option.name}={one!r}, not {other!r}")
         elif one != other:  # a URL may contain a password
             found.append(f"another {option.name}")
-    return "; ".join(found)
+    if found:
+        raise AlreadyInstalledError(
+            f"already installed with {'; '.join(found)}; to change that, call uninstall() first,"
+            " or install() only once"
+        )
 
 
 def _prepare(options: PoolOptions, allow_unverified: bool, on_unsupported: str) -> Installation:

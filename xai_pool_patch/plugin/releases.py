@@ -165,10 +165,8 @@ _EMIT = Method.of("AgentSession.emit(self, event, arg)")
 def session_type() -> type | None:
     """The framework's AgentSession; None if the signs of its replies cannot be had."""
     module: Any = sys.modules.get(SESSION_MODULE)
-    if module is None:
-        difference: str | None = f"{SESSION_MODULE} is not imported"
-    else:
-        difference = _EMIT.difference(Imported(module))
+    missing = f"{SESSION_MODULE} is not imported"
+    difference = missing if module is None else _EMIT.difference(Imported(module))
     if difference is not None:
         log_event(LogEvent.NO_SIGNS, reason=difference)
         return None

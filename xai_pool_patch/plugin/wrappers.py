@@ -47,7 +47,7 @@ def patches_for(module: ModuleType, shape: Shape, registry: Registry) -> tuple[l
     return [
         *patches,
         Patch(tts, "_connect_ws", wrappers.connect_ws),
-        Patch(tts, "prewarm", wrappers.after("prewarm", wrappers.prewarmed)),
+        Patch(tts, "prewarm", wrappers.after("prewarm", lambda tts, _: provider.prewarm(tts))),
         Patch(tts, "update_options", wrappers.after("update_options", wrappers.options_updated)),
     ], asking
 
@@ -63,7 +63,7 @@ class Wrappers:
         self._provider = provider
         self._registry = provider.registry
 
-    def after(self, operation: str, hook: Callable[..., None]) -> Callable[..., Any]:
+    def after(self, operation: str, hook: Callable[..., object]) -> Callable[..., Any]:
         """A wrapper that calls the original, and then a hook with its result."""
 
         def wrapper(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -116,9 +116,6 @@ class Wrappers:
     async def _run_synthesis(self, wrapped: Any, stream: Any, args: Any, kwargs: Any) -> Any:
         self._registry.attempt("synthesize", report_on, stream)
         return await wrapped(*args, **kwargs)
-
-    def prewarmed(self, tts: Any, _: None) -> None:
-        self._provider.prewarm(tts)
 
     def options_updated(self, tts: Any, _: None, *args: Any, **kwargs: Any) -> None:
         self._provider.follow(tts)
