@@ -34,7 +34,8 @@ SHUTDOWN_CALLBACK = "job_shutdown_callback"
 """The name that LiveKit gives the tasks of a job's shutdown callbacks, in every version."""
 
 UNEXPLAINED = 2
-"""Turns in a row that ask for something else than the one before, though no option was changed."""
+"""Turns in a row that ask for something else than the one before, though no option was changed.
+Nothing can be ready for such a TTS."""
 
 _numbers = itertools.count(1)
 """The numbers of this process's pools."""
@@ -56,11 +57,6 @@ class User:
     def requests(self) -> set[Request]:
         return {each for each in (self.current, self.previous) if each is not None}
 
-    @property
-    def is_unsteady(self) -> bool:
-        """Each turn asks for something else, so nothing can be ready for it."""
-        return self.unexplained >= UNEXPLAINED
-
 
 @dataclass(eq=False, repr=False)
 class PoolManager:
@@ -73,6 +69,7 @@ class PoolManager:
         supervisor: owns the tasks, timers and sockets.
         leases: the leases that the plugin holds.
         users: the TTS instances that use the pools.
+        jobs: the jobs that use them, and whether each is ending.
         pools: replaced by a new dict at each change, since other threads read it for statistics.
     """
 
@@ -93,8 +90,7 @@ class PoolManager:
         self._loop = asyncio.get_running_loop()
         self._ending: list[Pool[Connection]] = []
         self.users: weakref.WeakKeyDictionary[object, User] = weakref.WeakKeyDictionary()
-        self._jobs: weakref.WeakKeyDictionary[object, bool] = weakref.WeakKeyDictionary()
-        """The jobs that use the pools, and whether each is ending."""
+        self.jobs: weakref.WeakKeyDictionary[object, bool] = weakref.WeakKeyDictionary()
         self._hosts = defaultdict[str, Host](Host)
         self._rate_limits = defaultdict[str, RateLimit](RateLimit)
         self._watches: dict[str, ShortageWatch] = {}
@@ -115,7 +111,9 @@ class PoolManager:
         user = self.users.get(tts) or self._join(tts)
         if is_turn:
             user.unexplained = 0 if user.current in (request, None) else user.unexplained + 1
-        pool = self.pool_of(request)
+        pool = self.pools.get(request)
+        if pool is None or pool.is_closed:
+            pool = self._make(request)
         if keep and user.current != request:
             older, user.previous, user.current = user.previous, user.current, request
             for caller, until in self._resize(user.previous).items():
@@ -127,16 +125,6 @@ class PoolManager:
             self._end_unused({older})
         return pool
 
-    def pool_of(self, request: Request) -> Pool[Connection]:
-        pool = self.pools.get(request)
-        if pool is None or pool.is_closed:
-            pool = self._make(request)
-            self.pools = {**self.pools, request: pool}
-            self._resize(request)
-            if self.options.warm == "auto":
-                self._watch_of(request.host).begin()
-        return pool
-
     def _make(self, request: Request) -> Pool[Connection]:
         backoff = Backoff(self._rate_limits[request.host], self._jitter)
         metrics = PoolMetrics(next(_numbers), into=self.counters)
@@ -145,6 +133,10 @@ class PoolManager:
             request, self, self.options, self.supervisor, backoff, metrics, max_age, self._jitter
         )
         pool.set_lean(self._is_lean(request.host))
+        self.pools = {**self.pools, request: pool}
+        self._resize(request)
+        if self.options.warm == "auto":
+            self._watch_of(request.host).begin()
         return pool
 
     def options_changed(self, tts: object) -> None:
@@ -191,18 +183,13 @@ class PoolManager:
 
     # Jobs
 
-    def is_first_use_by(self, job: object) -> bool:
-        is_first = job not in self._jobs
-        self._jobs.setdefault(job, False)
-        return is_first
-
     async def end_with(self, job: object) -> None:
         """Close everything before the job closes its HTTP session.
 
         Other shutdown callbacks run at the same time, and may still speak: see `is_over`. What is
         in use when they are done belongs to a task that LiveKit does not wait for.
         """
-        self._jobs[job] = True
+        self.jobs[job] = True
         pools = [*self.pools.values(), *self._ending]
         await self.aclose()
         if await _other_callbacks_are_done():
@@ -212,7 +199,7 @@ class PoolManager:
 
     def is_over(self, job: object | None) -> bool:
         """Whether the job is ending. A connection opened for it must be closed after its use."""
-        return job is not None and self._jobs.get(job, False)
+        return job is not None and self.jobs.get(job, False)
 
     # Ends
 
@@ -273,11 +260,6 @@ class PoolManager:
             self._closing_store = self.supervisor.spawn(close, "xai_pool_patch.store")
 
     # Sessions
-
-    @property
-    def holds_something(self) -> bool:
-        """Whether letting go would free a place. Any thread may ask."""
-        return any(pool.idle or pool.closing for pool in self.pools.values())
 
     def let_go(self) -> list[asyncio.Task[None]]:
         """Close all idle connections; returns the tasks that close any of them."""

@@ -96,9 +96,9 @@ class Registry:
         """Close the idle connections of every loop; returns what ends when one is closed."""
         closing: list[asyncio.Future[Any]] = []
         for loop, manager in self._loops.managers.items():
-            if is_running(loop):
+            if loop is running_loop():
                 closing += manager.let_go()
-            elif manager.holds_something:
+            elif any(pool.idle or pool.closing for pool in manager.pools.values()):
                 with contextlib.suppress(RuntimeError):  # the loop is closed
                     letting_go = asyncio.run_coroutine_threadsafe(_let_go(manager), loop)
                     closing.append(asyncio.wrap_future(letting_go))
@@ -124,7 +124,7 @@ class Registry:
         failed_open()
         log_event(LogEvent.FAULT, level=level, operation=operation, error=fault)
         for loop, manager in self._loops.managers.items():
-            if is_running(loop):
+            if loop is running_loop():
                 manager.abandon()
             else:
                 with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -161,9 +161,9 @@ async def _let_go(manager: PoolManager) -> None:
         await asyncio.wait(closing, return_when=asyncio.FIRST_COMPLETED)
 
 
-def is_running(loop: asyncio.AbstractEventLoop) -> bool:
-    """Whether the caller runs in that loop."""
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The loop that the caller runs in; None outside of any."""
     try:
-        return asyncio.get_running_loop() is loop
+        return asyncio.get_running_loop()
     except RuntimeError:
-        return False
+        return None

@@ -36,14 +36,14 @@ def manager(shortage: Shortage, hold: int = 0, closing: int = 0) -> tuple[PoolMa
         make_room=lambda: None,
     )
     key = request(session(limit=5, limit_per_host=3))
-    pool = pools.pool_of(key)
+    pool = pools._make(key)
     pool._dials = set(range(hold))  # type: ignore[arg-type]
     pool._closing = dict.fromkeys(range(closing))  # type: ignore[arg-type]
     return pools, key
 
 
 def may_dial_ahead(pools: PoolManager, key: Request) -> bool:
-    return pools.may_dial_ahead(pools.pool_of(key))
+    return pools.may_dial_ahead(pools.pools.get(key) or pools._make(key))
 
 
 def shortage() -> Shortage:
@@ -77,7 +77,7 @@ async def test_without_a_limit_there_is_always_a_place(session: Any) -> None:
     """0 is no limit, and a closed HTTP session has no connector."""
     pools, _ = manager(shortage())
     key = request(session)
-    pools.pool_of(key)._dials = set(range(100))  # type: ignore[arg-type]
+    pools._make(key)._dials = set(range(100))  # type: ignore[arg-type]
     assert may_dial_ahead(pools, key)
 
 
@@ -97,7 +97,7 @@ async def test_where_sessions_are_scarce_a_close_comes_first(closing: int) -> No
 async def test_standbys_do_not_take_more_places_than_there_are() -> None:
     """One that waits for a place makes room, and would close the one before, again and again."""
     pools, key = manager(shortage(), hold=2)
-    pool, dialled = pools.pool_of(key), list[object]()
+    pool, dialled = pools.pools[key], list[object]()
     pool._dial = lambda *_: (dialled.append(1), pool._dials.add(object()))  # type: ignore[assignment,func-returns-value]
     pool._min_size = 7
     pool._top_up()

@@ -12,8 +12,9 @@ from livekit.agents.utils import ConnectionPool
 from ..pool.entries import Outcome
 from ..pool.supervisor import spawn
 from ..protocol.lease import Lease
+from ..registry import running_loop
 from .patching import Patch
-from .provider import ConnectionProvider, has_loop
+from .provider import ConnectionProvider
 from .turn import Turn, current_turn
 
 NAME = "_pool"
@@ -107,7 +108,7 @@ class PooledConnections(ConnectionPool[aiohttp.ClientWebSocketResponse]):
         # Only what is not in use: before 1.7 `invalidate()` would close that, too.
         for ws in list(native._available):
             native.remove(ws)
-        if native._to_close and has_loop():
+        if native._to_close and running_loop() is not None:
             spawn(native._drain_to_close(), name="xai_pool_patch.close_native")
 
 

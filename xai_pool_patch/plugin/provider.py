@@ -10,14 +10,14 @@ from typing import Any
 
 from livekit.agents import APIConnectionError, get_job_context
 
-from ..manager import PoolManager
+from ..manager import UNEXPLAINED, PoolManager
 from ..pool.backoff import FailureKind
 from ..pool.entries import Acquired, Outcome
 from ..pool.pool import AcquireTimeoutError, DialFailedError, Pool, PoolClosedError
 from ..protocol.connection import Connection
 from ..protocol.exchange import Exchange
 from ..protocol.lease import Lease
-from ..registry import Registry
+from ..registry import Registry, running_loop
 from ..telemetry.log import LogEvent, log_event
 from .asking import Asking, with_status
 from .conversation import Conversation, current_conversation
@@ -165,7 +165,7 @@ class ConnectionProvider:
 
     def prewarm(self, tts: Any) -> bool:
         """Dial in the background. False if the TTS has to do so by itself."""
-        if not has_loop():
+        if running_loop() is None:
             log_event(LogEvent.PREWARM_SKIPPED, reason="no event loop is running")
         elif not self._asking.has_session(tts):
             log_event(LogEvent.PREWARM_SKIPPED, reason="there is no HTTP session outside a job")
@@ -183,7 +183,7 @@ class ConnectionProvider:
 
     def follow(self, tts: Any) -> None:
         """Warm the pool of the TTS's new options, if the TTS has used a pool before."""
-        if has_loop():
+        if running_loop() is not None:
             self.registry.here().options_changed(tts)
             self._use_again(tts)
 
@@ -208,12 +208,13 @@ class ConnectionProvider:
             self._leave_alone(tts, "what it connects to cannot be known in advance")
             return None
         job = _job()
-        if job is not None and manager.is_first_use_by(job):
+        if job is not None and job not in manager.jobs:
+            manager.jobs[job] = False
             # Nothing calls `TTS.aclose()` when a job ends.
             job.add_shutdown_callback(lambda: manager.end_with(job))
         keep = keep and not manager.is_over(job)
         pool = manager.register(tts, request, is_turn=is_turn, keep=keep)
-        if manager.users[tts].is_unsteady:
+        if manager.users[tts].unexplained >= UNEXPLAINED:
             self._leave_alone(tts, "each turn asks for another connection")
             manager.unregister(tts)
             return None
@@ -279,11 +280,3 @@ def _job() -> Any:
         return get_job_context()
     except RuntimeError:
         return None
-
-
-def has_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True

@@ -13,8 +13,9 @@ from typing import Any
 from livekit.agents.llm import RealtimeModel
 from livekit.agents.utils import is_given
 
+from ..registry import running_loop
 from .conversation import Conversation, enter_conversation
-from .provider import ConnectionProvider, has_loop
+from .provider import ConnectionProvider
 
 
 class Signs:
@@ -35,7 +36,7 @@ class Signs:
 
     def emitted(self, session: Any, _: None, event: str, arg: Any) -> None:
         """Runs after `AgentSession.emit`: the session's own listeners may interrupt a reply."""
-        if event not in (*_SIGNS, "close") or not has_loop():
+        if event not in (*_SIGNS, "close") or running_loop() is None:
             return
         conversation = self._enter(session)
         if event == "close":
