@@ -132,11 +132,12 @@ class PoolManager:
         pool = Pool[Connection](
             request, self, self.options, self.supervisor, backoff, metrics, max_age, self._jitter
         )
-        pool.set_lean(self._is_lean(request.host))
+        watch = self._watch_of(request.host) if self.options.warm == "auto" else None
+        pool.set_lean(watch.is_lean if watch is not None else self.options.warm == "reply")
         self.pools = {**self.pools, request: pool}
         self._resize(request)
-        if self.options.warm == "auto":
-            self._watch_of(request.host).begin()
+        if watch is not None:
+            watch.begin()
         return pool
 
     def options_changed(self, tts: object) -> None:
@@ -285,12 +286,7 @@ class PoolManager:
 
     def _set_lean(self, host: str) -> None:
         for pool in self._pools_at(host):
-            pool.set_lean(self._is_lean(host))
-
-    def _is_lean(self, host: str) -> bool:
-        if self.options.warm == "auto":
-            return self._watch_of(host).is_lean
-        return self.options.warm == "reply"
+            pool.set_lean(self._watch_of(host).is_lean)
 
     def _pools_at(self, host: str) -> list[Pool[Connection]]:
         return [pool for request, pool in self.pools.items() if request.host == host]
