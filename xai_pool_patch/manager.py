@@ -178,7 +178,7 @@ class PoolManager:
         if request not in self.pools:
             return {}
         if not any(user.current == request for user in self.users.values()):
-            return self.pools[request].leave()
+            return self.pools[request].retire()
         self.pools[request].resize(self.options.min_size)
         return {}
 

@@ -335,12 +335,12 @@ async def test_a_dial_for_a_voice_left_meanwhile_is_closed(
     """P11: at once; a voice that has spoken keeps its connection for a while."""
     pool.resize(1)
     await asyncio.sleep(HANDSHAKE / 2)
-    pool.leave()
+    pool.retire()
     await asyncio.sleep(HANDSHAKE)
     assert (len(network.wires), network.open) == (1, [])
     pool.resize(1)
     await speak(pool, ANN)
-    pool.leave()
+    pool.retire()
     await asyncio.sleep(50.0)
     assert pool.idle == 1
     await asyncio.sleep(11.0)
@@ -353,7 +353,7 @@ async def test_who_is_expected_moves_on_with_the_voice(pool: Pool[Wire]) -> None
     until = now() + 10.0
     pool.set_lean(True)
     pool.expect(ANN, until)
-    assert pool.leave() == {ANN: until}
+    assert pool.retire() == {ANN: until}
     await asyncio.sleep(HANDSHAKE + LINGER)
     assert pool.connections == ()
 
@@ -435,7 +435,7 @@ async def test_a_left_pool_that_is_expected_replaces_no_dial_without_pause(
     network: Network, pool: Pool[Wire]
 ) -> None:
     """P11, S2: a dial that was made for whoever is expected is not one too many."""
-    pool.leave()
+    pool.retire()
     pool.expect(ANN, now() + 60.0)
     await asyncio.sleep(30.0)
     assert (pool.idle, len(network.dialled_at)) == (1, 1)

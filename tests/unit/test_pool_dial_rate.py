@@ -25,7 +25,7 @@ async def test_a_left_pool_that_is_expected_dials_no_more_than_once(
     network.handshake = handshake
     pool.resize(1)
     await asyncio.sleep(1.0)
-    pool.leave()
+    pool.retire()
     pool.expect(ANN, now() + SECONDS)
     await asyncio.sleep(SECONDS)
     assert len(network.dialled_at) <= 2, "the first, and one for whoever is expected"
@@ -38,7 +38,7 @@ async def test_a_left_pool_whose_connection_is_in_use_dials_once_for_the_expecte
     """S2: Ann is expected while another's utterance is not over."""
     pool.resize(1)
     wire = await leased(pool)
-    pool.leave()
+    pool.retire()
     pool.expect(ANN, now() + SECONDS)
     await asyncio.sleep(SECONDS)
     assert len(network.dialled_at) <= 2
@@ -49,7 +49,7 @@ async def test_a_left_pool_whose_connection_is_in_use_dials_once_for_the_expecte
 async def test_a_pool_that_was_left_and_never_used_expects_in_vain_and_dials_once(
     network: Network, pool: Pool[Wire]
 ) -> None:
-    pool.leave()
+    pool.retire()
     pool.expect(ANN, now() + SECONDS)
     await asyncio.sleep(SECONDS)
     assert len(network.dialled_at) <= 1
@@ -106,7 +106,7 @@ async def test_dials_that_end_at_once_are_not_repeated_without_pause(
         return await connect(pool, timeout)
 
     monkeypatch.setattr(network, "connect", at_once)
-    pool.leave()
+    pool.retire()
     pool.expect(ANN, now() + SECONDS)
     await asyncio.sleep(SECONDS)
     assert len(network.dialled_at) <= 1

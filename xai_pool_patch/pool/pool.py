@@ -171,7 +171,7 @@ class Pool(Generic[C]):
         self._closing: dict[asyncio.Task[None], C] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._min_size = 0
-        self._is_left = False
+        self._is_retired = False
         self._on_demand_until = -math.inf
         self._expected: dict[object, float] = {}
         """The callers that will probably ask for a connection, and until when."""
@@ -366,16 +366,16 @@ class Pool(Generic[C]):
 
     def resize(self, min_size: int) -> None:
         """Keep this many connections from now on, idle or not."""
-        self._min_size, self._is_left = min_size, False
+        self._min_size, self._is_retired = min_size, False
         self.settle_soon()
 
-    def leave(self) -> dict[object, float]:
+    def retire(self) -> dict[object, float]:
         """No TTS speaks with this key now. Keep what has been used, in case one comes back.
 
         Returns:
             The callers that were expected here, and until when.
         """
-        self._min_size, self._is_left = 0, True
+        self._min_size, self._is_retired = 0, True
         expected, self._expected = self._expected, {}
         self.settle_soon()
         return expected
@@ -619,7 +619,7 @@ class Pool(Generic[C]):
         self._entries[connection] = entry
         connection.on_lost = lambda: self._lost(entry)
         self._offer(entry)
-        is_unwanted = self._is_left and dial.waiter is None and self._missing() < 0
+        is_unwanted = self._is_retired and dial.waiter is None and self._missing() < 0
         if is_unwanted and entry in self._idle:
             self._remove(entry, Reason.SURPLUS)  # the voice was changed again during the dial
         elif not connection.is_reusable:
