@@ -142,11 +142,11 @@ class Registry:
     def stats(self) -> Stats:
         loops = self._loops
         counters = sum_of(loops.ended, *(each.counters for each in loops.managers.values()))
-        return stats_of(self._pools(), counters)
+        return stats_of([pool.counts for pool in self._pools()], counters)
 
     def pool_stats(self) -> list[PoolStats]:
         return [
-            {**counts_of([pool], pool.metrics.counters), "pool": pool.metrics.pool}
+            {**counts_of([pool.counts], pool.metrics.counters), "pool": pool.metrics.pool}
             for pool in self._pools()
         ]
 

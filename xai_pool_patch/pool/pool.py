@@ -235,6 +235,17 @@ class Pool(Generic[C]):
         return len(self._closing)
 
     @property
+    def counts(self) -> dict[str, int]:
+        """What statistics show of the moment."""
+        return {
+            "idle": self.idle,
+            "leased": self.leased,
+            "clearing": self.clearing,
+            "connecting": self.connecting,
+            "lean": self.is_lean,
+        }
+
+    @property
     def is_empty(self) -> bool:
         return not (self._entries or self._dials or self._waiters or self._closing)
 

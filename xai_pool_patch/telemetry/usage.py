@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, TypedDict, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypedDict, cast
 
 
 class Totals(TypedDict):
@@ -114,31 +114,16 @@ class UsageStats(Counters):
         return {name: round(total, 1) for name, total in self.totals.items()}
 
 
-class Countable(Protocol):
-    """What a snapshot needs of a pool."""
+def counts_of(states: Sequence[Mapping[str, int]], counters: Counters) -> Counts:
+    """A snapshot.
 
-    @property
-    def idle(self) -> int: ...
-    @property
-    def leased(self) -> int: ...
-    @property
-    def clearing(self) -> int: ...
-    @property
-    def connecting(self) -> int: ...
-    @property
-    def is_lean(self) -> bool: ...
+    Args:
+        states: what each pool has at the moment: see `Pool.counts`.
+    """
+    totals = {name: round(total, 3) for name, total in counters.totals.items()}
+    momentary = ("idle", "leased", "clearing", "connecting", "lean")
+    return cast(Counts, totals | {name: sum(each[name] for each in states) for name in momentary})
 
 
-def counts_of(pools: Sequence[Countable], counters: Counters) -> Counts:
-    return {
-        **cast(Totals, {name: round(total, 3) for name, total in counters.totals.items()}),
-        "idle": sum(pool.idle for pool in pools),
-        "leased": sum(pool.leased for pool in pools),
-        "clearing": sum(pool.clearing for pool in pools),
-        "connecting": sum(pool.connecting for pool in pools),
-        "lean": sum(pool.is_lean for pool in pools),
-    }
-
-
-def stats_of(pools: Sequence[Countable], counters: Counters) -> Stats:
-    return {**counts_of(pools, counters), "pools": len(pools)}
+def stats_of(states: Sequence[Mapping[str, int]], counters: Counters) -> Stats:
+    return {**counts_of(states, counters), "pools": len(states)}
