@@ -177,7 +177,7 @@ async def test_no_field_collides_with_an_attribute_of_log_records(
     for operation in (lose, interrupt, trim):
         await operation(network, pool)
     pool.metrics.replayed(0.1, "no answer")
-    pool.metrics.replay_failed(OSError("no"), "no answer")
+    pool.metrics.replay_failed(error=OSError("no"), reason="no answer")
     records = logged(caplog)
     assert all(fields.keys() >= {"number"} for _, fields in records)
 

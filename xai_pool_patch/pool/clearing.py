@@ -99,7 +99,7 @@ class Clearing(Generic[C]):
         """Close interrupted connections from now on. The first call is logged with its reason."""
         if self.clears_interrupted:
             self.clears_interrupted = False
-            self.metrics.clearing_stopped(reason)
+            self.metrics.clearing_stopped(reason=reason)
 
     async def _run(self, entry: PoolEntry[C], clear: Clear, timeout: float) -> None:
         operation = self.supervisor.spawn(entry.connection.clear(), name="xai_pool_patch.clear")

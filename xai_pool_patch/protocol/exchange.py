@@ -210,7 +210,7 @@ class Exchange:
         try:
             acquired = await self.acquire_fresh()
         except Exception as error:
-            self.pool.metrics.replay_failed(error, failure.value)
+            self.pool.metrics.replay_failed(error=error, reason=failure.value)
             self.inbox.put(error)
             return
         self._begin(acquired.connection)

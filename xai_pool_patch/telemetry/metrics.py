@@ -221,9 +221,7 @@ def _register(registry: CollectorRegistry) -> None:
         _warn("the application has registered metrics of the same names")
 
 
-@harmless
-def uninstall() -> None:
-    INFO.withdraw()
+uninstall = harmless(INFO.withdraw)
 
 
 @harmless
@@ -248,8 +246,9 @@ def _share() -> None:
         if file == _file and file.exists():
             return
         numbers = [number for metric in METRICS for number in metric.numbers.values()]
+        place = stores.MultiProcessValue(_process)  # type: ignore[no-untyped-call]
         try:
-            values = _in_files(numbers)
+            values = [place(*number.identity, multiprocess_mode="max") for number in numbers]
         except OSError as error:
             _warn(f"{DIRECTORY} cannot be used: {error.strerror}")
             return
@@ -258,12 +257,6 @@ def _share() -> None:
             before, number.value = number.value, value
             value.inc(before.get())
         _file = file
-
-
-def _in_files(numbers: list[Number]) -> list[Any]:
-    """A new place for the value of each."""
-    place = stores.MultiProcessValue(_process)  # type: ignore[no-untyped-call]
-    return [place(*number.identity, multiprocess_mode="max") for number in numbers]
 
 
 def _warn(reason: str) -> None:

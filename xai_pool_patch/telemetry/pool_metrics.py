@@ -35,6 +35,8 @@ class PoolMetrics:
         """A caller that was expected has not asked for a connection."""
         self.rate_limited = partial(self._count, "rate_limited", metrics.REFUSED)
         """The server refused a dial because it has too many sessions or requests."""
+        self.clearing_stopped = partial(self._log, LogEvent.CLEARING_STOPPED)
+        self.replay_failed = partial(self._log, LogEvent.REPLAY_FAILED)
 
     @harmless
     def reused(self) -> None:
@@ -78,17 +80,9 @@ class PoolMetrics:
         self._count("connections_cleared", metrics.CLEARED)
 
     @harmless
-    def clearing_stopped(self, reason: str) -> None:
-        self._log(LogEvent.CLEARING_STOPPED, reason=reason)
-
-    @harmless
     def replayed(self, waited: float, reason: str) -> None:
         self._log(LogEvent.REPLAYED, reason=reason, wait_ms=in_ms(waited))
         self._count("replays", metrics.REPLAYS, reason)
-
-    @harmless
-    def replay_failed(self, error: Exception, reason: str) -> None:
-        self._log(LogEvent.REPLAY_FAILED, reason=reason, error=error)
 
     @harmless
     def _count(self, statistic: str, metric: metrics.Counter, value: str = "") -> None:
