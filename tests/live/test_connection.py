@@ -459,7 +459,7 @@ async def test_audio_ahead_of_the_pong_of_an_unused_connection_is_in_step() -> N
         assert (await watch.takes())[0].data == NEW
         assert live.is_in_step
         assert watch.host.pongs_unordered
-        assert not live.is_clearable
+        assert live.clear_round_trip is None
 
 
 async def test_where_pongs_prove_nothing_audio_is_in_step() -> None:
@@ -517,6 +517,7 @@ async def test_only_complete_silence_is_reported(sign: str) -> None:
             await peer.ws.pong(ping)
         elif sign == "note":
             await peer.ws.send_str(message("note"))
+        assert live.round_trip is not None
         patience = watch.host.patience(live.round_trip)
         await asyncio.sleep(10.0)
         if sign == "none":

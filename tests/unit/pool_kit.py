@@ -37,10 +37,9 @@ class Wire:
     made_at: float
     on_lost: Callable[[], None] | None = None
     is_reusable: bool = True
-    round_trip: float | None = ROUND_TRIP
+    clear_round_trip: float | None = ROUND_TRIP
     sent_stale_audio: bool = False
     cleared_after: float = ROUND_TRIP
-    is_clearable: bool = True
     acknowledges: bool = True
     """What the server says after a clear is that nothing more comes."""
     clears: int = 0

@@ -81,7 +81,7 @@ async def test_a_connection_whose_clear_proves_nothing_is_closed(pool: Pool[Wire
     """L4a: its server's PONGs do not show what an answer is for. That is no failed clear."""
     for _ in range(3):
         wire = await leased(pool)
-        wire.is_clearable = False
+        wire.clear_round_trip = None
         interrupt(pool, wire)
         assert (wire.is_open, wire.clears) == (False, 0)
     assert pool.metrics.counters.totals["closed_interrupted"] == 3
@@ -142,25 +142,12 @@ async def test_time_in_which_the_loop_is_blocked_does_not_count_against_a_clear(
 
 
 @with_pool(CLEARS)
-async def test_a_caller_does_not_rely_on_a_clear_of_unknown_round_trip(
-    network: Network, pool: Pool[Wire]
-) -> None:
-    """The pool dials for it at once."""
-    wire = await leased(pool)
-    wire.round_trip = None
-    interrupt(pool, wire)
-    began = now()
-    assert await leased(pool) is wire
-    assert network.dialled_at[1:] == [about(began)]
-
-
-@with_pool(CLEARS)
 async def test_a_clear_over_a_short_round_trip_has_a_minimum_of_time(
     network: Network, pool: Pool[Wire]
 ) -> None:
     """The server's own time is not part of the round trip."""
     wire = await leased(pool)
-    wire.round_trip, wire.cleared_after = 0.0, RELIANCE.at_least - 0.01
+    wire.clear_round_trip, wire.cleared_after = 0.0, RELIANCE.at_least - 0.01
     interrupt(pool, wire)
     assert await leased(pool) is wire
     assert len(network.dialled_at) == 1
@@ -232,17 +219,15 @@ async def test_a_caller_that_gives_up_does_not_stop_the_clear(
 # Clears that fail
 
 
-@pytest.mark.parametrize(
-    ("round_trip", "bound"), [(0.001, CLEAR.at_least), (0.1, 0.6), (1.0, 1.0), (None, 1.0)]
-)
+@pytest.mark.parametrize(("round_trip", "bound"), [(0.001, CLEAR.at_least), (0.1, 0.6), (1.0, 1.0)])
 @with_pool(CLEARS)
 async def test_a_clear_without_acknowledgement_is_given_up(
-    network: Network, pool: Pool[Wire], round_trip: float | None, bound: float
+    network: Network, pool: Pool[Wire], round_trip: float, bound: float
 ) -> None:
     """After a time by the round trip, a second at most. P4: a standby is dialled at once."""
     pool.resize(1)
     wire = await leased(pool)
-    wire.round_trip, wire.cleared_after = round_trip, 1e9
+    wire.clear_round_trip, wire.cleared_after = round_trip, 1e9
     interrupt(pool, wire)
     given_up_at = now() + bound
     await asyncio.sleep(5.0)

@@ -49,10 +49,9 @@ class Clearing(Generic[C]):
         self._failures = 0
         """Clears in a row that failed."""
 
-    def begin(self, entry: PoolEntry[C]) -> None:
+    def begin(self, entry: PoolEntry[C], round_trip: float) -> None:
         """Clear a connection that is neither idle nor leased."""
-        round_trip = entry.connection.round_trip
-        reliance = 0.0 if round_trip is None else RELIANCE.seconds(round_trip)
+        reliance = RELIANCE.seconds(round_trip)
         soft_timeout = SoftTimeout(self.supervisor, reliance, self.on_overdue)
         # Before spawn(): with an eager task factory the clear may fail before spawn() returns, and
         # ended() would then not find it. The connection would stay in `under_way` for ever.

@@ -41,11 +41,8 @@ class Poolable(Protocol):
     def is_reusable(self) -> bool: ...
 
     @property
-    def is_clearable(self) -> bool:
-        """Whether it can be known that a clear has worked."""
-
-    round_trip: float | None
-    """Seconds between a PING and its PONG; None while that is not known."""
+    def clear_round_trip(self) -> float | None:
+        """Seconds between a PING and its PONG; None if it cannot be known whether a clear works."""
 
     sent_stale_audio: bool
     """The server acknowledged a clear, and yet sent more of the cleared utterance."""
@@ -138,7 +135,7 @@ class Dial(Generic[C]):
     began: float
     waiter: Waiter[C] | None
     """The caller that asked for it; None for a standby."""
-    soft_timeout: SoftTimeout = field(init=False)
+    soft_timeout: SoftTimeout
     """Once over, callers do not rely on this dial any more."""
     task: asyncio.Task[None] | None = None
     """None until `spawn()` returns. An eager dial runs before that."""

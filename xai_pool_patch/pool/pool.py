@@ -307,8 +307,8 @@ class Pool(Generic[C]):
         may_stay = not self.is_closed and (not is_cut_off or self._clearing.clears_interrupted)
         if may_stay and outcome is not Outcome.FAILED and connection.is_reusable:
             self._offer(entry)
-        elif may_stay and is_cut_off and connection.is_clearable:
-            self._clearing.begin(entry)
+        elif may_stay and is_cut_off and (round_trip := connection.clear_round_trip) is not None:
+            self._clearing.begin(entry, round_trip)
         elif is_cut_off:
             self._remove(entry, Reason.INTERRUPTED)
         else:
@@ -577,9 +577,9 @@ class Pool(Generic[C]):
         return next((waiter for waiter in reversed(waiting) if waiter not in have_dials), None)
 
     def _dial(self, waiter: Waiter[C] | None, timeout: float) -> None:
-        dial = Dial(self._now(), waiter)
-        late = functools.partial(self._dial_is_late, dial)
-        dial.soft_timeout = SoftTimeout(self.supervisor, DIAL_SOFT_TIMEOUT, late)
+        late = functools.partial(self._dial_is_late, waiter)
+        soft_timeout = SoftTimeout(self.supervisor, DIAL_SOFT_TIMEOUT, late)
+        dial = Dial(self._now(), waiter, soft_timeout)
         # Before spawn(): an eager dial may end before spawn() returns. If it were added later, it
         # would stay in `_dials` for ever, and callers would rely on it.
         self._dials.add(dial)
@@ -587,8 +587,8 @@ class Pool(Generic[C]):
         context = waiter.context if waiter is not None else contextvars.Context()
         dial.task = self.supervisor.spawn(run, "xai_pool_patch.dial", eager_in=context)
 
-    def _dial_is_late(self, dial: Dial[C]) -> None:
-        if dial.waiter is not None:
+    def _dial_is_late(self, waiter: Waiter[C] | None) -> None:
+        if waiter is not None:
             self.environment.make_room()
         self.settle()
 

@@ -13,8 +13,6 @@ class RoundTrips(NamedTuple):
     at_least: float = 0.0
     at_most: float = math.inf
 
-    def seconds(self, round_trip: float | None) -> float:
-        """The time for one connection; `at_most` while its round trip is not known."""
-        if round_trip is None:
-            return self.at_most
+    def seconds(self, round_trip: float) -> float:
+        """The time for one connection."""
         return min(self.at_most, max(self.at_least, self.times * round_trip))

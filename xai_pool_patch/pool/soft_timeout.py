@@ -20,18 +20,15 @@ class SoftTimeout:
 
     Args:
         supervisor: owns the timers.
-        seconds: 0.0 for a timeout that is over from the start.
-        then: called once when the time is over; not if it was over from the start.
+        then: called once when the time is over.
     """
 
     def __init__(self, supervisor: Supervisor, seconds: float, then: Callable[[], object]) -> None:
         self._supervisor = supervisor
         self._tick = seconds / TICKS
-        self._left = TICKS + 1 if seconds > 0.0 else 0
+        self._left = TICKS + 1
         self._then = then
-        self._timer: asyncio.TimerHandle | None = None
-        if not self.is_over:
-            self._wait()
+        self._wait()
 
     @property
     def is_over(self) -> bool:
@@ -39,8 +36,7 @@ class SoftTimeout:
 
     def stop(self) -> None:
         """Never call `then`: what the timeout was for has happened, or cannot happen."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self._timer.cancel()
 
     def _wait(self) -> None:
         # After a block in the last tick, the loop runs its timer before it reads what arrived

@@ -103,7 +103,7 @@ async def _fence(service: Service) -> Answer:
 
 def _longest_clear(round_trip: float | None) -> float:
     """How long the pool waits for an acknowledgement."""
-    return min(CLEAR.at_most, CLEAR.seconds(round_trip))
+    return CLEAR.at_most if round_trip is None else CLEAR.seconds(round_trip)
 
 
 async def _clear_speaking(service: Service) -> Answer:

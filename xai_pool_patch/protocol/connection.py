@@ -122,9 +122,9 @@ class Connection:
         return is_clean and is_trusted and is_as_made
 
     @property
-    def is_clearable(self) -> bool:
-        """Whether PONGs can show that nothing more comes of a cleared utterance."""
-        return self.round_trip is not None and not self.host.pongs_unordered
+    def clear_round_trip(self) -> float | None:
+        """None if PONGs cannot show that nothing more comes of a cleared utterance."""
+        return None if self.host.pongs_unordered else self.round_trip
 
     @property
     def is_in_step(self) -> bool:

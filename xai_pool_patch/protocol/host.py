@@ -47,6 +47,6 @@ class Host:
         self.answers_pings = True
         self._slowest = max(seconds, DECAY * self._slowest)
 
-    def patience(self, round_trip: float | None) -> float:
+    def patience(self, round_trip: float) -> float:
         """Seconds after a PING in which a connection has to give a sign of life."""
         return min(LONGEST_PATIENCE, max(PROBE.seconds(round_trip), MARGIN * self._slowest))
