@@ -11,12 +11,16 @@ Received = aiohttp.WSMessage | Exception
 
 
 class Inbox:
-    """A queue with one reader. An `asyncio.Queue` takes four times as many calls a message."""
+    """A queue with one reader. An `asyncio.Queue` takes four times as many calls a message.
+
+    Attributes:
+        is_closed: the plugin receives no more.
+    """
 
     def __init__(self) -> None:
         self._received: deque[Received] = deque()
         self._arrival: asyncio.Future[None] | None = None
-        self._is_closed = False
+        self.is_closed = False
 
     def __len__(self) -> int:
         return len(self._received)
@@ -28,16 +32,16 @@ class Inbox:
 
     def close(self) -> None:
         """The plugin receives no more. Shares no code with `put`, which may be what failed."""
-        self._is_closed = True
+        self.is_closed = True
         if self._arrival is not None and not self._arrival.done():
             self._arrival.set_result(None)
 
     async def get(self) -> Received | None:
         """What comes next; None once it is closed."""
-        while not self._received and not self._is_closed:
+        while not self._received and not self.is_closed:
             self._arrival = asyncio.get_running_loop().create_future()
             try:
                 await self._arrival
             finally:
                 self._arrival = None
-        return None if self._is_closed else self._received.popleft()
+        return None if self.is_closed else self._received.popleft()

@@ -52,20 +52,17 @@ class Lease(aiohttp.ClientWebSocketResponse):
     Args:
         exchange: carries the utterance.
         on_fault: takes a fault of the package.
-
-    Attributes:
-        is_closed: the plugin has closed it, or given it back.
     """
 
     def __init__(self, exchange: Exchange, on_fault: OnFault) -> None:
         # No super().__init__(): the base class would take over a socket that has a reader already.
         self.on_fault = on_fault
-        self.is_closed = False
         self._exchange = exchange
+        self._inbox = exchange.inbox
         self._is_receiving = False
 
     def __repr__(self) -> str:
-        return f"<Lease {'closed' if self.is_closed else 'open'} {self._exchange!r}>"
+        return f"<Lease {'closed' if self._inbox.is_closed else 'open'} {self._exchange!r}>"
 
     def __getattr__(self, name: str) -> Any:
         exchange = vars(self).get("_exchange")
@@ -86,7 +83,7 @@ class Lease(aiohttp.ClientWebSocketResponse):
         """
         if self._exchange.connection.is_given_away:
             return
-        if outcome is Outcome.FINISHED and not self.is_closed:
+        if outcome is Outcome.FINISHED and not self._inbox.is_closed:
             self._exchange.give_away()
         else:
             self.mark_closed()
@@ -94,20 +91,17 @@ class Lease(aiohttp.ClientWebSocketResponse):
 
     def mark_closed(self) -> None:
         """The plugin needs it no more."""
-        if not self.is_closed:
-            self.is_closed = True
-            self._exchange.inbox.close()
+        self._inbox.close()
 
     @_reports_faults
     async def _receive(self, timeout: float | None) -> aiohttp.WSMessage | Exception:
         if self._is_receiving:
             raise _MisuseError("Concurrent call to receive() is not allowed")
-        inbox = self._exchange.inbox
-        if self.is_closed or (self._exchange.is_over and not inbox):
+        if self._exchange.is_over and not self._inbox:
             return CLOSED_MESSAGE
         self._is_receiving = True
         try:
-            get = inbox.get()
+            get = self._inbox.get()
             received = await (asyncio.wait_for(get, timeout) if timeout else get)
             return CLOSED_MESSAGE if received is None else received
         finally:
@@ -150,7 +144,7 @@ class Lease(aiohttp.ClientWebSocketResponse):
     @_reports_faults
     async def close(self, *, code: int = 1000, message: bytes = b"") -> bool:
         """Mark the lease as closed. `end` decides whether the socket is closed."""
-        was_open = not self.is_closed
+        was_open = not self._inbox.is_closed
         self.mark_closed()
         if self._exchange.connection.is_given_away:
             self._exchange.end(Outcome.FAILED)
@@ -158,8 +152,8 @@ class Lease(aiohttp.ClientWebSocketResponse):
 
     @property
     def closed(self) -> bool:
-        return self.is_closed or self._exchange.is_over
+        return self._inbox.is_closed or self._exchange.is_over
 
     def _check_open(self) -> None:
-        if self.is_closed:
+        if self._inbox.is_closed:
             raise ConnectionResetError("Cannot write to a closed lease")
