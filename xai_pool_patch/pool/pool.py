@@ -277,7 +277,7 @@ class Pool(Generic[C]):
         asked = self._now()
         # Do this before `_wait()`: otherwise the caller counts twice and two dials start.
         self._fulfil(caller)
-        if caller is not None and self._waits(caller):
+        if caller is not None and any(waiter.caller is caller for waiter in self._waiting()):
             await asyncio.sleep(OVERLAP)
         entry = None if fresh else self._take_idle(caller)
         if entry is not None:
@@ -477,8 +477,10 @@ class Pool(Generic[C]):
 
     # Waiting
 
-    def _waits(self, caller: object) -> bool:
-        return any(waiter.caller is caller and not waiter.woken.done() for waiter in self._waiters)
+    def _waiting(self) -> list[Waiter[C]]:
+        # A waiter that was served, failed or cancelled leaves the queue when its task runs again.
+        # Counted until then, it would get a dial without a caller.
+        return [waiter for waiter in self._waiters if not waiter.woken.done()]
 
     async def _wait(self, waiter: Waiter[C]) -> PoolEntry[C]:
         expiry = self.supervisor.call_at(waiter.deadline, waiter.fail, AcquireTimeoutError())
@@ -562,9 +564,7 @@ class Pool(Generic[C]):
         The last caller in line is next: those before it have dials of their own, or rely on a
         dial or clear that was begun for others.
         """
-        # A waiter that was served, failed or cancelled leaves the queue when its task runs again.
-        # Counted until then, it would get a dial without a caller.
-        waiting = [waiter for waiter in self._waiters if not waiter.woken.done()]
+        waiting = self._waiting()
         if not waiting:
             return None
         dialled = sum(not dial.soft_timeout.is_over for dial in self._dials)
@@ -721,10 +721,8 @@ class Pool(Generic[C]):
             # `_forget_late` first: the others count those who are expected. They would keep a
             # connection for a caller who is not, until something else happens.
             rules = (self._forget_late, self._retire_aged, self._trim, self._top_up)
-            self._arm(min([self._on_demand_ends(), *[rule() for rule in rules]]))
-
-    def _on_demand_ends(self) -> float:
-        return self._on_demand_until if self.mode is ON_DEMAND else math.inf
+            mode_ends = self._on_demand_until if self.mode is ON_DEMAND else math.inf
+            self._arm(min([mode_ends, *[rule() for rule in rules]]))
 
     def _forget_late(self) -> float:
         """Expect no caller any more that should have asked by now."""
@@ -787,7 +785,7 @@ class Pool(Generic[C]):
         kept = self._min_size if self.mode.keeps_min_size else 0
         if not self._expected or not self.mode.dials_for_replies:
             return kept
-        waiting = [waiter.caller for waiter in self._waiters if not waiter.woken.done()]
+        waiting = [waiter.caller for waiter in self._waiting()]
         # A session speaks one reply at a time: what it has, or waits for, is for the next one, too.
         served = {*waiting, *(entry.holder for entry in self._entries.values())}
         expected = len(self._expected.keys() - served)

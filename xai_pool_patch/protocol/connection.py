@@ -223,7 +223,8 @@ class Connection:
         if self.state is State.OPEN:
             self.state = State.CLOSING
         # Without its transport no Close frame can leave. aiohttp 3.10 calls that WebSocket open.
-        if self.ws.closed or self._is_cut:
+        is_cut = self._transport is not None and self._transport.is_closing()
+        if self.ws.closed or is_cut:
             self._abort()
             if self._response is not None:
                 self._response.close()  # aiohttp does that only once the end has been read
@@ -233,10 +234,6 @@ class Connection:
                 self._close_sent_at = self._loop.time()
             self._closer = self.supervisor.spawn(self._shut(listen), name="xai_pool_patch.close")
         return self._closer
-
-    @property
-    def _is_cut(self) -> bool:
-        return self._transport is not None and self._transport.is_closing()
 
     def abort_if_closing(self) -> None:
         """Give up waiting for the peer's Close, if ours has most likely arrived."""
