@@ -67,15 +67,15 @@ class LogEvent(enum.Enum):
             " (livekit-agents {agents}, {shape}); {options}"
         ),
     )
-    UNINSTALLED = ("uninstalled", INFO, ": livekit-plugins-xai has been restored")
-    REFUSED = ("plugin not supported", WARNING, ", nothing patched: {reason}")
-    SWITCHED_OFF = ("switched off by XAI_POOL_PATCH", WARNING, ": nothing is patched")
+    UNINSTALLED = "uninstalled", INFO, ": livekit-plugins-xai has been restored"
+    REFUSED = "plugin not supported", WARNING, ", nothing patched: {reason}"
+    SWITCHED_OFF = "switched off by XAI_POOL_PATCH", WARNING, ": nothing is patched"
     COVERED = (
         "covered by another wrapper",
         WARNING,
         "{attribute} is covered by another wrapper; ours stays below it and does nothing",
     )
-    LEFT_ALONE = ("left alone", WARNING, ", {tts} connects by itself: {reason}")
+    LEFT_ALONE = "left alone", WARNING, ", {tts} connects by itself: {reason}"
     NO_SIGNS = (
         "no signs of replies",
         WARNING,
@@ -87,15 +87,10 @@ class LogEvent(enum.Enum):
         ", the plugin connects by itself from now on: {error} while {operation}. Please report it",
     )
 
-    CONNECTED = ("connected", INFO, " in {connect_ms:.0f} ms")
-    CLOSED = (
-        "closed",
-        INFO,
-        " after {idle_s} s idle: {reason}",
-        " in use, {age_s} s old: {reason}",
-    )
-    CLEARED = ("cleared", DEBUG, ": the connection of an interrupted utterance stays")
-    CLEARING_STOPPED = ("clearing stopped", WARNING, ": {reason}")
+    CONNECTED = "connected", INFO, " in {connect_ms:.0f} ms"
+    CLOSED = "closed", INFO, " after {idle_s} s idle: {reason}", " in use, {age_s} s old: {reason}"
+    CLEARED = "cleared", DEBUG, ": the connection of an interrupted utterance stays"
+    CLEARING_STOPPED = "clearing stopped", WARNING, ": {reason}"
     STANDBY_FAILED = (
         "standby failed",
         WARNING,
@@ -107,9 +102,9 @@ class LogEvent(enum.Enum):
         WARNING,
         "sessions count as scarce for {for_s} s, because of {reason}",
     )
-    SESSIONS_SUFFICE = ("sessions suffice", INFO, " again")
+    SESSIONS_SUFFICE = "sessions suffice", INFO, " again"
 
-    ON_DEMAND = ("on demand", INFO, " for {for_s} s, connects for waiting turns only: {reason}")
+    ON_DEMAND = "on demand", INFO, " for {for_s} s, connects for waiting turns only: {reason}"
     SHORTAGE_LASTS = (
         "sessions scarce for ten minutes",
         WARNING,
@@ -122,12 +117,12 @@ class LogEvent(enum.Enum):
         " to {operation} ({store}): {error}",
         " to {operation} ({store}): {reason}",
     )
-    STORE_RESTORED = ("session store works again", INFO, " ({store})")
+    STORE_RESTORED = "session store works again", INFO, " ({store})"
 
-    REUSED = ("reused", DEBUG, " a connection")
-    WAITED = ("waited", DEBUG, " {wait_ms:.0f} ms for a connection")
-    REPLAYED = ("replayed", INFO, " after {wait_ms:.0f} ms: {reason}")
-    REPLAY_FAILED = ("replay failed", WARNING, " ({reason}): {error}")
+    REUSED = "reused", DEBUG, " a connection"
+    WAITED = "waited", DEBUG, " {wait_ms:.0f} ms for a connection"
+    REPLAYED = "replayed", INFO, " after {wait_ms:.0f} ms: {reason}"
+    REPLAY_FAILED = "replay failed", WARNING, " ({reason}): {error}"
     TTS_CLOSED = (
         "TTS closed",
         INFO,
@@ -137,11 +132,11 @@ class LogEvent(enum.Enum):
         ),
     )
 
-    PREWARM_SKIPPED = ("prewarm skipped", DEBUG, ": {reason}")
-    IGNORED = ("ignored while idle", DEBUG, "ignored {message_type} while idle")
-    CLOSE_FAILED = ("close failed", DEBUG, ": {error}; the socket is closed")
-    METRICS_MISSING = ("metrics missing", WARNING, " from the page: {reason}")
-    TELEMETRY_FAILED = ("telemetry failed", WARNING, ", logged once: {error}")
+    PREWARM_SKIPPED = "prewarm skipped", DEBUG, ": {reason}"
+    IGNORED = "ignored while idle", DEBUG, "ignored {message_type} while idle"
+    CLOSE_FAILED = "close failed", DEBUG, ": {error}; the socket is closed"
+    METRICS_MISSING = "metrics missing", WARNING, " from the page: {reason}"
+    TELEMETRY_FAILED = "telemetry failed", WARNING, ", logged once: {error}"
 
     def __init__(self, label: str, level: int, *sentences: str) -> None:
         self.label = label
