@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
@@ -148,13 +149,8 @@ class Supervisor:
 
 
 async def _say_goodbye(ws: Socket) -> None:
-    closing = asyncio.ensure_future(ws.close())
-    await asyncio.wait([closing], timeout=CLOSE_TIMEOUT)
-    closing.cancel()
-    # A cancelled task needs steps of its own to end. exception() would raise before that.
-    await asyncio.wait([closing])
-    if not closing.cancelled():
-        closing.exception()  # the socket was gone already: asyncio must not log that
+    with contextlib.suppress(Exception):  # the socket is gone already, or the peer does not answer
+        await asyncio.wait_for(ws.close(), CLOSE_TIMEOUT)
 
 
 def _hang_up(ws: Socket, _: object) -> None:

@@ -49,9 +49,8 @@ class MachineStore(Store):
             # Before the file gets its name: until then its time stamp is no end.
             os.utime(new, (until, until))
             new.replace(path)
-        except BaseException:
-            new.unlink(missing_ok=True)
-            raise
+        finally:
+            new.unlink(missing_ok=True)  # after replace() there is none
 
     def _probe(self, name: str) -> None:
         _new_file(self._path(name)).unlink()
