@@ -9,7 +9,19 @@ import pytest
 from livekit.agents import APIConnectOptions
 from livekit.plugins import xai
 
-from tests.kit import API_KEY, HAS_NATIVE_POOL, ONCE, all_closed, event_of, line_to, quick, speak
+from tests.kit import (
+    API_KEY,
+    HAS_NATIVE_POOL,
+    ONCE,
+    all_closed,
+    event_of,
+    line_to,
+    quick,
+    registry,
+    speak,
+)
+from xai_pool_patch.plugin.conversation import Conversation, enter_conversation
+from xai_pool_patch.pool.pool import OVERLAP
 
 pytestmark = pytest.mark.usefixtures("patched")
 
@@ -44,6 +56,10 @@ AFTER_THE_UTTERANCE = [
 class BugError(Exception):
     def __init__(self) -> None:
         super().__init__("a bug of ours, with a secret in its message")
+
+
+class Session:
+    """All that a conversation asks of one."""
 
 
 def break_(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
@@ -111,6 +127,24 @@ async def test_after_a_fault_in_the_dial_the_turn_is_spoken(
         check_log(caplog, "manager.Connection")
         await tts.aclose()
         await all_closed(line.server)
+
+
+@pytest.mark.parametrize("later", [0.0, OVERLAP / 2])
+async def test_a_fault_while_a_session_asks_twice(later: float) -> None:
+    """Neither request waits for the other: both are spoken over the plugin's own connects."""
+    async with line_to(quick(), round_trip=0.1) as line:
+        session = Session()
+        enter_conversation(Conversation(session))
+        tts = line.tts()
+        turns = [asyncio.create_task(speak(tts, f"Turn {number}.")) for number in range(2)]
+        while not registry().stats()["connecting"]:
+            await asyncio.sleep(0)
+        await asyncio.sleep(later)
+        registry().fail("a test", BugError())
+        for heard in await asyncio.gather(*turns):
+            assert heard.error is None
+            assert heard.seconds > 0.0
+        await tts.aclose()
 
 
 async def test_a_closed_http_session_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,11 +9,13 @@ import asyncio
 import json
 from typing import Any
 
+import aiohttp
 import pytest
 from livekit.plugins import xai
 
-from tests.kit import API_KEY, Line, all_closed, hear_whole
+from tests.kit import API_KEY, Line, all_closed, hear_whole, speak
 from tests.live.never_worse import EITHER, as_far_as_xai, dials_unpatched, faults, installed
+from xai_pool_patch.testing import Ending
 
 TURNS = 7
 
@@ -45,6 +47,31 @@ async def test_a_subclass_that_reads_the_headers_of_the_handshake(
             await tts.aclose()
             await all_closed(line.server)
     assert faults(caplog) == []
+
+
+class SaysAnotherCode(aiohttp.ClientWebSocketResponse):
+    """As an application's session may make them (`ws_response_class`)."""
+
+    @property
+    def close_code(self) -> int:
+        return 4242
+
+
+@EITHER
+async def test_a_websocket_class_of_the_applications_own(is_patched: bool) -> None:
+    """The plugin's error has the code that this class gives."""
+    with installed(is_patched):
+        async with (
+            as_far_as_xai() as line,
+            line.server.client_session(ws_response_class=SaysAnotherCode) as http,
+        ):
+            tts = xai.TTS(api_key=API_KEY, http_session=http)
+            await hear_whole(line, tts, "Before.")
+            line.server.behaviour.end_after_audio = Ending.CLOSE
+            heard = await speak(tts, "This is a sentence that is cut.")
+            assert heard.error is not None
+            assert vars(heard.error.__cause__)["status_code"] == 4242
+            await tts.aclose()
 
 
 class KeepsItsSocket(xai.TTS):

@@ -211,6 +211,23 @@ def test_a_record_leaves_at_once_where_no_loop_runs(listener: Reentrant) -> None
     assert [event for event, _ in listener.records] == ["cleared"]
 
 
+def test_a_logger_class_of_the_applications_own_makes_the_records(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may add what the application's formatter shows."""
+    logger = logging.getLogger("xai_pool_patch")
+    made = logger.makeRecord
+
+    def make_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = made(*args, **kwargs)
+        vars(record)["request"] = "r-1"
+        return record
+
+    monkeypatch.setattr(logger, "makeRecord", make_record)
+    log_event(LogEvent.NO_SIGNS, reason="a test")
+    assert [vars(record)["request"] for record in caplog.records] == ["r-1"]
+
+
 def test_nothing_is_lost_with_a_loop_that_stops(listener: Reentrant) -> None:
     """What is flushed, or reported next, brings what was left. Nothing comes twice."""
 

@@ -56,8 +56,8 @@ CLEARS = {
 }
 """What comes of a clear, by the seconds over the round trip that it takes."""
 CALLERS = ["Ann", "Bob"]
-MOST_DIALS = 12
-"""In a row, for three voices: what is missing, what is expected, and retries of either."""
+MOST_DIALS = 21
+"""In a row: three voices, each with seven attempts at pauses that double from 0.5 s up to 30 s."""
 MOST_AT_ONCE = 60
 """Dials in one moment, which is more than there may be sessions."""
 SECONDS_PER_DIAL = 20.0

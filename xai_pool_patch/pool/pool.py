@@ -279,6 +279,8 @@ class Pool(Generic[C]):
         self._fulfil(caller)
         if caller is not None and any(waiter.caller is caller for waiter in self._waiting()):
             await asyncio.sleep(OVERLAP)
+            if self.supervisor.is_stopped:  # meanwhile, and `abandon` did not see this caller
+                raise PoolClosedError("the pool failed")
         entry = None if fresh else self._take_idle(caller)
         if entry is not None:
             if self._expected:

@@ -41,18 +41,29 @@ def _reports_faults(method: Method) -> Method:
     return guarded  # type: ignore[return-value]
 
 
+def _of_the_socket(name: str) -> Any:
+    return property(lambda lease: getattr(lease._exchange.connection.ws, name))
+
+
 class Lease(aiohttp.ClientWebSocketResponse):
     """A `ClientWebSocketResponse` whose socket belongs to a pool.
 
     Only what touches the socket is overridden. The rest of the class (`receive_str`, `send_json`,
     iteration, `async with` …) is built on these and works as it is. What the base class keeps for
-    itself (`_response`, `_close_code` …) is that of the current socket, and so is what it tells of
-    that (`close_code`, `get_extra_info()` …).
+    itself (`_response`, `_writer` …) is that of the current socket. So is what it tells of that: an
+    application may have a class of its own for sockets.
 
     Args:
         exchange: carries the utterance.
         on_fault: takes a fault of the package.
     """
+
+    close_code = _of_the_socket("close_code")
+    protocol = _of_the_socket("protocol")
+    compress = _of_the_socket("compress")
+    client_notakeover = _of_the_socket("client_notakeover")
+    get_extra_info = _of_the_socket("get_extra_info")
+    exception = _of_the_socket("exception")
 
     def __init__(self, exchange: Exchange, on_fault: OnFault) -> None:
         # No super().__init__(): the base class would take over a socket that has a reader already.

@@ -198,6 +198,11 @@ class _Outlet(logging.Logger):
         frame = min(callers, key=_distance)
         return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name, None
 
+    def makeRecord(self, *args: Any, **kwargs: Any) -> logging.LogRecord:  # noqa: N802
+        return _logger.makeRecord(
+            *args, **kwargs
+        )  # an application may have its own class of logger
+
     def handle(self, record: logging.LogRecord) -> None:
         import asyncio  # which structlog has imported
 
