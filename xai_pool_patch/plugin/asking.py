@@ -34,6 +34,10 @@ class _AskedError(BaseException):
     """Carries the session and the arguments of `ws_connect` through the plugin's `except
     Exception`."""
 
+    def __init__(self, *asked: Any) -> None:
+        super().__init__()  # without them: the repr would show the API key
+        self.asked = asked
+
 
 class _Session:
     """In place of the TTS's HTTP session, for one synchronous step."""
@@ -136,7 +140,7 @@ class Asking:
         asked = self._first_step(tts, opts, None)
         if not isinstance(asked, _AskedError):
             return None
-        session, args, kwargs = asked.args
+        session, args, kwargs = asked.asked
         duration = vars(tts)["_pool"]._max_session_duration if self._is_native else None
         try:
             max_age = float("inf") if duration is None else float(duration)
