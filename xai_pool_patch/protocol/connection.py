@@ -222,17 +222,19 @@ class Connection:
         """
         if self.state is State.OPEN:
             self.state = State.CLOSING
+        if self._closer is not None:
+            return self._closer
         # Without its transport no Close frame can leave. aiohttp 3.10 calls that WebSocket open.
         is_cut = self._transport is not None and self._transport.is_closing()
         if self.ws.closed or is_cut:
             self._abort()
             if self._response is not None:
                 self._response.close()  # aiohttp does that only once the end has been read
-        elif self._closer is None:
-            if not listen:
-                # Not in `_shut`, a step later: the wait for `CLOSE_COUNTS` begins now.
-                self._close_sent_at = self._loop.time()
-            self._closer = self.supervisor.spawn(self._shut(listen), name="xai_pool_patch.close")
+            return None
+        if not listen:
+            # Not in `_shut`, a step later: the wait for `CLOSE_COUNTS` begins now.
+            self._close_sent_at = self._loop.time()
+        self._closer = self.supervisor.spawn(self._shut(listen), name="xai_pool_patch.close")
         return self._closer
 
     def abort_if_closing(self) -> None:
