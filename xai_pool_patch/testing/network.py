@@ -30,7 +30,8 @@ def reset_transport(transport: asyncio.Transport, sock: socket.socket | None) ->
     """
     if sock is not None and sock.fileno() >= 0:  # else closed already
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    transport.abort()
+    with contextlib.suppress(AttributeError):  # of a closed TLS transport, in Python 3.11.2
+        transport.abort()
 
 
 class _End(asyncio.Protocol):
