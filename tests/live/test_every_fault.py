@@ -31,7 +31,7 @@ from tests.instrument import Probes, instrumented
 from tests.kit import Heard, Line, event_of, line_to, quick, speak
 from tests.session.test_session import session_of
 from xai_pool_patch import PoolOptions
-from xai_pool_patch.telemetry import log
+from xai_pool_patch.telemetry import log, metrics
 
 pytestmark = pytest.mark.filterwarnings(
     # Where it is the start of tasks that is broken.
@@ -307,6 +307,7 @@ class _Records(logging.Handler):
 def _forget_what_is_cached() -> None:
     """A function that is cached is called once in the life of a process, and else not broken."""
     log._has_complained = False
+    metrics._has_warned = True  # the second registration in a process is refused
     modules = [each for name, each in sys.modules.items() if name.startswith("xai_pool_patch.")]
     for value in (value for module in modules for value in vars(module).values()):
         if isinstance(value, functools._lru_cache_wrapper):
