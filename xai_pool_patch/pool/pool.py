@@ -607,7 +607,7 @@ class Pool(Generic[C]):
                 dial.waiter.fail(PoolClosedError("the pool ended during the dial"))
             self.close()
             raise
-        except Exception:  # a fault, after which nobody may know this pool any more
+        except Exception:  # a fault, after which the manager may not know this pool any more
             if dial.waiter is not None:
                 dial.waiter.fail(PoolClosedError("the pool failed during the dial"))
             raise

@@ -199,9 +199,8 @@ class _Outlet(logging.Logger):
         return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name, None
 
     def makeRecord(self, *args: Any, **kwargs: Any) -> logging.LogRecord:  # noqa: N802
-        return _logger.makeRecord(
-            *args, **kwargs
-        )  # an application may have its own class of logger
+        # An application may have a class of its own for loggers.
+        return _logger.makeRecord(*args, **kwargs)
 
     def handle(self, record: logging.LogRecord) -> None:
         import asyncio  # which structlog has imported
